@@ -6,7 +6,12 @@ Every field is a size, a rate or a switch; numbers that follow from others are p
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,3 +207,43 @@ class Model:
         ):
             if ids != quantizer.sizes:
                 raise ValueError(f"config: vocabulary.{name} must equal the quantizer's {quantizer.sizes}, got {ids}")
+
+
+def to_dict(value: Any) -> dict[str, Any]:
+    """The config as nested dicts and lists, ready for JSON."""
+    return dataclasses.asdict(value)
+
+
+def from_dict(kind: type[T], values: Any, where: str = "config") -> T:
+    """The inverse of `to_dict`.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another type; the message says where.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be an object with the fields of {kind.__name__}, got {values!r}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(values.keys() - fields.keys()):
+        raise ValueError(f"{where}: unknown fields {', '.join(unknown)}; {kind.__name__} has {', '.join(fields)}")
+    hints = get_type_hints(kind)
+    given = {name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    options = [hint] if not isinstance(hint, UnionType) else list(get_args(hint))
+    if value is None and type(None) in options:
+        return None
+    chosen = next(option for option in options if option is not type(None))
+    if dataclasses.is_dataclass(chosen):
+        return from_dict(chosen, value, where)  # type: ignore[type-var]
+    if get_origin(chosen) is tuple and isinstance(value, list | tuple):
+        return tuple(_value(get_args(chosen)[0], item, where) for item in value)
+    if chosen is float and type(value) is int:
+        return float(value)
+    if not isinstance(chosen, type) or type(value) is not chosen:
+        raise ValueError(f"{where}: must be {getattr(chosen, '__name__', chosen)}, got {value!r}")
+    return value

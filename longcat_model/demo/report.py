@@ -1,0 +1,151 @@
+"""The report: one self-contained HTML page, every number beside it in `report.json`."""
+
+from __future__ import annotations
+
+import base64
+import io
+import wave
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from longcat_model.training.loop import Row
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of right answers."""
+
+    value: float
+    n: int
+    judge: float | None  # the judge's own score on held-out real data; None: exact match
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "n": self.n, "judge": self.judge}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example to look at or listen to; media are embedded in the page."""
+
+    prompt: str
+    answer: str
+    right: bool | None  # None: not judged
+    image: Tensor | None = None  # [3, H, W] in [0, 1]
+    speech: Tensor | None = None  # [samples]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence, then samples and figures."""
+
+    title: str
+    text: str
+    samples: Sequence[Sample] = ()
+    figures: Sequence[Figure] = ()
+
+
+def render(results: dict[str, Any], goals: dict[str, tuple[str, float]], sections: Sequence[Section], rate: int) -> str:
+    """The page as text.
+
+    Args:
+        results: the content of `report.json`.
+        goals: score name -> what it measures, what it must reach at default settings.
+        sections: in order.
+        rate: sample rate of the speech, in Hz.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["png"] = image_uri
+    environment.filters["figure"] = figure_uri
+    environment.filters["wav"] = lambda speech: speech_uri(speech, rate)
+    template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text())
+    return template.render(results=results, goals=goals, sections=sections)
+
+
+def image_uri(image: Tensor, scale: int = 5) -> str:
+    """A [3, H, W] image in [0, 1] as a PNG data URI, each pixel `scale` pixels wide."""
+    from PIL import Image
+
+    pixels = (image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    picture = Image.fromarray(pixels)
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "png")
+    return _uri("image/png", buffer)
+
+
+def speech_uri(speech: Tensor, rate: int) -> str:
+    """A waveform in [-1, 1] as a 16-bit WAV data URI."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((speech.clamp(-1, 1).numpy() * 32767).astype("<i2").tobytes())
+    return _uri("audio/wav", buffer)
+
+
+def figure_uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return _uri("image/png", buffer)
+
+
+def _uri(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def loss_curves(stages: dict[str, list[Row]], metrics: Sequence[str] = ()) -> Figure:
+    """One panel a stage: its loss, smoothed, and its `metrics` where it has them."""
+    columns = 3
+    lines = -(-len(stages) // columns)
+    figure = Figure(figsize=(12, 2.6 * lines), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
+    for axis in axes[len(stages) :]:
+        axis.set_axis_off()
+    for axis, (name, rows) in zip(axes, stages.items(), strict=False):
+        steps = [row["step"] for row in rows]
+        for key in ("loss", *(m for m in metrics if rows and m in rows[0])):
+            axis.plot(steps, _smooth([row[key] for row in rows]), label=key, linewidth=1.2)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def bars(values: dict[str, Sequence[float]], *, title: str, x: str, y: str) -> Figure:
+    """Groups of bars: one colour a name, one group an index."""
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(values)
+    for i, (name, heights) in enumerate(values.items()):
+        axis.bar(np.arange(len(heights)) + (i - (len(values) - 1) / 2) * width, heights, width, label=name)
+    axis.set(title=title, xlabel=x, ylabel=y)
+    axis.set_xticks(range(max(len(heights) for heights in values.values())))
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def spectrograms(mels: dict[str, Tensor]) -> Figure:
+    """Log-mel spectrograms [frames, bands] side by side."""
+    figure = Figure(figsize=(3 * len(mels), 2.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(mels), sharey=True))
+    for axis, (name, mel) in zip(axes, mels.items(), strict=True):
+        axis.imshow(mel.T.numpy(), origin="lower", aspect="auto", cmap="magma")
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("frame of 10 ms", fontsize=8)
+    axes[0].set_ylabel("mel band", fontsize=8)
+    return figure
+
+
+def _smooth(values: list[float], window: int = 15) -> np.ndarray:
+    if len(values) < 2 * window:
+        return np.asarray(values)
+    padded = np.pad(np.asarray(values), (window - 1, 0), mode="edge")
+    return np.convolve(padded, np.ones(window) / window, mode="valid")

@@ -1,0 +1,108 @@
+"""A run's directory: what was finished, how long it took, how much memory it needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from longcat_model.training import checkpoint
+
+
+class Workspace:
+    """Results of finished steps under one directory, so that a rerun goes on where the last one stopped.
+
+    Raises:
+        ValueError: the directory holds a run with other settings.
+    """
+
+    def __init__(self, directory: Path, settings: dict[str, Any], *, fresh: bool = False) -> None:
+        self.directory = directory
+        if fresh and directory.exists():
+            _remove_run(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.settings = json.loads(json.dumps(settings))
+        found = self._read("settings.json")
+        if found is None:
+            self.write("settings.json", self.settings)
+        elif found != self.settings:
+            changed = sorted(k for k in {*found, *self.settings} if found.get(k) != self.settings.get(k))
+            raise ValueError(
+                f"demo: {directory} holds a run with other settings ({', '.join(changed)}); "
+                "start over with --fresh, or choose another directory with --out"
+            )
+
+    def once(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` returned, from `<name>.pt` if an earlier run finished it."""
+        path = self.directory / f"{name}.pt"
+        if path.exists():
+            return checkpoint.load(path)
+        with self.timed(name):
+            result = make()
+        checkpoint.save(path, result)
+        return result
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the block's wall time to the record of step `name`, over interrupted runs too."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self.seconds()
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
+            self.write("seconds.json", seconds)
+            self.write("peak_rss_bytes.json", max(peak_rss_bytes(), self._read("peak_rss_bytes.json") or 0))
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self._read("seconds.json") or {})
+
+    def peak_rss_bytes(self) -> int:
+        return max(peak_rss_bytes(), self._read("peak_rss_bytes.json") or 0)
+
+    def write(self, name: str, value: Any) -> None:
+        """Writes JSON whole or not at all."""
+        write_text(self.directory / name, json.dumps(value, indent=1) + "\n")
+
+    def _read(self, name: str) -> Any:
+        path = self.directory / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes under a temporary name, then renames: a reader sees the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def peak_rss_bytes() -> int:
+    """High-water mark of resident memory of this process or of its largest child."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def commit() -> str | None:
+    """The git commit of the source tree, with `-dirty` if it was changed; None outside a checkout."""
+    where = Path(__file__).resolve().parent
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _remove_run(directory: Path) -> None:
+    # Only a directory that this class made is ever deleted.
+    if any(directory.iterdir()) and not (directory / "settings.json").exists():
+        raise ValueError(f"demo: --fresh must name an earlier run, but {directory} holds other files")
+    shutil.rmtree(directory)
