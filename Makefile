@@ -1,0 +1,30 @@
+# make demo: train and evaluate the demo model.   make test: the whole test suite.   make lint: what CI checks first.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
+
+.PHONY: demo test lint clean
+
+demo: .venv/.demo
+	$(BIN)/longcat demo $(ARGS)
+
+test: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h)
+	$(BIN)/mypy
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# One torch version for everybody: newer ones have not been tried, and CI measures with this one.
+.venv/.%: .venv/bin/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info longcat_kernels/_C*.so
