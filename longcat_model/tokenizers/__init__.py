@@ -1,0 +1,1 @@
+"""Tokenizers of each modality; import the one you need."""
