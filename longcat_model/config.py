@@ -48,6 +48,7 @@ class VisionEncoder:
     mlp_width: int = 3420
     window: int = 112  # pixels a side of an attention window
     full_attention: tuple[int, ...] = (7, 15, 23, 31)  # blocks that see the whole image
+    bridge_width: int = 3584  # of the features after the merge
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,15 @@ def demo() -> c.Model:
         audio_head=c.DepthHead(dim=128, heads=4, layers=2, ffn_scale=8),
         vision=c.VisionTokenizer(
             encoder=c.VisionEncoder(
-                patch=4, merge=2, width=96, depth=4, heads=4, mlp_width=256, window=16, full_attention=(1, 3)
+                patch=4,
+                merge=2,
+                width=96,
+                depth=4,
+                heads=4,
+                mlp_width=256,
+                window=16,
+                full_attention=(1, 3),
+                bridge_width=96,
             ),
             quantizer=c.Quantizer(sizes=visual_sizes, dim=64, shared=False),
             decoder=c.PixelDecoder(width=96, depth=3, heads=4, mlp_width=256),
@@ -84,7 +92,15 @@ def tiny() -> c.Model:
         audio_head=c.DepthHead(dim=16, heads=2, layers=2, ffn_scale=8),
         vision=c.VisionTokenizer(
             encoder=c.VisionEncoder(
-                patch=4, merge=2, width=32, depth=2, heads=2, mlp_width=48, window=16, full_attention=(1,)
+                patch=4,
+                merge=2,
+                width=32,
+                depth=2,
+                heads=2,
+                mlp_width=48,
+                window=16,
+                full_attention=(1,),
+                bridge_width=24,
             ),
             quantizer=c.Quantizer(sizes=visual_sizes, dim=16, shared=True),
             decoder=c.PixelDecoder(width=32, depth=1, heads=2, mlp_width=48),
