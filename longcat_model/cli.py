@@ -1,0 +1,153 @@
+"""The command line: `longcat demo | train | generate | inspect`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+RUN = Path("runs/demo")
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a small LongCat-Next that sees, paints, hears and talks, evaluate it on held-out data, write a report.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+    """
+
+    out: Path = RUN
+    """Directory of the run; the report is OUT/report.html."""
+    speech_dir: Path | None = None
+    """Real recordings named {digit}_{speaker}_{take}.wav instead of synthesized speech; takes 0 to 4 are held out."""
+    smoke: bool = False
+    """A few steps a stage: tests the whole path in under two minutes; the scores mean nothing."""
+    fresh: bool = False
+    """Delete the earlier run in OUT and start over."""
+    seed: int = 0
+    """Of the weights, the data and the sampling."""
+
+    def __call__(self) -> None:
+        from longcat_model.demo import run
+
+        run.demo(self.out, speech_dir=self.speech_dir, smoke=self.smoke, fresh=self.fresh, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a system's language model further on your own documents: text, images and speech.
+
+    DATA is JSON lines; a line is one document, a list of parts in order. A part is one of
+    {"text": "...", "loss": true}, {"image": "file.png"}, {"paint": "file.png"}, {"hear": "file.wav"},
+    {"say": "file.wav", "transcript": "..."}. Paths are relative to DATA.
+    """
+
+    data: Positional[Path]
+    """Documents as JSON lines."""
+    run: Path = RUN
+    """Directory of the trained system to start from."""
+    out: Path = Path("runs/train")
+    """Directory for the new system, its checkpoints and its metrics."""
+    steps: int = 200
+    """Optimizer steps."""
+    rows: int = 8
+    """Packed rows a step."""
+    row_length: int = 256
+    """Positions a row."""
+    learning_rate: float = 3e-4
+    """Peak of a linear warm-up and a cosine to a tenth."""
+    seed: int = 0
+    """Of the order of the documents."""
+
+    def __call__(self) -> None:
+        from longcat_model.training import finetune
+
+        finetune.run(
+            self.data,
+            self.run,
+            self.out,
+            finetune.Settings(
+                steps=self.steps,
+                rows=self.rows,
+                row_length=self.row_length,
+                learning_rate=self.learning_rate,
+                seed=self.seed,
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Use a trained system: read an image, paint a number, transcribe speech, speak.
+
+    see and hear take a file and print text; paint and say take text and write a file.
+    """
+
+    task: Positional[Literal["see", "paint", "hear", "say"]]
+    """What to do."""
+    subject: Positional[str]
+    """An image or sound file (see, hear), or the text to paint or say."""
+    run: Path = RUN
+    """Directory of the trained system."""
+    out: Path | None = None
+    """File to write: paint.png or say.wav by default."""
+    mode: Literal["serial", "parallel"] = "serial"
+    """say: the whole transcript before the speech, or both together."""
+    temperature: float = 0.5
+    """Of codes and text; 0 takes the most likely one."""
+    top_k: int = 0
+    """Sample among the K most likely; 0: all."""
+    top_p: float = 0.9
+    """Sample among the most likely that together have this probability."""
+    guidance: float = 1.5
+    """paint: classifier-free guidance scale; 1: none."""
+    seed: int = 0
+    """Same seed, same result."""
+
+    def __call__(self) -> None:
+        from longcat_model.demo import tasks
+
+        print(tasks.generate(self))
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Print what a trained system or a preset consists of: parameters by part, ids, codebooks."""
+
+    subject: Positional[str] = str(RUN)
+    """Directory of a trained system, or a preset: longcat_next, demo, tiny."""
+
+    def __call__(self) -> None:
+        from longcat_model import inspection
+
+        print(inspection.describe(self.subject))
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; what a user can cause ends in one line on standard error and exit status 2."""
+    command = tyro.cli(Command, args=arguments, prog="longcat", description=__doc__)  # type: ignore[call-overload]
+    try:
+        command()
+    except (ValueError, OSError) as error:
+        print(f"longcat: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nlongcat: interrupted; give the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
