@@ -1,0 +1,163 @@
+"""Spoken digits synthesized offline: espeak-ng, called in process through ctypes.
+
+The `espeakng_loader` wheel carries the shared library and its voice data, so nothing is downloaded or installed. Files
+are written in the layout of the Free Spoken Digit Dataset, `{digit}_{speaker}_{take}.wav`, at 16 kHz mono. A take fixes
+speaking rate and pitch; takes 0-4 use odd rates and pitches, later takes even ones, so that no held-out take shares
+its settings with a training take.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import multiprocessing
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SAMPLE_RATE = 16_000  # Hz, of the files written
+HELD_OUT_TAKES = 5  # takes 0-4 are never trained on
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+# Accents and voice variants that speak clearly; whispering, croaking and robot variants are left out on purpose.
+TRAIN_VOICES = (
+    "en-us+f1", "en-us+f3", "en-us+f5", "en-us+m1", "en-us+m3", "en-us+m7", "en-us-nyc+f2", "en-us-nyc+m4",
+    "en+f2", "en+f4", "en+m2", "en+m5", "en-gb-x-rp+f1", "en-gb-x-rp+m3", "en-gb-scotland+m1",
+    "en-gb-scotland+f3", "en-029+f4", "en-029+m8", "en-gb-x-gbclan+m6", "en-gb-x-gbcwmd+f5",
+)  # fmt: skip
+HELD_OUT_VOICES = ("en-us+f2", "en-us+m5", "en+f3", "en-gb-x-rp+m7", "en-gb-scotland+f4")
+
+_SYNCHRONOUS = 2  # espeak_AUDIO_OUTPUT: samples go to the callback before the call returns, none to a sound card
+_RATE, _PITCH = 1, 3  # espeak_PARAMETER
+_CHARS_UTF8 = 1
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechSet:
+    """Which clips to synthesize; the default is 20 x 10 x 12 training-voice clips and 5 x 10 x 5 of unseen voices."""
+
+    voices: tuple[str, ...] = TRAIN_VOICES
+    held_out_voices: tuple[str, ...] = HELD_OUT_VOICES
+    takes: int = 12  # of each digit by each training voice, the five held out included
+
+
+def speaker_name(voice: str) -> str:
+    """Name of a voice inside a file name, where `_` separates fields: `en-us+f3` becomes `en-us-f3`."""
+    return voice.replace("+", "-").replace("_", "-")
+
+
+def take_settings(voice: str, digit: int, take: int) -> tuple[int, int]:
+    """Words a minute and pitch (0-99) of a take: odd for the held-out takes 0-4, even for the others."""
+    draw = np.random.default_rng(zlib.crc32(f"{voice}/{digit}/{take}".encode()))
+    held_out = take < HELD_OUT_TAKES
+    rate, pitch = int(draw.integers(64, 100)) * 2, int(draw.integers(15, 36)) * 2
+    return rate + held_out, pitch + held_out
+
+
+class Synthesizer:
+    """One voice of espeak-ng. The library keeps one global voice a process, so use one at a time.
+
+    Raises:
+        RuntimeError: the library cannot start, or knows no such voice.
+    """
+
+    def __init__(self, voice: str) -> None:
+        import espeakng_loader
+
+        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.sample_rate = self._library.espeak_Initialize(
+            _SYNCHRONOUS, 0, os.fsencode(espeakng_loader.get_data_path()), 0
+        )
+        if self.sample_rate <= 0:
+            raise RuntimeError(f"espeak: the library must start, got status {self.sample_rate}")
+        if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
+            raise RuntimeError(f"espeak: voice must be one of the library's, got {voice!r}")
+        self._pieces: list[np.ndarray] = []
+        self._callback = _CALLBACK(self._receive)  # kept alive: the library holds only its address
+        self._library.espeak_SetSynthCallback(self._callback)
+
+    def _receive(self, samples: ctypes._Pointer[ctypes.c_short], count: int, _events: object) -> int:
+        if samples and count > 0:
+            self._pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        return 0
+
+    def say(self, text: str, *, rate: int, pitch: int) -> np.ndarray:
+        """Waveform [samples] float32 in [-1, 1) at `self.sample_rate`; rate in words a minute, pitch 0-99."""
+        self._pieces.clear()
+        self._library.espeak_SetParameter(_RATE, rate, 0)
+        self._library.espeak_SetParameter(_PITCH, pitch, 0)
+        encoded = text.encode()
+        self._library.espeak_Synth(encoded, len(encoded) + 1, 0, 0, 0, _CHARS_UTF8, None, None)
+        if not self._pieces:
+            raise RuntimeError(f"espeak: text must be speakable, got {text!r}")
+        return np.concatenate(self._pieces).astype(np.float32) / 32_768
+
+
+def synthesize(
+    directory: Path,
+    speech_set: SpeechSet | None = None,
+    *,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes every clip of `speech_set` that `directory` lacks; an interrupted run continues where it stopped.
+
+    Args:
+        workers: processes; each speaks whole voices. 0 runs in this process.
+        progress: called with (clips done, clips in all) after each voice.
+    """
+    speech_set = speech_set or SpeechSet()
+    directory.mkdir(parents=True, exist_ok=True)
+    jobs = [(voice, range(speech_set.takes)) for voice in speech_set.voices]
+    jobs += [(voice, range(HELD_OUT_TAKES)) for voice in speech_set.held_out_voices]
+    missing = [(directory, voice, _missing(directory, voice, takes)) for voice, takes in jobs]
+    total = sum(len(takes) * len(WORDS) for _, takes in jobs)
+    done = total - sum(len(clips) for _, _, clips in missing)
+    todo = [job for job in missing if job[2]]
+    if progress:
+        progress(done, total)
+    for count in _run(todo, workers):
+        done += count
+        if progress:
+            progress(done, total)
+
+
+def _run(jobs: Sequence[tuple[Path, str, list[tuple[int, int]]]], workers: int):  # type: ignore[no-untyped-def]
+    if workers == 0 or len(jobs) < 2:
+        yield from map(_speak_voice, jobs)
+        return
+    # Spawned, not forked: the caller usually has torch's threads running, which a fork would lose in mid-air.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_speak_voice, jobs)
+
+
+def _missing(directory: Path, voice: str, takes: range) -> list[tuple[int, int]]:
+    return [(d, t) for d in range(len(WORDS)) for t in takes if not _path(directory, voice, d, t).exists()]
+
+
+def _path(directory: Path, voice: str, digit: int, take: int) -> Path:
+    return directory / f"{digit}_{speaker_name(voice)}_{take}.wav"
+
+
+def _speak_voice(job: tuple[Path, str, list[tuple[int, int]]]) -> int:
+    import soundfile
+    from scipy.signal import resample_poly
+
+    directory, voice, clips = job
+    synthesizer = Synthesizer(voice)
+    divisor = math.gcd(SAMPLE_RATE, synthesizer.sample_rate)
+    for digit, take in clips:
+        rate, pitch = take_settings(voice, digit, take)
+        waveform = synthesizer.say(WORDS[digit], rate=rate, pitch=pitch)
+        waveform = resample_poly(waveform, SAMPLE_RATE // divisor, synthesizer.sample_rate // divisor)
+        path = _path(directory, voice, digit, take)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        soundfile.write(part, waveform, SAMPLE_RATE, subtype="PCM_16", format="WAV")
+        part.replace(path)
+    return len(clips)
