@@ -1,0 +1,87 @@
+"""Which implementation of an op runs, and why.
+
+An op's file lists its implementations as a dict in order of preference; `choose` is the only code that reads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMES = ("cuda", "triton", "cpu", "reference")
+ENVIRONMENT = "LONGCAT_BACKEND"  # the package's one environment name: what backend="auto" prefers
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation.
+
+    `run(*inputs, *outputs)` fills preallocated outputs and returns nothing; `why_not(*inputs)` gives None, or the
+    reason why it cannot take these inputs.
+    """
+
+    run: Callable[..., None]
+    why_not: Callable[..., str | None]
+
+
+def reference(function: Callable[..., tuple[Tensor, ...]]) -> Impl:
+    """The implementation that is the definition itself: computes `function(*inputs)` and copies into the outputs."""
+    return Impl(lambda *arguments: _copy_results(function, arguments), lambda *inputs: None)
+
+
+def choose(op: str, impls: dict[str, Impl], backend: str, *inputs: Any) -> Impl:
+    """Gives the first implementation, in the op's own order, that takes `inputs`.
+
+    With "auto" the name in LONGCAT_BACKEND, where the op has one of that name, replaces the order; the reference runs
+    on an accelerator only when asked for by name, because nothing may get slow there without a word.
+
+    Raises:
+        ValueError: no such backend, or none takes the inputs; lists why each was refused.
+    """
+    wanted = _wanted(op, impls, backend)
+    refused = {}
+    for name in impls if wanted == "auto" else (wanted,):
+        reason = impls[name].why_not(*inputs)
+        if reason is None and wanted == "auto" and name == "reference" and _on_accelerator(inputs):
+            reason = 'runs on an accelerator only when asked for: backend="reference"'
+        if reason is None:
+            return impls[name]
+        refused[name] = reason
+    raise ValueError(f"{op}: no backend takes these tensors:" + "".join(f"\n  {n}: {r}" for n, r in refused.items()))
+
+
+def _wanted(op: str, impls: dict[str, Impl], backend: str) -> str:
+    if backend != "auto":
+        if backend not in impls:
+            raise ValueError(f"{op}: backend must be one of {', '.join(['auto', *impls])}, got {backend!r}")
+        return backend
+    preferred = os.environ.get(ENVIRONMENT, "auto")
+    if preferred not in ("auto", *NAMES):
+        raise ValueError(f"{op}: {ENVIRONMENT} must be one of {', '.join(['auto', *NAMES])}, got {preferred!r}")
+    return preferred if preferred in impls else "auto"
+
+
+def _on_accelerator(inputs: Iterable[Any]) -> bool:
+    return any(tensor.device.type != "cpu" for tensor in tensors(inputs))
+
+
+def tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    """The tensors among `values` and among the lists and tuples in it."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(value)
+
+
+def _copy_results(function: Callable[..., tuple[Tensor, ...]], arguments: tuple[Any, ...]) -> None:
+    """Calls `function` with all arguments but the outputs: a definition returns as many tensors as it has outputs."""
+    inputs = arguments[: function.__code__.co_argcount]
+    with torch.no_grad():
+        for output, result in zip(arguments[len(inputs) :], function(*inputs), strict=True):
+            output.copy_(result)

@@ -1,0 +1,39 @@
+"""The compiled module `longcat_kernels._C`: loaded when first asked for, or the reason why it is not there."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from types import ModuleType
+
+import torch  # noqa: F401  # before _C: torch brings the OpenMP runtime that both must share
+
+HOW_TO_GET_IT = "install a C++17 compiler (g++ or clang++), then reinstall longcat-kernels"
+
+
+def why_not() -> str | None:
+    """None where the compiled module is loaded, else the reason and what to do; warns once a process."""
+    return _load()[1]
+
+
+def module() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it is not there.
+    """
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(f"longcat_kernels: {reason}")
+    return loaded
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("longcat_kernels._C"), None
+    except ImportError as error:
+        reason = f"the compiled module is missing ({error}): {HOW_TO_GET_IT}"
+        warnings.warn(f"longcat_kernels: {reason}; until then the slower reference implementations run", stacklevel=2)
+        return None, reason

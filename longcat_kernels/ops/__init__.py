@@ -1,0 +1,7 @@
+"""Every op of the library: one file each, named as the op is."""
+
+from __future__ import annotations
+
+from longcat_kernels.ops import rvq_encode
+
+OPS = (rvq_encode.OP,)

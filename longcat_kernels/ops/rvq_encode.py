@@ -1,0 +1,198 @@
+"""RVQ encode: exact nearest-codeword quantization over L levels (LongCat-Next report, equation (3)).
+
+Dimension key
+    T rows (the leading shape of x, flattened)    D width    L levels    K entries of one codebook
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longcat_kernels.backends import Impl, choose, reference
+from longcat_kernels.library import check, register
+from longcat_kernels.reference import rvq_encode as spec
+from longcat_kernels.spec import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class RVQEncoding(NamedTuple):
+    """What `rvq_encode` gives; shapes are those of x without or with its last axis."""
+
+    codes: Tensor  # [..., L] int64; -1 where masked
+    quantized: Tensor  # [..., D] x.dtype: sum of the codewords, added in float32; gradient 1 to x
+    residual: Tensor  # [..., D] float32: what is left after the last level; no gradient
+    losses: Tensor  # [L] float32: mean over unmasked elements of (x - cumulative quantized)^2; gradient to x
+
+
+def rvq_encode(
+    x: Tensor,
+    codebooks: Sequence[Tensor] | Tensor,
+    *,
+    levels: int | None = None,
+    mask: Tensor | None = None,
+    residual_dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> RVQEncoding:
+    """Quantizes each row of x by one codeword a level, each the nearest to what the levels before left over.
+
+    Codes are exact: of the float32 residual recursion, nearest in float64, ties to the lower index; bit-identical
+    for any batch size, row order, thread count and implementation. Gradients reach x only: 1 through `quantized`
+    (whatever the number of levels) and 2 (x - cumulative quantized) / count through `losses`.
+
+    Args:
+        x: [..., D], float32, bfloat16 or float16, any strides. A row with NaN or infinity gets code 0 at every level,
+            shows in its own residual and in the losses, and changes no other row.
+        codebooks: L tensors [K_l, D] float32, or one that all levels share.
+        levels: use only the first `levels` codebooks; required with a shared one.
+        mask: bool, the leading shape of x; rows where it is False get code -1, zero quantized and residual, no loss.
+        residual_dtype: the residual is rounded to it before and after each level; bfloat16 in the released audio
+            tokenizer.
+        backend: "auto" or the name of an implementation.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, or no implementation takes the tensors.
+
+    Example:
+        >>> e = rvq_encode(torch.tensor([[0.9], [3.2]]), [torch.tensor([[1.0], [3.0]]), torch.tensor([[-0.1], [0.1]])])
+        >>> e.codes.tolist()
+        [[0, 0], [1, 1]]
+    """
+    books = level_codebooks("rvq_encode", codebooks, levels)
+    check(
+        x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"rvq_encode: x must be [..., D], D at least 1, got {list(x.shape)}"
+    )
+    shape = list(x.shape[:-1])
+    if mask is not None:
+        found = f"{mask.dtype} {list(mask.shape)}"
+        check(found == f"torch.bool {shape}", lambda: f"rvq_encode: mask must be torch.bool {shape}, got {found}")
+        mask = mask.reshape(-1)
+    quantized, residual, losses, codes = _op(x.reshape(-1, x.shape[-1]), books, mask, residual_dtype, backend)
+    return RVQEncoding(codes.view(*shape, len(books)), quantized.view(x.shape), residual.view(x.shape), losses)
+
+
+def level_codebooks(op: str, codebooks: Sequence[Tensor] | Tensor, levels: int | None) -> list[Tensor]:
+    """One codebook a level; a shared one stands there `levels` times."""
+    if isinstance(codebooks, Tensor):
+        if levels is None or levels < 1:
+            raise ValueError(f"{op}: levels must be at least 1 with one shared codebook, got {levels}")
+        return [codebooks] * levels
+    count = len(codebooks)
+    check(count >= 1, lambda: f"{op}: codebooks must have at least one level, got 0")
+    used = count if levels is None else levels
+    check(1 <= used <= count, lambda: f"{op}: levels must be between 1 and {count}, got {levels}")
+    return list(codebooks[:used])
+
+
+def check_codebook(op: str, codebook: Tensor, width: int, device: torch.device) -> None:
+    """Raises ValueError unless `codebook` is [K, width] float32 on `device`."""
+    shape, dtype = list(codebook.shape), codebook.dtype
+    check(
+        len(shape) == 2 and shape[0] >= 1 and shape[1] == width,
+        lambda: f"{op}: codebooks must be [K, {width}] with K at least 1, got {shape}",
+    )
+    check(dtype == torch.float32, lambda: f"{op}: codebooks must be float32, got {dtype}")
+    check(codebook.device == device, lambda: f"{op}: codebooks must be on {device}, got {codebook.device}")
+
+
+def _check(x_TD: Tensor, codebooks: list[Tensor], residual_dtype: torch.dtype) -> None:
+    names = "float32, bfloat16 or float16"
+    check(x_TD.dtype in DTYPES, lambda: f"rvq_encode: x must be {names}, got {x_TD.dtype}")
+    check(residual_dtype in DTYPES, lambda: f"rvq_encode: residual_dtype must be {names}, got {residual_dtype}")
+    for codebook_KD in codebooks:
+        check_codebook("rvq_encode", codebook_KD, x_TD.shape[1], x_TD.device)
+
+
+def _allocate(
+    x_TD: Tensor, codebooks: list[Tensor], mask_T: Tensor | None, residual_dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x_TD, codebooks, residual_dtype)
+    rows, levels = x_TD.shape[0], len(codebooks)
+    return (
+        torch.empty(rows, x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device),
+        torch.empty(rows, x_TD.shape[1], dtype=torch.float32, device=x_TD.device),
+        torch.empty(levels, dtype=torch.float32, device=x_TD.device),
+        torch.empty(rows, levels, dtype=torch.int64, device=x_TD.device),
+    )
+
+
+def _run(
+    x_TD: Tensor, codebooks: list[Tensor], mask_T: Tensor | None, residual_dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (x_TD, codebooks, mask_T, residual_dtype)
+    outputs = _allocate(*inputs, backend)
+    choose("rvq_encode", IMPLS, backend, *inputs).run(*inputs, *outputs)
+    return outputs
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, codebooks, _mask, ctx.residual_dtype, _backend = inputs
+    _quantized, residual_TD, _losses, codes_TL = output
+    ctx.mark_non_differentiable(codes_TL, residual_TD)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x_TD, codes_TL, *codebooks)
+
+
+def _backward(
+    ctx: Any, _codes: None, grad_TD: Tensor | None, _residual: None, grad_L: Tensor | None
+) -> tuple[Any, ...]:
+    x_TD, codes_TL, *codebooks = ctx.saved_tensors
+    grad_x_TD = _op_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, ctx.residual_dtype)
+    return grad_x_TD, [None] * len(codebooks), None, None, None
+
+
+def _allocate_backward(
+    grad_TD: Tensor | None,
+    grad_L: Tensor | None,
+    x_TD: Tensor,
+    codes_TL: Tensor,
+    codebooks: list[Tensor],
+    residual_dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+
+
+def _run_backward(
+    grad_TD: Tensor | None,
+    grad_L: Tensor | None,
+    x_TD: Tensor,
+    codes_TL: Tensor,
+    codebooks: list[Tensor],
+    residual_dtype: torch.dtype,
+) -> Tensor:
+    """Walks the residuals again from x and the codes, so that forward keeps nothing of size T x L x D."""
+    out_TD = _allocate_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, residual_dtype)
+    kept_T1 = codes_TL[:, :1] >= 0
+    total_TD = torch.zeros_like(x_TD, dtype=torch.float32) if grad_TD is None else grad_TD.float()
+    if grad_L is not None:
+        scale_L = 2 * grad_L / (kept_T1.sum() * x_TD.shape[1]).clamp(min=1)
+        residual_TD = x_TD.to(residual_dtype).float()
+        for level, book_KD in enumerate(codebooks):
+            residual_TD = (residual_TD - book_KD[codes_TL[:, level].clamp(min=0)]).to(residual_dtype).float()
+            total_TD = total_TD + scale_L[level] * residual_TD
+    return out_TD.copy_(torch.where(kept_T1, total_TD, 0))
+
+
+_op_backward = register(
+    "rvq_encode_backward(Tensor? grad_quantized, Tensor? grad_losses, Tensor x, Tensor codes, Tensor[] codebooks, "
+    "ScalarType residual_dtype) -> Tensor",
+    _run_backward,
+    _allocate_backward,
+)
+_op = register(
+    "rvq_encode(Tensor x, Tensor[] codebooks, Tensor? mask, ScalarType residual_dtype, str backend) "
+    "-> (Tensor quantized, Tensor residual, Tensor losses, Tensor codes)",
+    _run,
+    _allocate,
+    save=_save,
+    backward=_backward,
+)
+
+IMPLS: dict[str, Impl] = {
+    "reference": reference(spec.rvq_encode),
+}
+OP = Op("rvq_encode", rvq_encode, IMPLS, spec)
