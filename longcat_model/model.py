@@ -72,7 +72,11 @@ class LongcatNext(nn.Module):
         """Returns [B, S, D]; history: [B, neighbors - 1] int64 text ids before the first position (`Cache.history`).
 
         Positions with visual or audio codes are picked out first, so each bridge costs what it is used.
+
+        Raises:
+            ValueError: the inputs' shapes disagree with each other or with the vocabulary.
         """
+        self._check(inputs)
         embeddings_TD = self._embed_text(inputs, history).flatten(0, 1)
         marker_T, visual_TL, audio_TL = inputs.marker.flatten(), inputs.visual.flatten(0, 1), inputs.audio.flatten(0, 1)
         markers_M = (marker_T >= 0).nonzero().squeeze(1)
@@ -85,6 +89,21 @@ class LongcatNext(nn.Module):
         ]
         embeddings_TD = embeddings_TD.index_add(0, torch.cat([markers_M, cells_M, frames_M]), torch.cat(parts_MD))
         return embeddings_TD.unflatten(0, inputs.text.shape)
+
+    def _check(self, inputs: Inputs) -> None:
+        rows = list(inputs.text.shape)
+        if len(rows) != 2:
+            raise ValueError(f"LongcatNext: inputs.text must be [B, S], got {rows}")
+        shapes = {
+            "marker": rows,
+            "visual": [*rows, len(self.ids.visual_sizes)],
+            "audio": [*rows, len(self.ids.audio_sizes)],
+            "documents": rows,
+        }
+        for name, shape in shapes.items():
+            found = list(getattr(inputs, name).shape)
+            if found != shape:
+                raise ValueError(f"LongcatNext: inputs.{name} must be {shape}, got {found}")
 
     def _embed_text(self, inputs: Inputs, history: Tensor | None) -> Tensor:
         if self.ngram is not None:
