@@ -1,0 +1,134 @@
+"""Even use of experts: the selection bias without a loss, the balance loss with a gradient, and what to report.
+
+LongCat-Flash report (arXiv 2509.01322), equations (2) to (5). The bias steers which experts are chosen; the loss moves
+router probability between groups of experts, of which the identity experts are one, so that a token uses `target_real`
+real experts on average.
+
+Dimension key
+    T tokens    E real experts    Z identity experts    K experts a token    G groups of real experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from longcat_model.config import Experts
+from longcat_model.sequence import Inputs
+
+MODALITIES = ("text", "visual", "audio")
+
+
+def expert_counts(ids: Tensor, experts: Experts) -> Tensor:
+    """How often each expert was chosen.
+
+    Args:
+        ids: [T, K] int64; -1 is no choice.
+
+    Returns:
+        int64 [E + Z].
+    """
+    chosen_R = ids.flatten()
+    return torch.bincount(chosen_R[chosen_R >= 0], minlength=experts.real + experts.zero)
+
+
+def balance_loss(router_logits: Tensor, ids: Tensor, experts: Experts, *, groups: int | None = None) -> Tensor:
+    """Mean router probability of each group times its share of choices, summed over groups: equations (3) to (5).
+
+    A group of real experts has the share f = G / (K_e T) * choices, the identity experts 1 / ((K - K_e) T) * choices,
+    with K_e = `target_real`. At the wanted use every share is 1 and the loss is 1. The gradient flows through the
+    probabilities alone; choices are counts.
+
+    Args:
+        router_logits: [T, E + Z].
+        ids: [T, K] int64, the experts chosen.
+        groups: G, which must divide E; None: every real expert is a group. The report's groups are devices.
+
+    Returns:
+        float32 [].
+    """
+    groups = groups or experts.real
+    if experts.real % groups:
+        raise ValueError(f"balance_loss: groups must divide {experts.real} experts, got {groups}")
+    tokens = max(router_logits.shape[0], 1)
+    mass_E = router_logits.float().softmax(-1).sum(0) / tokens
+    counts_E = expert_counts(ids, experts).float() / tokens
+    mass_G, counts_G = (x[: experts.real].view(groups, -1).sum(-1) for x in (mass_E, counts_E))
+    loss = (counts_G * mass_G).sum() * (groups / experts.target_real)
+    if experts.zero and experts.top_k > experts.target_real:
+        zero = counts_E[experts.real :].sum() * mass_E[experts.real :].sum()
+        loss = loss + zero / (experts.top_k - experts.target_real)
+    return loss
+
+
+def bias_rate(step: int, *, first: float = 0.1, last: float = 0.01, half_life: int = 1000) -> float:
+    """Rate of the bias update: halves every `half_life` steps down to `last` (released fine-tuning code)."""
+    return float(max(first * 0.5 ** (step // half_life), last))
+
+
+@torch.no_grad()
+def update_bias(bias: Tensor, counts: Tensor, experts: Experts, rate: float) -> None:
+    """Moves the bias towards the wanted use, equation (2): rate * (K_e / (K E) - choices / all choices).
+
+    Args:
+        bias: [E + Z], changed in place; the identity experts' entries stay.
+        counts: [E + Z] choices in the global batch; without any, nothing changes.
+    """
+    total = counts.sum()
+    wanted = experts.target_real / (experts.top_k * experts.real)
+    observed_E = counts[: experts.real] / total.clamp(min=1)
+    bias[: experts.real] += torch.where(total > 0, rate * (wanted - observed_E), 0.0).to(bias)
+
+
+class Balancer:
+    """Counts choices between updates of every layer's selection bias.
+
+    Args:
+        model: its `e_score_correction_bias` buffers, in order, are the layers' biases.
+        experts: sizes and the wanted use.
+
+    Example: `loss(model, batch, balancer=balancer)` observes; a stage's `after_step=balancer.step` updates.
+    """
+
+    def __init__(self, model: nn.Module, experts: Experts) -> None:
+        named = (*model.named_buffers(), *model.named_parameters())
+        self.biases = [bias for name, bias in named if name.endswith("e_score_correction_bias")]
+        self.experts = experts
+        self.counts = [torch.zeros_like(bias, dtype=torch.int64) for bias in self.biases]
+
+    def observe(self, expert_ids: Sequence[Tensor]) -> None:
+        """Adds the choices of one batch: [T, K] a layer, without padding."""
+        if len(expert_ids) != len(self.biases):
+            raise ValueError(f"Balancer: expert_ids must have {len(self.biases)} layers, got {len(expert_ids)}")
+        for count_E, ids in zip(self.counts, expert_ids, strict=True):
+            count_E += expert_counts(ids, self.experts)
+
+    def step(self, step: int) -> None:
+        """Updates every bias from the counts since the last update, and forgets them."""
+        for bias, count_E in zip(self.biases, self.counts, strict=True):
+            update_bias(bias, count_E, self.experts, bias_rate(step))
+            count_E.zero_()
+
+
+def modality_masks(inputs: Inputs) -> dict[str, Tensor]:
+    """Which positions are text, visual or audio, [B, S] bool each; padding is none of them.
+
+    A position that carries an audio frame is audio, whether a transcript goes with it or not.
+    """
+    visual, audio = inputs.visual[..., 0] >= 0, inputs.audio[..., 0] >= 0
+    return {"text": (inputs.documents >= 0) & ~visual & ~audio, "visual": visual, "audio": audio}
+
+
+def expert_usage(expert_ids: Sequence[Tensor], inputs: Inputs, experts: Experts) -> Tensor:
+    """Choices per layer, modality (in the order of `MODALITIES`) and expert.
+
+    Args:
+        expert_ids: [B * S, K] a layer.
+
+    Returns:
+        int64 [layers, 3, E + Z].
+    """
+    masks = [modality_masks(inputs)[name].flatten() for name in MODALITIES]
+    return torch.stack([torch.stack([expert_counts(ids[mask], experts) for mask in masks]) for ids in expert_ids])
