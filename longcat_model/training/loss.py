@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longcat_model.model import LongcatNext
-from longcat_model.sequence import IGNORE, Batch
+from longcat_model.sequence import IGNORE, NONE, Batch
 from longcat_model.training.balance import Balancer, balance_loss
 
 
@@ -105,8 +105,8 @@ def _depth_loss(
         "visual": (model.visual_head, model.visual_tables),
         "audio": (model.audio_head, model.audio_tables),
     }[modality]
-    # A level without a loss still needs a code to embed; no supervised level of its row reads it.
-    levels = head.logits(hidden_ND[supervised], labels_NL.masked_fill(labels_NL == IGNORE, 0), tables())
+    # A level without a loss adds nothing to what later levels see; none of those has a loss either.
+    levels = head.logits(hidden_ND[supervised], labels_NL.clamp(min=NONE), tables())
     entropies, right, labels_count = [], [], []
     for level, logits in enumerate(levels):
         labels = labels_NL[:, level]
