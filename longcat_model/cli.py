@@ -109,9 +109,20 @@ class Generate:
     """Same seed, same result."""
 
     def __call__(self) -> None:
-        from longcat_model.demo import tasks
+        from longcat_model.demo.generate import Request, generate
+        from longcat_model.generation import Sampling
 
-        print(tasks.generate(self))
+        sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+        request = Request(
+            task=self.task,
+            subject=self.subject,
+            run=self.run,
+            out=self.out,
+            mode=self.mode,
+            sampling=sampling,
+            guidance=self.guidance,
+        )
+        print(generate(request))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,234 @@
+"""`longcat demo`: data, tokenizers, language model, evaluation, report; every finished step is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longcat_model import presets
+from longcat_model.demo import digits, espeak, evaluate, language, speech
+from longcat_model.demo.evaluate import Result
+from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, sections
+from longcat_model.demo.report import render
+from longcat_model.demo.settings import Settings
+from longcat_model.demo.speech_judge import SpeechJudge
+from longcat_model.demo.tasks import Tasks
+from longcat_model.demo.workspace import Workspace, commit, write_text
+from longcat_model.generation import Sampling
+from longcat_model.system import System
+from longcat_model.training import audio_stages, model_stages, vision_stages
+from longcat_model.training.loop import Row, Stage, train
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is learned from and what is held out."""
+
+    scans: digits.Scans
+    held_out_scans: digits.Scans
+    speech: speech.Speech
+
+
+def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: int) -> None:
+    """Trains and evaluates the demo model in `out`, or goes on with it, and writes report.html and report.json.
+
+    Raises:
+        ValueError: `out` holds a run with other settings, or `speech_dir` is no data set of spoken digits.
+    """
+    settings = Settings.small() if smoke else Settings()
+    described = dataclasses.asdict(settings) | {"seed": seed, "speech_dir": str(speech_dir) if speech_dir else None}
+    workspace = Workspace(out, described, fresh=fresh)
+    with workspace.timed("data"):
+        data = load_data(workspace.directory, settings, speech_dir)
+    torch.manual_seed(seed)
+    system = System.create(presets.demo())
+    curves = train_tokenizers(workspace, system, data, settings, seed)
+    pools = tokenize(workspace, system, data, settings, seed)
+    curves |= train_language(workspace, system, pools, settings, seed)
+    system.save(workspace.directory)
+    results = evaluate_tasks(workspace, system, data, settings, seed)
+    goals = GOALS if speech_dir is None else GOALS | REAL_SPEECH_GOALS
+    finish(workspace, system, data, pools, curves, results, goals)
+
+
+def load_data(directory: Path, settings: Settings, speech_dir: Path | None) -> Data:
+    """Scans from scikit-learn; speech from `speech_dir`, or synthesized under `directory`."""
+    scans, held_out = digits.load_scans()
+    if speech_dir is not None:
+        return Data(scans, held_out, speech.load(speech_dir))
+    voices = espeak.SpeechSet(voices=espeak.TRAIN_VOICES[: settings.speech_voices], takes=settings.speech_takes)
+    with language.counter("synthesize speech", "clip") as update:
+        espeak.synthesize(directory / "speech", voices, progress=update)
+    unseen = [espeak.speaker_name(voice) for voice in voices.held_out_voices]
+    return Data(scans, held_out, speech.load(directory / "speech", held_out_speakers=unseen))
+
+
+def train_tokenizers(
+    workspace: Workspace, system: System, data: Data, settings: Settings, seed: int
+) -> dict[str, list[Row]]:
+    """Vision, then audio; returns every stage's metrics."""
+    torch.manual_seed(seed + 1)
+    stages = [*vision(system, data, settings, seed), *audio(system, data, settings, seed)]
+    return {stage.name: run_stage(workspace, stage, seed) for stage in stages}
+
+
+def vision(system: System, data: Data, settings: Settings, seed: int) -> Sequence[Stage]:
+    answerer = digits.answerer(system.vision)
+
+    def source(step: int, count: int) -> vision_stages.Pictures:
+        numbers = digits.training_numbers(data.scans, count=count, seed=seed, step=step)
+        return vision_stages.Pictures(numbers.images, digits.answers(numbers))
+
+    return vision_stages.vision_stages(system.vision, answerer, source, settings.vision)
+
+
+def audio(system: System, data: Data, settings: Settings, seed: int) -> Sequence[Stage]:
+    composer = speech.Composer(data.speech.train)
+
+    def source(step: int) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+        spoken = composer.numbers(seed=seed, step=step, count=settings.audio.clips)
+        return [number.waveform for number in spoken], [number.digits for number in spoken]
+
+    return audio_stages.audio_stages(system.audio, source, settings.audio)
+
+
+def run_stage(workspace: Workspace, stage: Stage, seed: int) -> list[Row]:
+    with workspace.timed(stage.name):
+        return train(stage, workspace.directory / "stages", seed=seed)
+
+
+def tokenize(
+    workspace: Workspace, system: System, data: Data, settings: Settings, seed: int
+) -> dict[str, language.Pool]:
+    """The language model's training numbers as codes."""
+    system.vision.eval(), system.audio.eval()
+    sizes = settings.language
+    pictures = workspace.once(
+        "tokens_pictures",
+        lambda: language.picture_pool(system, data.scans, count=sizes.pictures, seed=seed + 2).as_dict(),
+    )
+    utterances = workspace.once(
+        "tokens_utterances",
+        lambda: language.utterance_pool(system, data.speech.train, count=sizes.utterances, seed=seed + 3).as_dict(),
+    )
+    return {"pictures": language.Pool(**pictures), "utterances": language.Pool(**utterances)}
+
+
+def train_language(
+    workspace: Workspace, system: System, pools: dict[str, language.Pool], settings: Settings, seed: int
+) -> dict[str, list[Row]]:
+    """Pre-Align, then all; returns both stages' metrics."""
+    sizes = settings.language
+    batch = language.training_batches(
+        Tasks.of(system.model.ids, system.text),
+        **pools,
+        documents=sizes.documents,
+        row_length=sizes.row_length,
+        seed=seed,
+    )
+    stages = (
+        model_stages.pre_align(system.model, batch, steps=sizes.pre_align_steps, learning_rate=sizes.pre_align_rate),
+        model_stages.joint(
+            system.model, batch, steps=sizes.joint_steps, learning_rate=sizes.joint_rate, weights=sizes.weights
+        ),
+    )
+    return {stage.name: run_stage(workspace, stage, seed) for stage in stages}
+
+
+def evaluate_tasks(
+    workspace: Workspace, system: System, data: Data, settings: Settings, seed: int
+) -> dict[str, Result]:
+    """Every task on held-out data; keys as in `GOALS`, and a few more."""
+    for module in system.parts().values():
+        module.eval()
+    tasks = Tasks.of(system.model.ids, system.text)
+    sizes = settings.evaluation
+    sampling = Sampling(temperature=sizes.temperature, top_p=sizes.top_p, seed=seed)
+    asked = [str(i % 10) for i in range(sizes.digits)]
+    plain = speech.Composer(data.speech.takes, speech.Variation.none())
+    numbers = digits.test_numbers(data.held_out_scans, count=sizes.numbers, seed=seed)
+
+    def painted() -> Result:
+        judge = digits.Judge(data.scans)
+        images = evaluate.paint(system, tasks, asked, sampling, sizes.guidance)
+        return evaluate.judge_painting(images, asked, judge, judge.score(data.held_out_scans))
+
+    def said() -> dict[str, Result]:
+        judge = SpeechJudge.fit(data.speech.train)
+        takes = data.speech.takes
+        own = judge.accuracy([clip.waveform for clip in takes], [clip.digit for clip in takes])
+        return {
+            f"talk_{mode}": evaluate.judge_speech(evaluate.say(system, tasks, asked, mode, sampling), asked, judge, own)
+            for mode in ("serial", "parallel")
+        }
+
+    def heard(clips: Sequence[speech.Clip]) -> Result:
+        return evaluate.hear(system, tasks, evaluate.single_clips(clips, sizes.digits, seed))
+
+    steps: dict[str, Callable[[], dict[str, Result]]] = {
+        "see": lambda: {
+            "see_digits": evaluate.see(system, tasks, digits.single_digits(data.held_out_scans)),
+            "see_numbers": evaluate.see(system, tasks, numbers),
+        },
+        "paint": lambda: {"paint_digits": painted()},
+        "hear": lambda: (
+            {
+                "hear_digits": heard(data.speech.takes),
+                "hear_numbers": evaluate.hear(system, tasks, plain.numbers(seed=seed, step=0, count=sizes.numbers)),
+            }
+            | ({"hear_new_voices": heard(data.speech.speakers)} if data.speech.speakers else {})
+        ),
+        "talk": said,
+    }
+    results: dict[str, Result] = {}
+    for name, step in steps.items():
+        print(f"evaluate: {name}", flush=True)
+        found = workspace.once(f"evaluate_{name}", lambda step=step: {k: r.as_dict() for k, r in step().items()})
+        results |= {key: Result(**fields) for key, fields in found.items()}
+    return results
+
+
+def finish(
+    workspace: Workspace,
+    system: System,
+    data: Data,
+    pools: dict[str, language.Pool],
+    curves: dict[str, list[Row]],
+    results: dict[str, Result],
+    goals: dict[str, tuple[str, float]],
+) -> None:
+    """Writes report.json and report.html, prints the table and the report's path."""
+    scores = {name: {"value": r.value, "n": len(r.expected), "judge": r.judge} for name, r in results.items()}
+    with workspace.timed("report"):
+        content = sections(system, data.held_out_scans, data.speech.takes, pools, curves, results)
+    summary: dict[str, Any] = scores | {
+        "seconds": workspace.seconds(),
+        "peak_rss_bytes": workspace.peak_rss_bytes(),
+        "settings": workspace.settings,
+        "commit": commit(),
+    }
+    workspace.write("report.json", summary)
+    page = render(summary, goals, content, system.config.audio.encoder.sample_rate)
+    write_text(workspace.directory / "report.html", page)
+    print(table(summary, goals))
+    print(f"report: {workspace.directory / 'report.html'}")
+
+
+def table(summary: dict[str, Any], goals: dict[str, tuple[str, float]]) -> str:
+    """The scores beside their goals, as text."""
+    lines = [f"{'task':<14} {'score':>7} {'goal':>6} {'n':>5} {'judge':>7}  judged by"]
+    for name, (what, goal) in goals.items():
+        score = summary[name]
+        judge = "" if score["judge"] is None else f"{score['judge']:.1%}"
+        lines.append(f"{name:<14} {score['value']:>7.1%} {goal:>6.0%} {score['n']:>5} {judge:>7}  {what}")
+    minutes = sum(summary["seconds"].values()) / 60
+    lines.append(f"{minutes:.1f} minutes, peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB")
+    if summary["settings"]["smoke"]:
+        lines.append("smoke run: a few steps a stage; the scores mean nothing")
+    return "\n".join(lines)
