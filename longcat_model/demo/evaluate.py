@@ -18,7 +18,6 @@ from longcat_model.demo.speech_judge import SpeechJudge
 from longcat_model.demo.tasks import Tasks
 from longcat_model.generation import GREEDY, Sampling, generate_image, generate_speech, generate_text
 from longcat_model.system import System
-from longcat_model.vocabulary import EOS
 
 LONGEST_ANSWER = 8  # ids of a transcription
 LONGEST_SPEECH = 40  # frames: 3.2 s
@@ -67,7 +66,15 @@ def paint(system: System, tasks: Tasks, numbers: Sequence[str], sampling: Sampli
     """Pictures of numbers of equal length, each [3, H, W] in [0, 1]."""
     height, width = (side // system.vision.sizes.cell for side in (digits.SIDE, digits.SIDE * len(numbers[0])))
     prompts = [tasks.paint_prompt(number) for number in numbers]
-    codes = generate_image(system.model, prompts, height=height, width=width, sampling=sampling, guidance=guidance)
+    codes = generate_image(
+        system.model,
+        prompts,
+        layout=tasks.layout,
+        height=height,
+        width=width,
+        sampling=sampling,
+        guidance=guidance,
+    )
     return system.vision.decode(list(codes), seed=sampling.seed)
 
 
@@ -75,7 +82,7 @@ def say(system: System, tasks: Tasks, numbers: Sequence[str], mode: str, samplin
     """Speech for numbers, each [samples]; `mode` is serial or parallel."""
     prompts = [tasks.say_prompt(number) for number in numbers]
     spoken = generate_speech(system.model, prompts, mode=mode, sampling=sampling, max_frames=LONGEST_SPEECH)
-    return system.audio.decode([codes for _, codes in spoken], seed=sampling.seed)
+    return system.audio.decode([speech.codes for speech in spoken], seed=sampling.seed)
 
 
 def judge_painting(images: Sequence[Tensor], expected: Sequence[str], judge: digits.Judge, own: float) -> Result:
@@ -103,4 +110,4 @@ def single_clips(clips: Sequence[Clip], count: int, seed: int) -> list[Spoken]:
 
 
 def _texts(tasks: Tasks, answers: Sequence[Sequence[int]]) -> list[str]:
-    return [tasks.text.decode(i for i in ids if i != EOS) for ids in answers]
+    return [tasks.text.decode(ids) for ids in answers]

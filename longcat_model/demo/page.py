@@ -90,7 +90,7 @@ def speech_levels(system: System, clips: Sequence[Clip], count: int = 3) -> Sect
     waveforms = [clip.waveform for clip in chosen]
     codes = system.audio.encode(waveforms)
     samples = [Sample(f"{clip.digit}:", "original", None, speech=clip.waveform) for clip in chosen]
-    mels = {"original": system.audio.log_mel(waveforms[0])}
+    mels = {"original": system.audio.mels(waveforms[:1]).log_mel[0]}
     for name, levels in _prefixes(len(system.config.audio.quantizer.sizes)).items():
         spoken = system.audio.decode(codes, levels=levels)
         samples += [Sample(f"{c.digit}:", name, None, speech=s) for c, s in zip(chosen, spoken, strict=True)]

@@ -133,11 +133,11 @@ def bars(values: dict[str, Sequence[float]], *, title: str, x: str, y: str) -> F
 
 
 def spectrograms(mels: dict[str, Tensor]) -> Figure:
-    """Log-mel spectrograms [frames, bands] side by side."""
+    """Log-mel spectrograms [bands, frames] side by side."""
     figure = Figure(figsize=(3 * len(mels), 2.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(mels), sharey=True))
     for axis, (name, mel) in zip(axes, mels.items(), strict=True):
-        axis.imshow(mel.T.numpy(), origin="lower", aspect="auto", cmap="magma")
+        axis.imshow(mel.numpy(), origin="lower", aspect="auto", cmap="magma")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("frame of 10 ms", fontsize=8)
     axes[0].set_ylabel("mel band", fontsize=8)
