@@ -2,9 +2,10 @@
 
 The module `reference/<op>.py` is the op's specification. It holds
     <op>(...)                  the definition in plain torch, differentiable, at whatever precision its inputs have;
-                               its parameters are those of the schema, without `backend`, and it returns a tuple
+                               its parameters are those of the schema, which ends with `str backend`, without that
+                               one, and it returns the results as a tuple
     Case                       a frozen dataclass: one problem size
-    EDGE, MODEL                tuples of `Case`: every corner; the sizes of the real model
+    EDGE, MODEL                tuples of `Case`: every corner, the last a plain one; the sizes of the real model
     inputs(case, device, seed) the arguments of the public function by name; where one requires grad, the gradient is
                                checked too
     cost(case)                 `Cost` of one call
@@ -51,4 +52,3 @@ class Op:
     run: Callable[..., Any]  # the public function
     impls: dict[str, Impl]  # backend name -> implementation, in order of preference
     spec: ModuleType  # reference/<name>.py
-    mutates: tuple[str, ...] = ()  # arguments of `run` that are written in place

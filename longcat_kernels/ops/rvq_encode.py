@@ -138,7 +138,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _backward(
-    ctx: Any, _codes: None, grad_TD: Tensor | None, _residual: None, grad_L: Tensor | None
+    ctx: Any, grad_TD: Tensor | None, _residual: None, grad_L: Tensor | None, _codes: None
 ) -> tuple[Any, ...]:
     x_TD, codes_TL, *codebooks = ctx.saved_tensors
     grad_x_TD = _op_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, ctx.residual_dtype)

@@ -1,0 +1,52 @@
+"""Shared by all tests: outputs nobody wrote are NaN, and what a machine could not run is listed at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes uninitialised memory show: floats are NaN, integers far out of range, booleans True."""
+
+    def poison(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = function(*args, **kwargs)
+            if isinstance(tensor, FakeTensor) or tensor.is_meta:
+                return tensor
+            if tensor.is_floating_point():
+                return tensor.fill_(torch.nan)
+            return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min)
+
+        return filled
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def threads() -> Any:
+    """Sets torch's thread count for one test: `threads(2)`."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Lists the implementations that did not run here, each once with its reason."""
+    reasons = sorted({report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])})
+    if reasons:
+        terminalreporter.section("not run on this machine")
+        for reason in reasons:
+            terminalreporter.line(reason)
