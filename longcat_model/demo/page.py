@@ -11,7 +11,7 @@ from torch import Tensor
 from longcat_model.demo import digits
 from longcat_model.demo.evaluate import Result
 from longcat_model.demo.language import Pool, training_batches
-from longcat_model.demo.report import Sample, Section, bars, loss_curves, spectrograms
+from longcat_model.demo.report import Sample, Section, bars, loss_curves, overview, spectrograms
 from longcat_model.demo.speech import Clip
 from longcat_model.demo.tasks import Tasks
 from longcat_model.system import System
@@ -59,6 +59,18 @@ def _pictures(result: Result, verb: str) -> list[Sample]:
 def _speech(result: Result, verb: str) -> list[Sample]:
     shown = zip(result.expected, result.got, result.right, result.speech, strict=False)
     return [Sample(f"{want}: {verb}", got, right, speech=speech) for want, got, right, speech in shown]
+
+
+def picture(results: dict[str, Result], count: int = 6) -> Figure:
+    """The four tasks at a glance."""
+    return overview(
+        {
+            "sees": _pictures(results["see_numbers"], "reads")[:count],
+            "paints": _pictures(results["paint_digits"], "looks like")[:count],
+            "hears": _speech(results["hear_numbers"], "hears")[:count],
+            "talks": _speech(results["talk_serial"], "sounds like")[:count],
+        }
+    )
 
 
 def _prefixes(levels: int) -> dict[str, int]:

@@ -132,6 +132,24 @@ def bars(values: dict[str, Sequence[float]], *, title: str, x: str, y: str) -> F
     return figure
 
 
+def overview(rows: dict[str, Sequence[Sample]]) -> Figure:
+    """One picture of the whole: a row of samples a task, images as they are, speech as its waveform."""
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(1.5 * columns, 1.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, samples) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set_axis_off()
+        line[0].set_title(name, loc="left", fontsize=11, fontweight="bold", pad=20)
+        for axis, sample in zip(line, samples, strict=False):
+            axis.text(0.5, 1.04, f"{sample.prompt} {sample.answer}", ha="center", fontsize=8, transform=axis.transAxes)
+            if sample.image is not None:
+                axis.imshow(sample.image.permute(1, 2, 0).clamp(0, 1).numpy())
+            elif sample.speech is not None:
+                axis.plot(sample.speech.numpy(), linewidth=0.4)
+    return figure
+
+
 def spectrograms(mels: dict[str, Tensor]) -> Figure:
     """Log-mel spectrograms [bands, frames] side by side."""
     figure = Figure(figsize=(3 * len(mels), 2.4), layout="constrained")

@@ -14,7 +14,7 @@ from torch import Tensor
 from longcat_model import presets
 from longcat_model.demo import digits, espeak, evaluate, language, speech
 from longcat_model.demo.evaluate import Result
-from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, sections
+from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, picture, sections
 from longcat_model.demo.report import render
 from longcat_model.demo.settings import Settings
 from longcat_model.demo.speech_judge import SpeechJudge
@@ -207,6 +207,7 @@ def finish(
     scores = {name: {"value": r.value, "n": len(r.expected), "judge": r.judge} for name, r in results.items()}
     with workspace.timed("report"):
         content = sections(system, data.held_out_scans, data.speech.takes, pools, curves, results)
+        picture(results).savefig(workspace.directory / "report.png", dpi=110, bbox_inches="tight")
     summary: dict[str, Any] = scores | {
         "seconds": workspace.seconds(),
         "peak_rss_bytes": workspace.peak_rss_bytes(),

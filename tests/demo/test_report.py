@@ -1,0 +1,61 @@
+"""The report: self-contained, escaped, with every score; media survive the trip into data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import wave
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from longcat_model.demo.page import GOALS, psnr
+from longcat_model.demo.report import Sample, Section, bars, image_uri, loss_curves, render, spectrograms, speech_uri
+
+
+def decoded(uri: str) -> io.BytesIO:
+    return io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))
+
+
+def test_page_is_self_contained_and_shows_every_score() -> None:
+    results = {name: {"value": 0.5 + i / 100, "n": 7 + i, "judge": None} for i, name in enumerate(GOALS)}
+    results |= {"seconds": {"stage": 1.5}, "peak_rss_bytes": 10**9, "settings": {"smoke": False}, "commit": None}
+    rows = [{"step": float(i), "loss": 1.0 / (i + 1)} for i in range(40)]
+    figures = [
+        loss_curves({"a": rows, "b": rows[:3]}),
+        bars({"x": [0.5, 1.0]}, title="t", x="level", y="share"),
+        spectrograms({"m": torch.rand(8, 20)}),
+    ]
+    samples = [Sample("<b>4</b>", "4", True, image=torch.rand(3, 4, 8)), Sample("5", "6", False, speech=torch.zeros(9))]
+    page = render(results, GOALS, [Section("Title", "Text", samples, figures)], 16_000)
+    for i, name in enumerate(GOALS):
+        assert re.search(rf"<td>{name}</td>", page) and f"{50 + i:.1f} %" in page
+    assert "&lt;b&gt;4" in page and "<b>4</b>" not in page
+    assert page.count("data:image/png") == 4 and page.count("data:audio/wav") == 1
+    assert not re.search(r"""(src|href)=["']?(http|//|[\w./]+\.(js|css|png|wav))""", page)
+
+
+def test_image_round_trips() -> None:
+    image = torch.rand(3, 4, 8)
+    picture = np.asarray(Image.open(decoded(image_uri(image, scale=3))))
+    assert picture.shape == (12, 24, 3)
+    got = torch.from_numpy(picture[::3, ::3].copy()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(got, image, rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+def test_speech_round_trips() -> None:
+    speech = torch.linspace(-1.5, 1.5, 301)
+    with wave.open(decoded(speech_uri(speech, 8000))) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (8000, 1, 301)
+        got = torch.from_numpy(np.frombuffer(file.readframes(301), "<i2").astype(np.float32)) / 32767
+    torch.testing.assert_close(got, speech.clamp(-1, 1), rtol=0, atol=1 / 32767)
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.01])
+def test_psnr_of_known_noise(noise: float) -> None:
+    assert psnr(torch.full((3, 8, 8), 0.5 + noise), torch.full((3, 8, 8), 0.5)) == pytest.approx(
+        -20 * np.log10(noise), abs=1e-3
+    )

@@ -1,0 +1,62 @@
+"""Image and sound files: round trips, resampling, clear refusals, nothing half-written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from longcat_model.files import read_image, read_speech, write_image, write_speech
+
+
+def test_image_round_trips(tmp_path: Path) -> None:
+    image = torch.rand(3, 8, 16)
+    write_image(tmp_path / "a.png", image)
+    torch.testing.assert_close(read_image(tmp_path / "a.png", 8), image, rtol=0, atol=0.5 / 255 + 1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(("size", "shape"), [((30, 17), (16, 32)), ((3, 2), (8, 8)), ((8, 8), (8, 8))])
+def test_image_sides_become_multiples_of_the_cell(
+    tmp_path: Path, size: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    Image.new("L", size, 128).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", 8)
+    assert image.shape == (3, *shape)
+    torch.testing.assert_close(image, torch.full_like(image, 128 / 255))
+
+
+def test_speech_round_trips_and_resamples(tmp_path: Path) -> None:
+    tone = torch.sin(2 * np.pi * 440 * torch.arange(8000) / 16_000)
+    write_speech(tmp_path / "a.wav", 0.5 * tone, 16_000)
+    torch.testing.assert_close(read_speech(tmp_path / "a.wav", 16_000), 0.5 * tone, rtol=0, atol=1 / 32767)
+    half = read_speech(tmp_path / "a.wav", 8000)
+    assert half.shape == (4000,)
+    peak = torch.fft.rfft(half).abs().argmax()
+    assert float(peak) * 8000 / 4000 == pytest.approx(440, abs=2)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"neither image nor sound"])
+def test_refuses_unreadable_files(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "a.bin"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"image: path must name a readable image, got .*a\.bin"):
+        read_image(path, 8)
+    with pytest.raises(ValueError, match=r"speech: path must name a readable sound file, got .*a\.bin"):
+        read_speech(path, 16_000)
+
+
+def test_refuses_silence(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
+    with pytest.raises(ValueError, match="silence"):
+        read_speech(tmp_path / "a.wav", 16_000)
+
+
+def test_refuses_a_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="directory must exist"):
+        write_speech(tmp_path / "none" / "a.wav", torch.zeros(4), 16_000)
