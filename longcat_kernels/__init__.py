@@ -6,9 +6,13 @@ behind one signature; `backend="auto"` takes the fastest that can.
 
 from __future__ import annotations
 
+from longcat_kernels.ops.ema_update import ema_update
+from longcat_kernels.ops.rvq_decode import rvq_decode
 from longcat_kernels.ops.rvq_encode import RVQEncoding, rvq_encode
 
 __all__ = [
     "RVQEncoding",
+    "ema_update",
+    "rvq_decode",
     "rvq_encode",
 ]

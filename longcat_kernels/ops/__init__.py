@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
-from longcat_kernels.ops import rvq_encode
+from longcat_kernels.ops import ema_update, rvq_decode, rvq_encode
 
-OPS = (rvq_encode.OP,)
+OPS = (
+    rvq_encode.OP,
+    rvq_decode.OP,
+    ema_update.OP,
+)

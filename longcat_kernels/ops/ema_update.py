@@ -1,0 +1,138 @@
+"""EMA codebook update in place, with Laplace smoothing and restart (LongCat-Next report, equation (4)).
+
+Dimension key
+    N rows    D width    K entries
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longcat_kernels.backends import Impl, choose, reference
+from longcat_kernels.library import check, register
+from longcat_kernels.ops.rvq_encode import DTYPES
+from longcat_kernels.reference import ema_update as spec
+from longcat_kernels.spec import Op
+
+
+def ema_update(
+    embed: Tensor,
+    embed_ema: Tensor,
+    cluster_size_ema: Tensor,
+    vectors: Tensor,
+    codes: Tensor,
+    *,
+    decay: float = 0.99,
+    eps: float = 1e-5,
+    restart_threshold: float = 1.0,
+    seed: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Moves a codebook towards the rows assigned to its entries, and restarts entries that are hardly used.
+
+    The result is the same bits for any thread count and does not depend on the order of rows with different codes.
+
+    Args:
+        embed: [K, D] float32, the codebook.
+        embed_ema: [K, D] float32, moving sum of the rows of each entry.
+        cluster_size_ema: [K] float32, moving count of the rows of each entry.
+        vectors: [N, D] float32, bfloat16 or float16: the residuals that the level was given.
+        codes: [N] int64; a negative code leaves its row out.
+        decay: share of the old statistics that is kept, in [0, 1].
+        eps: Laplace smoothing of the counts, in rows.
+        restart_threshold: entries whose moving count falls below it restart from a row of this batch; 0 turns it off.
+        seed: picks the rows; the rule is `reference.ema_update.restart_rows`. Distinct rows while there are enough.
+        backend: "auto" or the name of an implementation.
+
+    Returns:
+        How many entries restarted, int64 []. Without a usable row the statistics only decay and none restarts.
+
+    Mutates: embed, embed_ema, cluster_size_ema. A restarted entry has its row as both sums, and a count of 1.
+
+    Raises:
+        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
+    """
+    restarted: Tensor = _op(
+        embed, embed_ema, cluster_size_ema, vectors, codes, decay, eps, restart_threshold, seed, backend
+    )
+    return restarted
+
+
+def _check(
+    embed_KD: Tensor, embed_ema_KD: Tensor, cluster_size_ema_K: Tensor, vectors_ND: Tensor, codes_N: Tensor
+) -> None:
+    shape, found = list(embed_KD.shape), f"{embed_KD.dtype} {list(embed_KD.shape)}"
+    fits = embed_KD.ndim == 2 and embed_KD.dtype == torch.float32
+    check(fits, lambda: f"ema_update: embed must be float32 [K, D], got {found}")
+    for name, tensor, dtype, want in (
+        ("embed_ema", embed_ema_KD, torch.float32, shape),
+        ("cluster_size_ema", cluster_size_ema_K, torch.float32, shape[:1]),
+        ("codes", codes_N, torch.int64, list(vectors_ND.shape[:1])),
+    ):
+        if tensor.dtype != dtype or list(tensor.shape) != want:
+            rule = f"{str(dtype).removeprefix('torch.')} {want}"
+            raise ValueError(f"ema_update: {name} must be {rule}, got {tensor.dtype} {list(tensor.shape)}")
+    fits = vectors_ND.ndim == 2 and vectors_ND.shape[1] == shape[1]
+    check(fits, lambda: f"ema_update: vectors must be [N, {shape[1]}], got {list(vectors_ND.shape)}")
+    check(
+        vectors_ND.dtype in DTYPES,
+        lambda: f"ema_update: vectors must be float32, bfloat16 or float16, got {vectors_ND.dtype}",
+    )
+    for tensor in (embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N):
+        check(
+            tensor.device == embed_KD.device,
+            lambda: f"ema_update: all tensors must be on {embed_KD.device} as embed is, got another device",
+        )
+
+
+def _allocate(
+    embed_KD: Tensor,
+    embed_ema_KD: Tensor,
+    cluster_size_ema_K: Tensor,
+    vectors_ND: Tensor,
+    codes_N: Tensor,
+    decay: float,
+    eps: float,
+    restart_threshold: float,
+    seed: int,
+    backend: str,
+) -> Tensor:
+    _check(embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N)
+    check(0 <= decay <= 1, lambda: f"ema_update: decay must be in [0, 1], got {decay}")
+    check(eps >= 0, lambda: f"ema_update: eps must be at least 0, got {eps}")
+    return torch.empty((), dtype=torch.int64, device=embed_KD.device)
+
+
+def _run(
+    embed_KD: Tensor,
+    embed_ema_KD: Tensor,
+    cluster_size_ema_K: Tensor,
+    vectors_ND: Tensor,
+    codes_N: Tensor,
+    decay: float,
+    eps: float,
+    restart_threshold: float,
+    seed: int,
+    backend: str,
+) -> Tensor:
+    inputs = (embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N, decay, eps, restart_threshold, seed)
+    restarted = _allocate(*inputs, backend)
+    if codes_N.device.type == "cpu" and codes_N.numel():
+        largest, entries = int(codes_N.amax()), embed_KD.shape[0]
+        check(largest < entries, lambda: f"ema_update: codes must be below {entries}, got {largest}")
+    choose("ema_update", IMPLS, backend, *inputs).run(*inputs, restarted)
+    return restarted
+
+
+_op = register(
+    "ema_update(Tensor(a!) embed, Tensor(b!) embed_ema, Tensor(c!) cluster_size_ema, Tensor vectors, Tensor codes, "
+    "float decay, float eps, float restart_threshold, SymInt seed, str backend) -> Tensor",
+    _run,
+    _allocate,
+)
+
+IMPLS: dict[str, Impl] = {
+    "reference": reference(spec.ema_update),
+}
+OP = Op("ema_update", ema_update, IMPLS, spec)

@@ -1,0 +1,117 @@
+"""RVQ decode: the sum of the codewords that each row's codes name (SoundStream, arXiv 2107.03312, section III-C).
+
+Dimension key
+    T rows (the leading shape of codes, flattened)    D width    L levels    K entries of one codebook
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longcat_kernels.backends import Impl, choose, reference
+from longcat_kernels.library import check, register
+from longcat_kernels.ops.rvq_encode import check_codebook, level_codebooks
+from longcat_kernels.reference import rvq_decode as spec
+from longcat_kernels.spec import Op
+
+
+def rvq_decode(
+    codes: Tensor, codebooks: Sequence[Tensor] | Tensor, *, levels: int | None = None, backend: str = "auto"
+) -> Tensor:
+    """Sums the codewords that each row's codes name, in float32, from the first level to the last.
+
+    The gradient to the codebooks adds up in row order, so it is the same bits every time.
+
+    Args:
+        codes: [..., L] int64; a negative code adds nothing.
+        codebooks: L tensors [K_l, D] float32, or one that all levels share.
+        levels: use only the first `levels` codes of each row.
+        backend: "auto" or the name of an implementation.
+
+    Returns:
+        [..., D] float32.
+
+    Raises:
+        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
+
+    Example:
+        >>> rvq_decode(torch.tensor([[1, 0], [0, -1]]), [torch.tensor([[1.0], [3.0]]), torch.tensor([[0.5]])]).tolist()
+        [[3.5], [1.0]]
+    """
+    check(codes.dtype == torch.int64, lambda: f"rvq_decode: codes must be int64, got {codes.dtype}")
+    found = codes.shape[-1] if codes.ndim else 0
+    if levels is None and isinstance(codebooks, Tensor):
+        levels = found
+    books = level_codebooks("rvq_decode", codebooks, levels)
+    fits = found == len(books) if levels is None else found >= len(books)
+    check(fits, lambda: f"rvq_decode: codes must be [..., {len(books)}], got {list(codes.shape)}")
+    rows_TL = codes[..., : len(books)].reshape(-1, len(books))
+    out_TD: Tensor = _op(rows_TL, books, backend)
+    return out_TD.view(*codes.shape[:-1], out_TD.shape[1])
+
+
+def _allocate(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor:
+    width = codebooks[0].shape[-1]
+    for codebook_KD in codebooks:
+        check_codebook("rvq_decode", codebook_KD, width, codes_TL.device)
+    return torch.empty(codes_TL.shape[0], width, dtype=torch.float32, device=codes_TL.device)
+
+
+def _run(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor:
+    out_TD = _allocate(codes_TL, codebooks, backend)
+    if codes_TL.device.type == "cpu" and codes_TL.numel():
+        _check_codes(codes_TL, codebooks)
+    choose("rvq_decode", IMPLS, backend, codes_TL, codebooks).run(codes_TL, codebooks, out_TD)
+    return out_TD
+
+
+def _check_codes(codes_TL: Tensor, codebooks: list[Tensor]) -> None:
+    """Only where reading the codes costs no synchronisation; elsewhere the device's own index check stands."""
+    for level, (largest, codebook_KD) in enumerate(zip(codes_TL.amax(0).tolist(), codebooks, strict=True)):
+        entries = codebook_KD.shape[0]
+        if largest >= entries:
+            raise ValueError(f"rvq_decode: codes must be below {entries} at level {level}, got {largest}")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    codes_TL, codebooks, _backend = inputs
+    ctx.entries = [codebook_KD.shape[0] for codebook_KD in codebooks]
+    ctx.save_for_backward(codes_TL)
+
+
+def _backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
+    (codes_TL,) = ctx.saved_tensors
+    return None, list(_op_backward(grad_TD, codes_TL, ctx.entries)), None
+
+
+def _allocate_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> list[Tensor]:
+    return [torch.empty(k, grad_TD.shape[1], dtype=grad_TD.dtype, device=grad_TD.device) for k in entries]
+
+
+def _run_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> list[Tensor]:
+    grads = _allocate_backward(grad_TD, codes_TL, entries)
+    for codes_T, grad_KD in zip(codes_TL.unbind(1), grads, strict=True):
+        kept_T = codes_T >= 0
+        grad_KD.zero_().index_put_((codes_T[kept_T],), grad_TD[kept_T], accumulate=True)
+    return grads
+
+
+_op_backward = register(
+    "rvq_decode_backward(Tensor grad, Tensor codes, SymInt[] entries) -> Tensor[]", _run_backward, _allocate_backward
+)
+_op = register(
+    "rvq_decode(Tensor codes, Tensor[] codebooks, str backend) -> Tensor",
+    _run,
+    _allocate,
+    save=_save,
+    backward=_backward,
+)
+
+IMPLS: dict[str, Impl] = {
+    "reference": reference(spec.rvq_decode),
+}
+OP = Op("rvq_decode", rvq_decode, IMPLS, spec)
