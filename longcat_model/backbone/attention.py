@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from longcat_model import config
 from longcat_model.backbone.cache import Cache
+from longcat_model.backbone.norm import RMSNorm
 
 LOW_RANK_EPS = 1e-6  # the released low-rank norms keep their class's default instead of the model's 1e-5
 
@@ -28,7 +29,7 @@ LOW_RANK_EPS = 1e-6  # the released low-rank norms keep their class's default in
 class Context:
     """What every sub-block of one forward shares: made once by `Context.of`."""
 
-    rotary: tuple[Tensor, Tensor]  # cos and sin [S, P] float32 of the new positions
+    rotary: Tensor  # [S, P] complex64 turns of the new positions
     mask: Tensor | None  # [B or 1, 1, S, T] bool, True where a position may read; None: see is_causal
     is_causal: bool  # plain causal attention over the new positions alone
     cache: Cache | None
@@ -42,7 +43,7 @@ class Context:
         """
         batch, new = embeddings.shape[:2]
         start = 0 if cache is None else cache.length
-        rotary = rotary_tables(sizes, torch.arange(start, start + new, device=embeddings.device))
+        rotary = rotary_table(sizes, torch.arange(start, start + new, device=embeddings.device))
         if documents is None and cache is None:
             return cls(rotary, None, True, None)
         if documents is None:
@@ -51,20 +52,20 @@ class Context:
         return cls(rotary, block_causal_mask(documents, seen), False, cache)
 
 
-def rotary_tables(sizes: config.Attention, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, P] of positions [S], float32 like the released tables: pair i turns theta^(-i/P) a position."""
+def rotary_table(sizes: config.Attention, positions: Tensor) -> Tensor:
+    """The turns [S, P] of positions [S] as complex64 numbers of size 1: pair i turns by theta^(-i/P) a position.
+
+    Angles are float32, as in the released code.
+    """
     exponents = torch.arange(0, sizes.rope_dim, 2, dtype=torch.float32, device=positions.device) / sizes.rope_dim
     angles_SP = positions[:, None].float() * (1.0 / sizes.rope_theta**exponents)
-    return angles_SP.cos(), angles_SP.sin()
+    return torch.polar(torch.ones_like(angles_SP), angles_SP)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the interleaved pairs (x0, x1), (x2, x3), ... of x [..., 2P]; the result holds first all evens, then odds.
-
-    The order of channels is the same in queries and keys, so their products do not see it. Computes in float32.
-    """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1).to(x.dtype)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turns the interleaved pairs (x0, x1), (x2, x3), ... of x [..., 2P] as complex numbers, at least in float32."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(precise) * turns).flatten(-2).to(x.dtype)
 
 
 def block_causal_mask(documents: Tensor, seen: Tensor) -> Tensor:
@@ -81,24 +82,25 @@ class LatentAttention(nn.Module):
     """One attention sub-block; parameter names are the released ones.
 
     Raises:
-        ValueError: rope_dim is odd, or value_dim exceeds the query channels of a head.
+        ValueError: rope_dim, nope_dim or kv_rank is odd, or value_dim exceeds the query channels of a head.
     """
 
     def __init__(self, hidden: int, sizes: config.Attention, sub_block: int) -> None:
         super().__init__()
         query_dim = sizes.nope_dim + sizes.rope_dim
-        if sizes.rope_dim % 2:
-            raise ValueError(f"LatentAttention: rope_dim must be even, got {sizes.rope_dim}")
+        for name in ("rope_dim", "nope_dim", "kv_rank"):  # rotary pairs start at even channels
+            if getattr(sizes, name) % 2:
+                raise ValueError(f"LatentAttention: {name} must be even, got {getattr(sizes, name)}")
         if sizes.value_dim > query_dim:
             raise ValueError(
                 f"LatentAttention: value_dim must be at most nope_dim + rope_dim = {query_dim}, got {sizes.value_dim}"
             )
         self.sizes, self.sub_block = sizes, sub_block
         self.q_a_proj = nn.Linear(hidden, sizes.q_rank, bias=False)
-        self.q_a_layernorm = nn.RMSNorm(sizes.q_rank, eps=LOW_RANK_EPS)
+        self.q_a_layernorm = RMSNorm(sizes.q_rank, eps=LOW_RANK_EPS)
         self.q_b_proj = nn.Linear(sizes.q_rank, sizes.heads * query_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, sizes.kv_rank + sizes.rope_dim, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(sizes.kv_rank, eps=LOW_RANK_EPS)
+        self.kv_a_layernorm = RMSNorm(sizes.kv_rank, eps=LOW_RANK_EPS)
         self.kv_b_proj = nn.Linear(sizes.kv_rank, sizes.heads * (sizes.nope_dim + sizes.value_dim), bias=False)
         self.o_proj = nn.Linear(sizes.heads * sizes.value_dim, hidden, bias=False)
         # The query's correction scales both of its parts, so it moves into the softmax scale.
@@ -119,14 +121,13 @@ class LatentAttention(nn.Module):
     def _queries(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Returns the parts [B, S, H, N] and [B, S, H, 2P], the second one rotated."""
         q_BSHC = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (self.sizes.heads, -1))
-        cos_SP, sin_SP = context.rotary
         q_nope, q_rope = q_BSHC.split([self.sizes.nope_dim, self.sizes.rope_dim], -1)
-        return q_nope, rotate(q_rope, cos_SP[:, None], sin_SP[:, None])
+        return q_nope, rotate(q_rope, context.rotary[:, None])
 
     def _latents(self, x: Tensor, context: Context) -> Tensor:
         """Returns [B, S, R]: the normalised and scaled latent, then the rotated key that all heads share."""
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.sizes.kv_rank, self.sizes.rope_dim], -1)
-        return torch.cat([self.kv_a_layernorm(latent) * self.latent_scale, rotate(k_rope, *context.rotary)], -1)
+        return torch.cat([self.kv_a_layernorm(latent) * self.latent_scale, rotate(k_rope, context.rotary)], -1)
 
     def _absorbing_is_cheaper(self, new: int, total: int) -> bool:
         """Compares multiplications a head: the expansion's and the attention's, either way."""

@@ -14,6 +14,7 @@ from longcat_model import config
 from longcat_model.backbone.attention import Context
 from longcat_model.backbone.cache import Cache
 from longcat_model.backbone.moe import ShortcutLayer
+from longcat_model.backbone.norm import RMSNorm
 
 RESIDUAL_WRITERS = ("o_proj.weight", "down_proj.weight", "down")  # a layer has five: two attentions, three networks
 
@@ -35,7 +36,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.layers = nn.ModuleList(ShortcutLayer(sizes, index) for index in range(sizes.layers))
-        self.norm = nn.RMSNorm(sizes.hidden, eps=sizes.norm_eps)
+        self.norm = RMSNorm(sizes.hidden, eps=sizes.norm_eps)
         self._initialize()
 
     def _initialize(self) -> None:

@@ -19,6 +19,7 @@ from longcat_kernels.modules import MoE
 from longcat_model import config
 from longcat_model.backbone.attention import Context, LatentAttention
 from longcat_model.backbone.feedforward import SwiGLU
+from longcat_model.backbone.norm import RMSNorm
 
 
 class ShortcutLayer(nn.Module):
@@ -27,9 +28,9 @@ class ShortcutLayer(nn.Module):
     def __init__(self, sizes: config.Backbone, index: int) -> None:
         super().__init__()
         hidden, experts = sizes.hidden, sizes.experts
-        self.input_layernorm = nn.ModuleList(nn.RMSNorm(hidden, eps=sizes.norm_eps) for _ in range(2))
+        self.input_layernorm = nn.ModuleList(RMSNorm(hidden, eps=sizes.norm_eps) for _ in range(2))
         self.self_attn = nn.ModuleList(LatentAttention(hidden, sizes.attention, 2 * index + s) for s in range(2))
-        self.post_attention_layernorm = nn.ModuleList(nn.RMSNorm(hidden, eps=sizes.norm_eps) for _ in range(2))
+        self.post_attention_layernorm = nn.ModuleList(RMSNorm(hidden, eps=sizes.norm_eps) for _ in range(2))
         self.mlps = nn.ModuleList(SwiGLU(hidden, sizes.ffn_width) for _ in range(2))
         self.mlp = MoE(hidden, experts.width, experts.real, experts.zero, experts.top_k, experts.scale)
 
