@@ -1,0 +1,304 @@
+"""Generation against full recomputation, against teacher-forced documents, and in any company."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longcat_model import presets
+from longcat_model.generation import (
+    GREEDY,
+    Sampling,
+    Speech,
+    generate_image,
+    generate_speech,
+    generate_text,
+)
+from longcat_model.generation.machine import Answers, ImageState, SpeechState, State, TextState
+from longcat_model.generation.sampling import sample, uniform
+from longcat_model.model import LongcatNext
+from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Layout, drop_condition, join, pack
+from longcat_model.tokenizers.text import ByteTokenizer
+from longcat_model.vocabulary import BOS, EOS, PAD, Vocabulary
+
+IDS = Vocabulary.of(presets.tiny().vocabulary)  # levels: visual 8 8 8, audio 8 6 4 4
+LAYOUT = Layout(IDS, ByteTokenizer().encode)
+WARM = Sampling(temperature=1.0, seed=5)
+FIELDS = ("text", "marker", "visual", "audio", "documents")
+
+
+@pytest.fixture(scope="module")
+def model() -> LongcatNext:
+    torch.manual_seed(0)
+    return LongcatNext(presets.tiny()).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Document]:
+    """Of different lengths, two of them equal, with every modality."""
+    speech = LAYOUT.hear(torch.tensor([[1, 2, 3, 0], [7, 5, 3, 3]]))
+    image = LAYOUT.understand_image(torch.arange(6).view(1, 2, 3))
+    texts = [LAYOUT.text([BOS, *ByteTokenizer().encode(words)]) for words in ("say 4", "say 17", "say 9")]
+    return [texts[0], join(texts[1], image), texts[2], join(speech, texts[1])]
+
+
+# The state machine writes what the documents teach
+
+
+def test_text_states_write_text_documents() -> None:
+    written = drive(TextState(IDS, 1, limit=9), text=[10, 11, 12, EOS])
+    assert_same(written, LAYOUT.text([10, 11, 12, EOS]))
+    assert_same(drive(TextState(IDS, 1, limit=2), text=[10, 11, 12, EOS]), LAYOUT.text([10, 11]))
+
+
+@given(height=st.integers(1, 4), width=st.integers(1, 4))
+@settings(deadline=None)
+def test_image_states_write_image_documents(height: int, width: int) -> None:
+    codes = torch.randint(0, 8, (height, width, 3), generator=torch.Generator().manual_seed(height * 5 + width))
+    answers = iter(codes.flatten(0, 1))
+    state: State = ImageState(IDS, 1, height, width)
+    written = drive(state, visual=lambda: next(answers))
+    document = LAYOUT.generate_image(codes)
+    assert_same(written, document, skip=len(LAYOUT.image_prefix(height, width)))
+    assert next(answers, None) is None
+
+
+@given(
+    length=st.integers(0, 6),
+    frames=st.integers(1, 8),
+    delay=st.one_of(st.none(), st.integers(1, 8)),
+    given_text=st.booleans(),
+)
+@settings(deadline=None)
+def test_speech_states_write_speech_documents(length: int, frames: int, delay: int | None, given_text: bool) -> None:
+    start = length + 1 if delay is None else min(delay, length + 1)
+    frames = max(frames, length + 1 - start)
+    transcript = list(range(10, 10 + length))
+    codes = torch.randint(0, 4, (frames, 4), generator=torch.Generator().manual_seed(frames))
+    answers = iter([*codes, torch.tensor([8, 0, 0, 0])])
+    forced = torch.tensor([[*transcript, IDS.audiotext_end]]) if given_text else None
+    state = SpeechState.start(IDS, 1, delay=delay, max_text=99, max_frames=99, transcript=forced)
+    written = drive(state, text=[*transcript, IDS.audiotext_end], audio=lambda: next(answers))
+    assert_same(written, LAYOUT.speak(transcript, codes, delay=delay), skip=1)
+
+
+def test_limits_end_a_transcript_and_its_audio_as_their_ends_would() -> None:
+    state = SpeechState.start(IDS, 1, delay=None, max_text=2, max_frames=3)
+    written = drive(state, text=[10] * 9, audio=lambda: torch.tensor([1, 2, 3, 0]))
+    assert_same(written, LAYOUT.speak([10, 10], torch.tensor([[1, 2, 3, 0]] * 3)), skip=1)
+
+
+def test_audio_may_end_only_after_its_transcript_and_a_frame() -> None:
+    state = SpeechState.start(IDS, 1, delay=1, max_text=9, max_frames=9)
+    asked = []
+    frame = torch.tensor([[1, 2, 3, 0]])
+    for text in (10, 11, IDS.audiotext_end, NONE, NONE):
+        heads = state.heads()
+        asked.append((bool(heads.text), bool(heads.audio), bool(heads.audio_may_end)))
+        state, _, _ = state.advance(Answers(torch.tensor([text]), torch.full((1, 3), NONE), frame))
+    assert asked == [
+        (True, False, False),
+        (True, True, False),
+        (True, True, False),
+        (False, True, True),
+        (False, True, True),
+    ]
+
+
+# Through the model
+
+
+def test_text_equals_full_recomputation(model: LongcatNext, prompts: list[Document]) -> None:
+    texts = generate_text(model, prompts, max_tokens=6)
+    allowed = torch.ones(IDS.text_rows, dtype=torch.bool)
+    allowed[[0, BOS, PAD]] = False
+    allowed[IDS.text_size + 13 :] = False
+    for prompt, text in zip(prompts, texts, strict=True):
+        document = join(prompt, LAYOUT.text(text))
+        logits = model.text_logits(read(model, document)[len(prompt) - 1 :]).masked_fill(~allowed, -torch.inf)
+        greedy = logits.argmax(-1).tolist()
+        assert greedy[: len(text)] == text
+        assert len(text) == 6 or greedy[len(text)] == EOS
+
+
+def test_text_stops_at_its_end(model: LongcatNext, prompts: list[Document]) -> None:
+    """Nearly uniform sampling: 32 rows end at different steps, and leave the batch."""
+    texts = generate_text(model, prompts * 8, max_tokens=40, sampling=Sampling(temperature=30.0, seed=3))
+    assert all(EOS not in text for text in texts)
+    assert min(map(len, texts)) < max(map(len, texts)) <= 40
+
+
+@pytest.mark.parametrize("guidance", [None, 2.5])
+def test_images_equal_full_recomputation(model: LongcatNext, prompts: list[Document], guidance: float | None) -> None:
+    height, width = 2, 3
+    images = generate_image(
+        model, prompts, layout=LAYOUT, height=height, width=width, sampling=GREEDY, guidance=guidance
+    )
+    assert images.shape == (4, height, width, 3)
+    for prompt, codes in zip(prompts, images, strict=True):
+        body = LAYOUT.generate_image(codes)
+        logits = depth_logits(model, join(prompt, body))
+        if guidance is not None:
+            bare = depth_logits(model, join(drop_condition(prompt), body))
+            logits = [guidance * (c - u) + u for c, u in zip(logits, bare, strict=True)]
+        for level in range(3):
+            greedy = logits[level][:-1, :-1].argmax(-1)  # neither the end's position nor the end's class
+            assert greedy.tolist() == codes[..., level].flatten().tolist()
+
+
+@pytest.mark.parametrize("mode", ["serial", "parallel"])
+@pytest.mark.parametrize("given_text", [False, True])
+def test_speech_equals_full_recomputation(
+    model: LongcatNext, prompts: list[Document], mode: str, given_text: bool
+) -> None:
+    transcripts = [[70], [71, 72, 73], [], [74, 75]] if given_text else None
+    limits = {"max_frames": 7, "max_text": 4}
+    speeches = generate_speech(
+        model, prompts, mode=mode, transcripts=transcripts, sampling=GREEDY, text_sampling=GREEDY, **limits
+    )
+    assert transcripts is None or [speech.text for speech in speeches] == transcripts
+    for prompt, speech in zip(prompts, speeches, strict=True):
+        body = LAYOUT.speak(speech.text, speech.codes, delay=1 if mode == "parallel" else None)
+        document = join(prompt, body)
+        if not given_text:
+            labels = document.targets.text
+            here = (labels != IGNORE) & (labels != IDS.audiotext_end)
+            logits = model.text_logits(read(model, document))[here][:, PAD + 1 : IDS.text_size]
+            assert (logits.argmax(-1) + PAD + 1).tolist() == speech.text
+        for level, logits in enumerate(depth_logits(model, document, "audio")):
+            assert logits[:-1, :-1].argmax(-1).tolist() == speech.codes[:, level].tolist()
+            if level == 0 and len(speech.codes) < 7:
+                assert int(logits[-1].argmax()) == IDS.audio_sizes[0]
+
+
+def test_results_do_not_depend_on_the_company(model: LongcatNext, prompts: list[Document]) -> None:
+    """Prompt i alone, with the seed that is its own in the batch."""
+    alone = [replace(WARM, seed=WARM.seed + i) for i in range(len(prompts))]
+    texts = generate_text(model, prompts, max_tokens=12, sampling=WARM)
+    images = generate_image(model, prompts, layout=LAYOUT, height=2, width=2, sampling=WARM, guidance=1.5)
+    speeches = speak(model, prompts, WARM)
+    assert len({tuple(text) for text in texts}) == len(prompts)
+    for i, (prompt, sampling) in enumerate(zip(prompts, alone, strict=True)):
+        assert generate_text(model, [prompt], max_tokens=12, sampling=sampling) == [texts[i]]
+        image = generate_image(model, [prompt], layout=LAYOUT, height=2, width=2, sampling=sampling, guidance=1.5)
+        assert image.tolist() == [images[i].tolist()]
+        (speech,) = speak(model, [prompt], sampling)
+        assert (speech.text, speech.codes.tolist()) == (speeches[i].text, speeches[i].codes.tolist())
+
+
+def test_nothing_asked_nothing_made(model: LongcatNext) -> None:
+    assert generate_text(model, []) == generate_speech(model, []) == []
+    assert generate_image(model, [], layout=LAYOUT, height=2, width=3).shape == (0, 2, 3, 3)
+
+
+def test_refusals(model: LongcatNext, prompts: list[Document]) -> None:
+    with pytest.raises(ValueError, match=r'generate_speech: mode must be "serial" or "parallel", got "both"'):
+        generate_speech(model, prompts, mode="both")
+    with pytest.raises(ValueError, match=r"generate_speech: transcripts must be one a prompt \(4\), got 1"):
+        generate_speech(model, prompts, transcripts=[[10]])
+    with pytest.raises(ValueError, match=r"transcripts must hold ids in \[0, 260\), got 300"):
+        generate_speech(model, prompts[:1], transcripts=[[300]])
+    with pytest.raises(ValueError, match="transcripts must have at most max_text = 2 ids, got 3"):
+        generate_speech(model, prompts[:1], transcripts=[[10] * 3], max_text=2)
+    with pytest.raises(ValueError, match="generate_image: width must be at least 1, got 0"):
+        generate_image(model, prompts, layout=LAYOUT, height=1, width=0)
+    with pytest.raises(ValueError, match="prompts must not be empty, got prompt 0"):
+        generate_text(model, [LAYOUT.text([])])
+    for field, value in (("temperature", -1.0), ("top_k", -1), ("top_p", 0.0)):
+        with pytest.raises(ValueError, match=f"Sampling: {field} must be"):
+            Sampling(**{field: value})
+
+
+# Sampling
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    assert sample(torch.tensor([[0.0, 3, 3, 1]]), GREEDY, torch.tensor([0]), 0).tolist() == [1]
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(20_000, 4)
+    drawn = sample(logits, Sampling(), torch.arange(20_000), step=7).bincount(minlength=4) / 20_000
+    torch.testing.assert_close(drawn, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.015, rtol=0)
+
+
+def test_top_k_and_top_p_leave_the_tail_out() -> None:
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(2000, 4)
+    seeds = torch.arange(2000)
+
+    def kept(**limits: float) -> list[int]:
+        return sorted(set(sample(logits, Sampling(**limits), seeds, 0).tolist()))
+
+    assert kept(top_k=2) == [2, 3]
+    assert kept(top_p=0.4) == [3]
+    assert kept(top_p=0.41) == kept(top_p=0.7) == [2, 3]
+    assert kept(top_k=3, top_p=0.75) == [2, 3]  # of the three: 4/9 + 3/9 reaches 0.75
+    assert kept(top_k=9) == [0, 1, 2, 3]
+
+
+def test_ids_out_of_reach_are_never_drawn() -> None:
+    logits = torch.full((3000, 5), -torch.inf)
+    logits[:, 3] = -2.0
+    assert set(sample(logits, Sampling(temperature=5.0), torch.arange(3000), 1).tolist()) == {3}
+
+
+def test_draws_are_uniform_and_differ_by_seed_and_step() -> None:
+    seeds = torch.arange(-5000, 5000)
+    draws = torch.stack([uniform(seeds, step) for step in range(4)])
+    assert draws.unique().numel() == draws.numel()
+    assert bool(((draws >= 0) & (draws < 1)).all())
+    histogram = torch.histc(draws.float(), 20, 0, 1) / draws.numel()
+    torch.testing.assert_close(histogram, torch.full((20,), 0.05), atol=0.005, rtol=0)
+    assert abs(torch.corrcoef(draws)[0, 1].item()) < 0.05
+    assert abs(torch.corrcoef(torch.stack([draws[0, :-1], draws[0, 1:]]))[0, 1].item()) < 0.05
+
+
+def drive(state: State, *, text: Sequence[int] = (), visual: object = None, audio: object = None) -> list[Inputs]:
+    """Runs a state of one row on prepared answers, given to the heads that it asks."""
+    given_text, written = iter(text), []
+    while True:
+        heads = state.heads()
+        text_id = next(given_text) if bool(heads.text) else NONE
+        cell = visual() if callable(visual) and bool(heads.visual) else torch.full((3,), NONE)
+        frame = audio() if callable(audio) and bool(heads.audio) else torch.full((4,), NONE)
+        state, inputs, done = state.advance(Answers(torch.tensor([text_id]), cell[None], frame[None]))
+        written.append(inputs)
+        if bool(done):
+            return written
+
+
+def assert_same(written: list[Inputs], document: Document, *, skip: int = 0) -> None:
+    for field in FIELDS:
+        positions = torch.cat([getattr(inputs, field)[0] for inputs in written])
+        assert positions.tolist() == getattr(document.inputs, field)[skip:].tolist(), field
+
+
+@torch.no_grad()
+def read(model: LongcatNext, document: Document) -> Tensor:
+    """Hidden states [T, D] of a document read at once, without a cache."""
+    hidden: Tensor = model(pack([document], len(document)).inputs).hidden[0]
+    return hidden
+
+
+@torch.no_grad()
+def depth_logits(model: LongcatNext, document: Document, modality: str = "visual") -> list[Tensor]:
+    """Teacher-forced logits of each level at the positions with a label."""
+    labels = getattr(document.targets, modality)
+    here = labels[:, 0] != IGNORE
+    head, tables = {
+        "visual": (model.visual_head, model.visual_tables()),
+        "audio": (model.audio_head, model.audio_tables()),
+    }[modality]
+    logits: list[Tensor] = head.logits(read(model, document)[here], labels[here].clamp(min=NONE), tables)
+    return logits
+
+
+def speak(model: LongcatNext, prompts: list[Document], sampling: Sampling) -> list[Speech]:
+    limits = {"max_frames": 6, "max_text": 5}
+    return generate_speech(model, prompts, mode="parallel", sampling=sampling, text_sampling=sampling, **limits)
