@@ -1,0 +1,108 @@
+"""Grouped matrix product: one product a group, groups of different sizes side by side in one tensor.
+
+Dimension key
+    E groups (experts)    R rows of all groups, sorted by group    M, N, K sides of one product
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longcat_kernels.backends import Impl, choose, reference
+from longcat_kernels.library import check, register
+from longcat_kernels.reference import grouped_mm as spec
+from longcat_kernels.spec import Op
+
+
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Multiplies matrices group by group: a superset of `torch.nn.functional.grouped_mm`.
+
+    | a         | b         | out       | ragged dimension, which `offs` divides |
+    | [R, K]    | [E, K, N] | [R, N]    | rows of a, rows of out                 |
+    | [E, M, K] | [K, R]    | [M, R]    | columns of b, columns of out           |
+    | [M, R]    | [R, N]    | [E, M, N] | the one that is summed over            |
+    | [E, M, K] | [E, K, N] | [E, M, N] | none                                   |
+
+    Args:
+        a, b: one floating dtype, any strides.
+        offs: int32 or int64 [E], where each group ends; groups may be empty, what lies past the last end gives zeros
+            in `out` and in the gradients.
+        backend: "auto" or the name of an implementation.
+
+    Returns:
+        out: the dtype of a; differentiable any number of times.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, offsets decrease or leave the ragged dimension, or no
+            implementation takes the tensors.
+
+    Example:
+        >>> rows, weights = torch.ones(3, 2), torch.stack([torch.eye(2), 2 * torch.eye(2)])
+        >>> grouped_mm(rows, weights, torch.tensor([1, 3])).tolist()
+        [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+    """
+    return _op(a, b, offs, backend)
+
+
+def _check(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
+    shapes = f"{list(a.shape)} and {list(b.shape)}"
+    check(a.ndim in (2, 3) and b.ndim in (2, 3), lambda: f"grouped_mm: a and b must be 2-D or 3-D, got {shapes}")
+    check(a.dtype.is_floating_point, lambda: f"grouped_mm: a must be floating point, got {a.dtype}")
+    check(b.dtype == a.dtype, lambda: f"grouped_mm: b must be {a.dtype} as a is, got {b.dtype}")
+    check(b.device == a.device, lambda: f"grouped_mm: b must be on {a.device} as a is, got {b.device}")
+    wanted = [*([a.shape[0]] if a.ndim == b.ndim == 3 else list(b.shape[: b.ndim - 2])), a.shape[-1]]
+    found, name = list(b.shape), "[" + ", ".join(map(str, wanted)) + ", N]"
+    check(found[:-1] == wanted, lambda: f"grouped_mm: b must be {name} to follow a, got {found}")
+    if a.ndim == b.ndim == 3:
+        check(offs is None, lambda: "grouped_mm: offs must be None where a and b are 3-D, got a tensor")
+        return
+    if offs is None:
+        raise ValueError("grouped_mm: offs must be given unless a and b are 3-D, got None")
+    groups = a.shape[0] if a.ndim == 3 else b.shape[0] if b.ndim == 3 else offs.numel()
+    check(
+        offs.dtype in (torch.int32, torch.int64) and list(offs.shape) == [groups] and groups >= 1,
+        lambda: f"grouped_mm: offs must be int32 or int64 [{max(1, groups)}], got {offs.dtype} {list(offs.shape)}",
+    )
+    check(offs.device == a.device, lambda: f"grouped_mm: offs must be on {a.device} as a is, got {offs.device}")
+
+
+def _allocate(a: Tensor, b: Tensor, offs: Tensor | None, backend: str) -> Tensor:
+    _check(a, b, offs)
+    batch = [] if a.ndim + b.ndim == 5 else [offs.shape[0] if offs is not None else a.shape[0]]
+    return torch.empty(*batch, a.shape[-2], b.shape[-1], dtype=a.dtype, device=a.device)
+
+
+def _run(a: Tensor, b: Tensor, offs: Tensor | None, backend: str) -> Tensor:
+    out = _allocate(a, b, offs, backend)
+    choose("grouped_mm", IMPLS, backend, a, b, offs).run(a, b, offs, out)
+    return out
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, offs, ctx.backend = inputs
+    ctx.save_for_backward(a, b, offs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Both gradients are grouped products again, each computed only where it is asked for."""
+    a, b, offs = ctx.saved_tensors
+    grad_a = _op(grad, b.mT, offs, ctx.backend) if ctx.needs_input_grad[0] else None
+    grad_b = _op(a.mT, grad, offs, ctx.backend) if ctx.needs_input_grad[1] else None
+    return grad_a, grad_b, None, None
+
+
+_op = register(
+    "grouped_mm(Tensor a, Tensor b, Tensor? offs, str backend) -> Tensor",
+    _run,
+    _allocate,
+    save=_save,
+    backward=_backward,
+)
+
+IMPLS: dict[str, Impl] = {
+    "reference": reference(spec.grouped_mm),
+}
+OP = Op("grouped_mm", grouped_mm, IMPLS, spec)

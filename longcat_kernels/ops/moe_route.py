@@ -1,0 +1,135 @@
+"""Top-k routing of tokens to experts, identity experts included (LongCat-Flash report, section 2.1).
+
+Dimension key
+    T tokens    E experts, identity experts included    k experts of one token
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longcat_kernels.backends import Impl, choose, reference
+from longcat_kernels.library import check, register
+from longcat_kernels.reference import moe_route as spec
+from longcat_kernels.spec import Op
+
+SCORES = ("softmax", "sigmoid")
+
+
+def moe_route(
+    logits: Tensor,
+    k: int,
+    *,
+    n_real: int,
+    bias: Tensor | None = None,
+    score: str = "softmax",
+    renorm: bool = False,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Chooses k experts a token and gives their weights, in float32 whatever the logits are.
+
+    The choice is the top k of score(logits) + bias, highest first, ties to the lower id; a weight is the score without
+    the bias, divided by the sum over the chosen ones if `renorm`, times `scale`.
+
+    Args:
+        logits: [T, E] floating point: real experts first, then identity ("zero") experts.
+        k: experts of a token, at most E.
+        n_real: how many of the E are real; ids from there on are identity experts to `fused_moe`.
+        bias: float32 [E]; takes part in the choice only, gets no gradient.
+        score: "softmax" over all E, or "sigmoid".
+        backend: "auto" or the name of an implementation.
+
+    Returns:
+        weights: [T, k] float32, gradient to the logits; ids: [T, k] int64.
+
+    Raises:
+        ValueError: a shape, dtype, device or option is wrong, or no implementation takes the tensors.
+
+    Example:
+        >>> weights, ids = moe_route(torch.tensor([[0.0, 2.0, 1.0]]), 2, n_real=2, bias=torch.tensor([0.0, 0.0, 1.0]))
+        >>> ids.tolist(), [round(w, 3) for w in weights[0].tolist()]
+        ([[2, 1]], [0.245, 0.665])
+    """
+    return _op(logits, k, n_real, bias, score, renorm, scale, backend)
+
+
+def _check(logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, score: str) -> None:
+    shape, dtype = list(logits_TE.shape), logits_TE.dtype
+    check(
+        len(shape) == 2 and dtype.is_floating_point,
+        lambda: f"moe_route: logits must be [T, E] floating point, got {dtype} {shape}",
+    )
+    experts = shape[1]
+    check(1 <= k <= experts, lambda: f"moe_route: k must be between 1 and {experts}, got {k}")
+    check(0 <= n_real <= experts, lambda: f"moe_route: n_real must be between 0 and {experts}, got {n_real}")
+    check(score in SCORES, lambda: f"moe_route: score must be {' or '.join(SCORES)}, got {score!r}")
+    if bias_E is not None:
+        found, device = f"{bias_E.dtype} {list(bias_E.shape)}", bias_E.device
+        is_right = list(bias_E.shape) == [experts] and bias_E.dtype in (torch.float32, torch.float64)
+        check(is_right, lambda: f"moe_route: bias must be float32 [{experts}], got {found}")
+        check(device == logits_TE.device, lambda: f"moe_route: bias must be on {logits_TE.device}, got {device}")
+
+
+def _allocate(
+    logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, score: str, renorm: bool, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    _check(logits_TE, k, n_real, bias_E, score)
+    dtype, rows = torch.promote_types(logits_TE.dtype, torch.float32), logits_TE.shape[0]
+    weights_Tk = torch.empty(rows, k, dtype=dtype, device=logits_TE.device)
+    return weights_Tk, torch.empty(rows, k, dtype=torch.int64, device=logits_TE.device)
+
+
+def _run(
+    logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, score: str, renorm: bool, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    inputs = (logits_TE, k, n_real, bias_E, score, renorm, scale)
+    outputs = _allocate(*inputs, backend)
+    choose("moe_route", IMPLS, backend, *inputs).run(*inputs, *outputs)
+    return outputs
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits_TE, _k, _n_real, _bias, ctx.score, ctx.renorm, ctx.scale, _backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits_TE, output[1])
+
+
+def _backward(ctx: Any, grad_Tk: Tensor, _ids: None) -> tuple[Any, ...]:
+    logits_TE, ids_Tk = ctx.saved_tensors
+    grad_TE = _op_backward(grad_Tk, logits_TE, ids_Tk, ctx.score, ctx.renorm, ctx.scale)
+    return grad_TE, None, None, None, None, None, None, None
+
+
+def _allocate_backward(
+    grad_Tk: Tensor, logits_TE: Tensor, ids_Tk: Tensor, score: str, renorm: bool, scale: float
+) -> Tensor:
+    return torch.empty(logits_TE.shape, dtype=logits_TE.dtype, device=logits_TE.device)
+
+
+def _run_backward(grad_Tk: Tensor, logits_TE: Tensor, ids_Tk: Tensor, score: str, renorm: bool, scale: float) -> Tensor:
+    out_TE = _allocate_backward(grad_Tk, logits_TE, ids_Tk, score, renorm, scale)
+    return out_TE.copy_(spec.backward(grad_Tk, logits_TE, ids_Tk, score, renorm, scale))
+
+
+_op_backward = register(
+    "moe_route_backward(Tensor grad_weights, Tensor logits, Tensor ids, str score, bool renorm, float scale) -> Tensor",
+    _run_backward,
+    _allocate_backward,
+)
+_op = register(
+    "moe_route(Tensor logits, SymInt k, SymInt n_real, Tensor? bias, str score, bool renorm, float scale, str backend) "
+    "-> (Tensor weights, Tensor ids)",
+    _run,
+    _allocate,
+    save=_save,
+    backward=_backward,
+)
+
+IMPLS: dict[str, Impl] = {
+    "reference": reference(spec.moe_route),
+}
+OP = Op("moe_route", moe_route, IMPLS, spec)

@@ -1,0 +1,208 @@
+"""N-gram embedding: word embedding plus hashed n-gram embeddings (the over-embedding of LongCat-Flash-Lite).
+
+Dimension key
+    B batch    S sequence    N tables    W width of a table    D model    V rows of the word table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longcat_kernels.backends import Impl, choose
+from longcat_kernels.library import check, register
+from longcat_kernels.reference import ngram_embedding as spec
+from longcat_kernels.spec import Op
+
+
+def ngram_embedding(
+    ids: Tensor,
+    word: Tensor,
+    tables: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    *,
+    base: int,
+    neighbors: int,
+    splits: int,
+    ignored: tuple[int, int],
+    eos: int = 2,
+    documents: Tensor | None = None,
+    history: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Embeds each id together with the ids before it.
+
+    out = (word[id] + sum_i projections[i] @ tables[i][hash_i]) / (1 + N), where hash_i of table i = (order - 2) *
+    splits + j is the id plus the sum over p < order of base^p * (id p places before), modulo the rows of the table,
+    exact in int64. An earlier id counts as 0 from behind a segment's end on: an id 0, `eos` or an ignored id ends the
+    segment it belongs to, and so does a change of document. A lookup with hash 0 adds nothing.
+
+    Args:
+        ids: int64 [B, S] in [-1, V). Ignored ids hash as 0 and keep word[id], undivided; -1 hashes as 0 and its
+            output is zero.
+        word: [V, D], floating point.
+        tables: N = (neighbors - 1) * splits tensors [rows, W], the rows distinct so that their hashes are.
+        projections: N tensors [D, W].
+        base: number of text ids.
+        neighbors: the largest order.
+        splits: tables of one order.
+        ignored: half-open range of ids, the special tokens.
+        eos: the id that ends a segment, besides 0.
+        documents: int64 [B, S]; n-grams do not reach from one number into another.
+        history: int64 [B, neighbors - 1], the ids before ids[:, 0] in cached decoding, of its document; None: -1.
+        backend: "auto" or the name of an implementation.
+
+    Returns:
+        out: [B, S, D] of word's dtype, summed in at least float32; gradients (dense) to word, tables and projections.
+
+    Raises:
+        ValueError: a shape, dtype, device or number is wrong, an id is out of range, or no implementation takes the
+            tensors.
+
+    Example:
+        >>> word, table, projection = torch.zeros(4, 1), torch.arange(5.0)[:, None], torch.ones(1, 1)
+        >>> ids = torch.tensor([[1, 3, 3]])  # hashes 1, 3 + 3 * 1 = 6 = 1 mod 5, 3 + 3 * 3 = 12 = 2 mod 5
+        >>> options = {"base": 3, "neighbors": 2, "splits": 1, "ignored": (4, 4)}
+        >>> ngram_embedding(ids, word, [table], [projection], **options).flatten().tolist()
+        [0.5, 0.5, 1.0]
+    """
+    rule = spec.Rule(base, neighbors, splits, ignored, eos)
+    return _op(ids, word, list(tables), list(projections), documents, history, rule.numbers(), backend)
+
+
+def _check(ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], rule: spec.Rule) -> None:
+    found = f"{ids_BS.dtype} {list(ids_BS.shape)}"
+    is_right = ids_BS.ndim == 2 and ids_BS.dtype == torch.int64
+    check(is_right, lambda: f"ngram_embedding: ids must be int64 [B, S], got {found}")
+    is_right = word_VD.ndim == 2 and word_VD.dtype.is_floating_point
+    found_word = f"{word_VD.dtype} {list(word_VD.shape)}"
+    check(is_right, lambda: f"ngram_embedding: word must be [V, D] floating point, got {found_word}")
+    for name, number, least in (("base", rule.base, 1), ("neighbors", rule.neighbors, 2), ("splits", rule.splits, 1)):
+        if number < least:
+            raise ValueError(f"ngram_embedding: {name} must be at least {least}, got {number}")
+    count = (rule.neighbors - 1) * rule.splits
+    got = len(tables)
+    check(
+        got == count, lambda: f"ngram_embedding: tables must be (neighbors - 1) * splits = {count} tensors, got {got}"
+    )
+    check(
+        len(projections) == count,
+        lambda: f"ngram_embedding: projections must be one a table, {count}, got {len(projections)}",
+    )
+    for table, projection in zip(tables, projections, strict=True):
+        _check_table(table, projection, word_VD)
+
+
+def _check_table(table_RW: Tensor, projection_DW: Tensor, word_VD: Tensor) -> None:
+    shape = list(table_RW.shape)
+    check(
+        len(shape) == 2 and shape[0] >= 1,
+        lambda: f"ngram_embedding: tables must be [rows, W] with at least one row, got {shape}",
+    )
+    wanted, found = [word_VD.shape[1], shape[1]], list(projection_DW.shape)
+    check(
+        found == wanted,
+        lambda: f"ngram_embedding: projections must be {wanted} to follow word and its table, got {found}",
+    )
+    for name, tensor in (("tables", table_RW), ("projections", projection_DW)):
+        _check_like(name, tensor, word_VD)
+
+
+def _check_like(name: str, tensor: Tensor, word_VD: Tensor) -> None:
+    dtype, device = tensor.dtype, tensor.device
+    check(dtype == word_VD.dtype, lambda: f"ngram_embedding: {name} must be {word_VD.dtype} as word is, got {dtype}")
+    check(
+        device == word_VD.device,
+        lambda: f"ngram_embedding: {name} must be on {word_VD.device} as word is, got {device}",
+    )
+
+
+def _check_places(ids_BS: Tensor, documents_BS: Tensor | None, history_BP: Tensor | None, rule: spec.Rule) -> None:
+    shapes = {"documents": list(ids_BS.shape), "history": [ids_BS.shape[0], rule.neighbors - 1]}
+    for name, tensor in (("documents", documents_BS), ("history", history_BP)):
+        if tensor is None:
+            continue
+        wanted, found = shapes[name], f"{tensor.dtype} {list(tensor.shape)}"
+        is_right = tensor.dtype == torch.int64 and list(tensor.shape) == wanted
+        check(is_right, lambda: f"ngram_embedding: {name} must be int64 {wanted}, got {found}")  # noqa: B023
+
+
+def _allocate(
+    ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], documents_BS: Tensor | None,
+    history_BP: Tensor | None, numbers: list[int], backend: str,
+) -> Tensor:  # fmt: skip
+    rule = spec.Rule.of(numbers)
+    _check(ids_BS, word_VD, tables, projections, rule)
+    _check_places(ids_BS, documents_BS, history_BP, rule)
+    return torch.empty(*ids_BS.shape, word_VD.shape[1], dtype=word_VD.dtype, device=word_VD.device)
+
+
+def _run(
+    ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], documents_BS: Tensor | None,
+    history_BP: Tensor | None, numbers: list[int], backend: str,
+) -> Tensor:  # fmt: skip
+    inputs = (ids_BS, word_VD, tables, projections, documents_BS, history_BP, numbers)
+    out_BSD = _allocate(*inputs, backend)
+    if ids_BS.numel() and ids_BS.device.type == "cpu":
+        low, high = (int(bound) for bound in ids_BS.aminmax())
+        wrong, rows = low if low < -1 else high, len(word_VD)
+        check(-1 <= wrong < rows, lambda: f"ngram_embedding: ids must be in [-1, {rows}), got {wrong}")
+    choose("ngram_embedding", IMPLS, backend, *inputs).run(*inputs, out_BSD)
+    return out_BSD
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids_BS, word_VD, tables, projections, documents_BS, history_BP, ctx.numbers, ctx.backend = inputs
+    ctx.tables, ctx.words = len(tables), word_VD.shape[0]
+    ctx.save_for_backward(ids_BS, documents_BS, history_BP, *tables, *projections)
+
+
+def _backward(ctx: Any, grad_BSD: Tensor) -> tuple[Any, ...]:
+    ids_BS, documents_BS, history_BP, *rest = ctx.saved_tensors
+    tables, projections = rest[: ctx.tables], rest[ctx.tables :]
+    grad_word, *grads = _op_weight_grad(
+        grad_BSD, ids_BS, tables, projections, documents_BS, history_BP, ctx.numbers, ctx.words, ctx.backend
+    )
+    return None, grad_word, grads[: ctx.tables], grads[ctx.tables :], None, None, None, None
+
+
+def _allocate_weight_grad(
+    grad_BSD: Tensor, ids_BS: Tensor, tables: list[Tensor], projections: list[Tensor], documents_BS: Tensor | None,
+    history_BP: Tensor | None, numbers: list[int], words: int, backend: str,
+) -> list[Tensor]:  # fmt: skip
+    shapes = [(words, grad_BSD.shape[2]), *(tensor.shape for tensor in (*tables, *projections))]
+    return [torch.empty(shape, dtype=grad_BSD.dtype, device=grad_BSD.device) for shape in shapes]
+
+
+def _run_weight_grad(*arguments: Any) -> list[Tensor]:
+    outputs = _allocate_weight_grad(*arguments)
+    *inputs, backend = arguments
+    choose("ngram_embedding_weight_grad", IMPLS_WEIGHT_GRAD, backend, *inputs).run(*inputs, *outputs)
+    return outputs
+
+
+_op_weight_grad = register(
+    "ngram_embedding_weight_grad(Tensor grad, Tensor ids, Tensor[] tables, Tensor[] projections, Tensor? documents, "
+    "Tensor? history, int[] rule, SymInt words, str backend) -> Tensor[]",
+    _run_weight_grad,
+    _allocate_weight_grad,
+)
+_op = register(
+    "ngram_embedding(Tensor ids, Tensor word, Tensor[] tables, Tensor[] projections, Tensor? documents, "
+    "Tensor? history, int[] rule, str backend) -> Tensor",
+    _run,
+    _allocate,
+    save=_save,
+    backward=_backward,
+)
+
+IMPLS: dict[str, Impl] = {
+    "reference": Impl(spec.forward, lambda *inputs: None),
+}
+IMPLS_WEIGHT_GRAD: dict[str, Impl] = {
+    "reference": Impl(spec.weight_grad, lambda *inputs: None),
+}
+OP = Op("ngram_embedding", ngram_embedding, IMPLS, spec)

@@ -1,0 +1,251 @@
+"""N-gram embedding, defined: hash, lookup, projection and mean, with hand-written passes, cases and cost.
+
+The over-embedding of LongCat-Flash-Lite: table i = (order - 2) * splits + j, for orders 2..neighbors and j < splits,
+is indexed by a polynomial hash of the last `order` ids modulo its number of rows.
+
+Dimension key
+    B batch    S sequence    N tables    W width of a table    D model    V rows of the word table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from longcat_kernels.spec import Cost, Refusal
+
+
+class Rule(NamedTuple):
+    """How ids become n-grams."""
+
+    base: int  # of the polynomial: the number of text ids
+    neighbors: int  # largest order
+    splits: int  # tables an order
+    ignored: tuple[int, int]  # half-open range of ids that hash as 0 and keep their plain embedding
+    eos: int = 2  # ends a segment, as id 0 does
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> Rule:
+        base, neighbors, splits, first, end, eos = numbers
+        return cls(base, neighbors, splits, (first, end), eos)
+
+    def numbers(self) -> list[int]:
+        """As the op's schema takes it."""
+        return [self.base, self.neighbors, self.splits, *self.ignored, self.eos]
+
+
+def ngram_embedding(
+    ids: Tensor,
+    word: Tensor,
+    tables: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    documents: Tensor | None,
+    history: Tensor | None,
+    rule: Sequence[int],
+) -> tuple[Tensor]:
+    """e = (word[id] + sum_i projections[i] @ tables[i][hash_i]) / (1 + N), lookups with hash 0 left out.
+
+    Ids that the rule ignores keep word[id] undivided; id -1 gives zeros. `rule` is `Rule.numbers()`.
+    """
+    rule = Rule.of(rule)
+    hashes_BSN = hashes(ids, [len(table) for table in tables], rule, documents, history)
+    total_BSD = functional.embedding(ids.clamp_min(0), word)
+    for table, projection, hash_BS in zip(tables, projections, hashes_BSN.unbind(2), strict=True):
+        rows_BSW = functional.embedding(hash_BS, table).masked_fill((hash_BS == 0)[..., None], 0)
+        total_BSD = total_BSD + rows_BSW @ projection.T
+    return (total_BSD * shares(ids, len(tables), rule).to(total_BSD.dtype),)
+
+
+def shares(ids: Tensor, tables: int, rule: Rule) -> Tensor:
+    """[..., 1] float64 factor of a position's sum: 1 / (1 + N), 1 for an ignored id, 0 for no id."""
+    ones = torch.ones_like(ids, dtype=torch.float64)
+    share = torch.where(is_ignored(ids, rule), ones, 1 / (1 + tables))
+    return torch.where(ids < 0, 0, share)[..., None]
+
+
+def is_ignored(ids: Tensor, rule: Rule) -> Tensor:
+    return (ids >= rule.ignored[0]) & (ids < rule.ignored[1])
+
+
+def hashes(
+    ids: Tensor,
+    moduli: Sequence[int],
+    rule: Rule,
+    documents: Tensor | None = None,
+    history: Tensor | None = None,
+) -> Tensor:
+    """[B, S, N] int64: id + sum over p < order of base^p * id p places before, modulo the rows of the table.
+
+    An earlier id counts as 0 across a segment's end: behind an id 0 or eos, or in another document.
+    """
+    back, length = rule.neighbors - 1, ids.shape[1]
+    past = ids.new_zeros(len(ids), back) if history is None else history
+    context_BS = torch.cat([past, ids], dim=1)
+    context_BS = context_BS.masked_fill(is_ignored(context_BS, rule) | (context_BS < 0), 0)
+    breaks_BS = (context_BS == 0) | (context_BS == rule.eos)
+    if documents is not None:
+        documents = torch.cat([documents[:, :1].expand(-1, back), documents], dim=1)
+    current_BS = context_BS[:, back:]
+    joined_BS = current_BS != 0
+    moduli_N = torch.tensor(moduli, device=ids.device)
+    powers_N = torch.ones_like(moduli_N)
+    total_BSN = current_BS[..., None].expand(-1, -1, len(moduli)) % moduli_N
+    for distance in range(1, rule.neighbors):
+        earlier = slice(back - distance, back - distance + length)
+        joined_BS = joined_BS & ~breaks_BS[:, earlier]
+        if documents is not None:
+            joined_BS = joined_BS & (documents[:, earlier] == documents[:, back:])
+        powers_N = powers_N * rule.base % moduli_N
+        reaching_N = torch.arange(len(moduli), device=ids.device) >= (distance - 1) * rule.splits
+        earlier_BS1 = torch.where(joined_BS, context_BS[:, earlier], 0)[..., None]
+        total_BSN = (total_BSN + earlier_BS1 * (powers_N * reaching_N)) % moduli_N
+    return total_BSN
+
+
+def forward(
+    ids: Tensor, word: Tensor, tables: Sequence[Tensor], projections: Sequence[Tensor],
+    documents: Tensor | None, history: Tensor | None, numbers: Sequence[int], out: Tensor,
+) -> None:  # fmt: skip
+    """Writes out [B, S, D]: the lookups side by side, then one product with the projections side by side."""
+    rule = Rule.of(numbers)
+    live_P, rows_PI = _lookups(ids, tables, rule, documents, history)
+    dtype = rows_PI.dtype
+    total_PD = functional.embedding(ids.reshape(-1).clamp_min(0), word).to(dtype)
+    sums_PD = rows_PI @ torch.cat([projection.to(dtype) for projection in projections], dim=1).T
+    total_PD[live_P] += sums_PD
+    total_PD *= shares(ids, len(tables), rule).view(-1, 1).to(dtype)
+    out.copy_(total_PD.view(out.shape))
+
+
+def weight_grad(
+    grad: Tensor, ids: Tensor, tables: Sequence[Tensor], projections: Sequence[Tensor],
+    documents: Tensor | None, history: Tensor | None, numbers: Sequence[int], words: int,
+    grad_word: Tensor, *grads: Tensor,
+) -> None:  # fmt: skip
+    """Writes the gradients of the word table of `words` rows, then those of the tables, then of the projections."""
+    rule, grad_tables, grad_projections = Rule.of(numbers), grads[: len(tables)], grads[len(tables) :]
+    live_P, rows_PI = _lookups(ids, tables, rule, documents, history)
+    dtype, flat_P = rows_PI.dtype, ids.reshape(-1)
+    grad_PD = grad.reshape(-1, grad.shape[2]).to(dtype) * shares(ids, len(tables), rule).view(-1, 1).to(dtype)
+    grad_word.copy_(_add_rows(grad_PD, flat_P.clamp_min(0), words))
+    grad_PD = grad_PD[live_P]
+    weights_DI = torch.cat([projection.to(dtype) for projection in projections], dim=1)
+    widths = [projection.shape[1] for projection in projections]
+    hashes_NP = hashes(ids, [len(table) for table in tables], rule, documents, history).view(-1, len(tables))[live_P].T
+    for out, rows_PW, hash_P in zip(grad_tables, (grad_PD @ weights_DI).split(widths, 1), hashes_NP, strict=True):
+        out.copy_(_add_rows(rows_PW, hash_P, len(out)))
+        out[0] = 0
+    for out, part_DW in zip(grad_projections, (grad_PD.T @ rows_PI).split(widths, 1), strict=True):
+        out.copy_(part_DW)
+
+
+def _lookups(
+    ids: Tensor, tables: Sequence[Tensor], rule: Rule, documents: Tensor | None, history: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The positions whose hashes are not all 0, and their table rows side by side, at least float32."""
+    hashes_PN = hashes(ids, [len(table) for table in tables], rule, documents, history).view(-1, len(tables))
+    live_P = hashes_PN.any(1).nonzero()[:, 0]
+    dtype = torch.promote_types(tables[0].dtype, torch.float32)
+    rows = [
+        functional.embedding(hash_P, table).to(dtype).masked_fill((hash_P == 0)[:, None], 0)
+        for table, hash_P in zip(tables, hashes_PN[live_P].unbind(1), strict=True)
+    ]
+    return live_P, torch.cat(rows, dim=1)
+
+
+def _add_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """[size, W]: each row added at its index, in order."""
+    return rows.new_zeros(size, rows.shape[1]).index_add_(0, index, rows)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem size; `ids` may hold ignored ids, 0, eos and -1, `documents` and `history` say what else is given."""
+
+    batch: int
+    length: int
+    base: int
+    rows: int
+    dim: int
+    neighbors: int = 3
+    splits: int = 2
+    special: int = 3  # ignored ids, which follow the text ids
+    documents: bool = False
+    history: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.base, self.neighbors, self.splits, (self.base, self.base + self.special))
+
+
+EDGE = (
+    Case(0, 4, 8, 5, 8),
+    Case(2, 0, 8, 5, 8),
+    Case(1, 1, 3, 1, 4, neighbors=2, splits=1),
+    Case(3, 17, 9, 11, 12, neighbors=4),
+    Case(2, 17, 9, 11, 8, documents=True, history=True),
+    Case(3, 17, 9, 11, 16, neighbors=4, dtype=torch.bfloat16),
+)
+MODEL = (Case(1, 4096, 131_072, 100_000, 3072, 4, 4, 53, dtype=torch.bfloat16),)
+
+
+def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
+    count, shape = (case.neighbors - 1) * case.splits, (case.batch, case.length)
+    width = case.dim // count
+
+    def normal(*sides: int, fan: int = 1) -> Tensor:
+        return torch.randn(sides, generator=g).div(fan**0.5).to(device, case.dtype).requires_grad_()
+
+    def ids(*sides: int) -> Tensor:
+        return torch.randint(-1, case.base + case.special, sides, generator=g).to(device)
+
+    starts_BS = torch.rand(shape, generator=g).lt(0.2).to(device)
+    return {
+        "ids": ids(*shape),
+        "word": normal(case.base + case.special, case.dim),
+        "tables": [normal(case.rows + 2 * i, width) for i in range(count)],
+        "projections": [normal(case.dim, width, fan=width) for _ in range(count)],
+        **case.rule._asdict(),
+        "documents": starts_BS.cumsum(1) if case.documents else None,
+        "history": ids(case.batch, case.neighbors - 1) if case.history else None,
+    }
+
+
+def cost(case: Case) -> Cost:
+    """A word row and one row of each table read a position, projections read once, one row written a position."""
+    positions, count = case.batch * case.length, (case.neighbors - 1) * case.splits
+    inner = case.dim // count * count
+    moved = case.dtype.itemsize * (positions * (2 * case.dim + inner) + inner * case.dim) + 8 * positions
+    return Cost(flops=2 * positions * inner * case.dim, bytes=moved)
+
+
+REFUSALS = (
+    Refusal("ids must be int64 [B, S], got torch.float32 [0, 4]", lambda a: {"ids": a["ids"].float()}),
+    Refusal("ids must be int64 [B, S], got torch.int64 [3]", lambda a: {"ids": torch.ones(3).long()}),
+    Refusal("ids must be in [-1, 11), got 11", lambda a: {"ids": torch.tensor([[11]])}),
+    Refusal("ids must be in [-1, 11), got -2", lambda a: {"ids": torch.tensor([[-2]])}),
+    Refusal("word must be [V, D] floating point, got torch.float32 [11]", lambda a: {"word": torch.ones(11)}),
+    Refusal("neighbors must be at least 2, got 1", lambda a: {"neighbors": 1}),
+    Refusal("splits must be at least 1, got 0", lambda a: {"splits": 0}),
+    Refusal("base must be at least 1, got 0", lambda a: {"base": 0}),
+    Refusal("tables must be (neighbors - 1) * splits = 4 tensors, got 3", lambda a: {"tables": a["tables"][:3]}),
+    Refusal("projections must be one a table, 4, got 3", lambda a: {"projections": a["projections"][:3]}),
+    Refusal(
+        "projections must be [8, 2] to follow word and its table, got [8, 3]",
+        lambda a: {"projections": [torch.ones(8, 3)] * 4},
+    ),
+    Refusal(
+        "tables must be torch.float32 as word is, got torch.float64",
+        lambda a: {"tables": [torch.ones(5, 2).double()] * 4},
+    ),
+    Refusal("documents must be int64 [0, 4], got torch.int64 [0, 3]", lambda a: {"documents": a["ids"][:, :3]}),
+    Refusal("history must be int64 [0, 2], got torch.int64 [0, 3]", lambda a: {"history": a["ids"][:, :3]}),
+    Refusal("backend must be one of auto, ", lambda a: {"backend": "gpu"}),
+)
