@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from longcat_kernels.modules.depth_transformer import DepthTransformer
+from longcat_kernels.modules.moe import MoE, Routed
+from longcat_kernels.modules.ngram_embedding import NGramEmbedding
 from longcat_kernels.modules.residual_vq import ResidualVQ
 
 __all__ = [
+    "DepthTransformer",
+    "MoE",
+    "NGramEmbedding",
     "ResidualVQ",
+    "Routed",
 ]

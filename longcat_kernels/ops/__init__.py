@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from longcat_kernels.ops import ema_update, rvq_decode, rvq_encode
+from longcat_kernels.ops import (
+    depth_decode,
+    ema_update,
+    fused_moe,
+    grouped_mm,
+    moe_route,
+    ngram_embedding,
+    rvq_decode,
+    rvq_encode,
+)
 
 OPS = (
     rvq_encode.OP,
     rvq_decode.OP,
     ema_update.OP,
+    grouped_mm.OP,
+    moe_route.OP,
+    fused_moe.OP,
+    depth_decode.OP,
+    ngram_embedding.OP,
 )
