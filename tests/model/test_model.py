@@ -191,7 +191,7 @@ RELEASED_COUNTS = {  # parameters of the released checkpoint, by family
     r"ngram\.embedders\.": 31_406_985_216,
     r"mlps\.": 1_585_446_912,
     r"self_attn\.": 915_726_336,
-    r"mlp\.(gate_up|down)": 33_822_867_456,
+    r"mlp\.(gate_up|down)$": 33_822_867_456,
     r"router\.": 16_515_072,
     r"lm_head\.": 402_816_000,
     r"pre_buffer\.": 75_503_616,
