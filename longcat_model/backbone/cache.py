@@ -71,9 +71,13 @@ class Cache:
 
     def select(self, rows: Tensor) -> Cache:
         """A copy that holds the given rows only (int64 [B'], repeats allowed): finished ones drop out."""
+        blocks, _, capacity, channels = self.latents.shape
+        # Only what is defined is copied: room for positions to come costs nothing until it is written.
+        latents = self.latents.new_empty(blocks, rows.shape[0], capacity, channels)
+        latents[:, :, : self.length] = self.latents[:, :, : self.length].index_select(1, rows)
         return replace(
             self,
-            latents=self.latents.index_select(1, rows),
+            latents=latents,
             documents=self.documents.index_select(0, rows),
             text=self.text.index_select(0, rows),
         )
