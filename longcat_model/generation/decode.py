@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from longcat_kernels import sample
 from longcat_model.backbone import Cache
 from longcat_model.generation.machine import Answers, Heads, State
-from longcat_model.generation.sampling import Sampling, sample
+from longcat_model.generation.sampling import Sampling
 from longcat_model.model import LongcatNext
 from longcat_model.sequence import NONE, Inputs
 
@@ -39,7 +41,7 @@ class Chooser:
         for rows, hidden_ND in _asking(heads.text, hidden_MD):
             logits_NV = self.model.text_logits(hidden_ND).masked_fill(~self.text_mask, -torch.inf)
             seeds_N = (self.text.seed + seeds[rows]).to(hidden_MD.device)
-            text_N[rows] = sample(logits_NV, self.text, seeds_N, step).cpu()
+            text_N[rows] = sample(logits_NV, **_limits(self.text), seed=seeds_N, step=step).ids.cpu()
         for rows, hidden_ND in _asking(heads.visual, hidden_MD):
             visual_NL[rows] = self._cells(hidden_ND, seeds[rows], step)
         for asks, end in ((heads.audio & heads.audio_may_end, "level0"), (heads.audio & ~heads.audio_may_end, "mask")):
@@ -52,9 +54,7 @@ class Chooser:
         decoding = self.model.visual_head.decode(
             hidden_MD,
             self.model.visual_tables(),
-            temperature=self.codes.temperature,
-            top_k=self.codes.top_k,
-            top_p=self.codes.top_p,
+            **_limits(self.codes),
             seed=(self.codes.seed + seeds).repeat_interleave(copies).to(hidden_MD.device),
             step=step,
             guidance=self.guidance,
@@ -67,9 +67,7 @@ class Chooser:
         decoding = self.model.audio_head.decode(
             hidden_ND,
             self.model.audio_tables(),
-            temperature=self.codes.temperature,
-            top_k=self.codes.top_k,
-            top_p=self.codes.top_p,
+            **_limits(self.codes),
             seed=(self.codes.seed + seeds).to(hidden_ND.device),
             step=step,
             end=end,
@@ -141,6 +139,10 @@ def _decode_group(chooser: Chooser, prompt: Inputs, state: State, seeds: Tensor,
         inputs = Inputs(*(x.repeat_interleave(copies, 0) for x in _tensors(fed)))
     whole = [torch.cat(parts, 1) for parts in zip(*map(_tensors, steps), strict=True)]
     return [Inputs(*(x[row, :length] for x in whole)) for row, length in enumerate(lengths.tolist())]
+
+
+def _limits(sampling: Sampling) -> dict[str, Any]:
+    return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
 
 
 def _asking(asks: Tensor, hidden_MD: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -21,7 +21,6 @@ from longcat_model.generation import (
     generate_text,
 )
 from longcat_model.generation.machine import Answers, ImageState, SpeechState, State, TextState
-from longcat_model.generation.sampling import sample, uniform
 from longcat_model.model import LongcatNext
 from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Layout, drop_condition, join, pack
 from longcat_model.tokenizers.text import ByteTokenizer
@@ -192,6 +191,16 @@ def test_results_do_not_depend_on_the_company(model: LongcatNext, prompts: list[
         assert (speech.text, speech.codes.tolist()) == (speeches[i].text, speeches[i].codes.tolist())
 
 
+def test_seeds_and_streams_give_different_results(model: LongcatNext, prompts: list[Document]) -> None:
+    other = replace(WARM, seed=999)
+    assert generate_text(model, prompts, max_tokens=12, sampling=WARM) != generate_text(
+        model, prompts, max_tokens=12, sampling=other
+    )
+    same = [prompts[0]] * 3
+    first, second, third = generate_image(model, same, layout=LAYOUT, height=3, width=3, sampling=WARM)
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
 def test_nothing_asked_nothing_made(model: LongcatNext) -> None:
     assert generate_text(model, []) == generate_speech(model, []) == []
     assert generate_image(model, [], layout=LAYOUT, height=2, width=3).shape == (0, 2, 3, 3)
@@ -213,50 +222,6 @@ def test_refusals(model: LongcatNext, prompts: list[Document]) -> None:
     for field, value in (("temperature", -1.0), ("top_k", -1), ("top_p", 0.0)):
         with pytest.raises(ValueError, match=f"Sampling: {field} must be"):
             Sampling(**{field: value})
-
-
-# Sampling
-
-
-def test_greedy_takes_the_lowest_of_equals() -> None:
-    assert sample(torch.tensor([[0.0, 3, 3, 1]]), GREEDY, torch.tensor([0]), 0).tolist() == [1]
-
-
-def test_samples_follow_the_distribution() -> None:
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(20_000, 4)
-    drawn = sample(logits, Sampling(), torch.arange(20_000), step=7).bincount(minlength=4) / 20_000
-    torch.testing.assert_close(drawn, torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.015, rtol=0)
-
-
-def test_top_k_and_top_p_leave_the_tail_out() -> None:
-    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(2000, 4)
-    seeds = torch.arange(2000)
-
-    def kept(**limits: float) -> list[int]:
-        return sorted(set(sample(logits, Sampling(**limits), seeds, 0).tolist()))
-
-    assert kept(top_k=2) == [2, 3]
-    assert kept(top_p=0.4) == [3]
-    assert kept(top_p=0.41) == kept(top_p=0.7) == [2, 3]
-    assert kept(top_k=3, top_p=0.75) == [2, 3]  # of the three: 4/9 + 3/9 reaches 0.75
-    assert kept(top_k=9) == [0, 1, 2, 3]
-
-
-def test_ids_out_of_reach_are_never_drawn() -> None:
-    logits = torch.full((3000, 5), -torch.inf)
-    logits[:, 3] = -2.0
-    assert set(sample(logits, Sampling(temperature=5.0), torch.arange(3000), 1).tolist()) == {3}
-
-
-def test_draws_are_uniform_and_differ_by_seed_and_step() -> None:
-    seeds = torch.arange(-5000, 5000)
-    draws = torch.stack([uniform(seeds, step) for step in range(4)])
-    assert draws.unique().numel() == draws.numel()
-    assert bool(((draws >= 0) & (draws < 1)).all())
-    histogram = torch.histc(draws.float(), 20, 0, 1) / draws.numel()
-    torch.testing.assert_close(histogram, torch.full((20,), 0.05), atol=0.005, rtol=0)
-    assert abs(torch.corrcoef(draws)[0, 1].item()) < 0.05
-    assert abs(torch.corrcoef(torch.stack([draws[0, :-1], draws[0, 1:]]))[0, 1].item()) < 0.05
 
 
 def drive(state: State, *, text: Sequence[int] = (), visual: object = None, audio: object = None) -> list[Inputs]:
