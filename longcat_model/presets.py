@@ -32,7 +32,7 @@ def longcat_next() -> c.Model:
 
 def demo() -> c.Model:
     """The model `make demo` trains on two CPU cores: handwritten numbers and spoken digits."""
-    visual_sizes = (256,) * 4
+    visual_sizes = (128,) * 3
     audio_sizes = (256, 128, 64, 32, 32, 32, 32, 32)
     return c.Model(
         vocabulary=c.Vocabulary(text_size=260, audio_sizes=audio_sizes, visual_sizes=visual_sizes),
@@ -47,27 +47,29 @@ def demo() -> c.Model:
             ngram=c.NGram(neighbors=3, splits=2, rows=1021),
         ),
         pre_buffer_width=256,
-        visual_head=c.DepthHead(dim=128, heads=4, layers=2, ffn_scale=8),
+        visual_head=c.DepthHead(dim=128, heads=4, layers=2, ffn_scale=6),
         audio_head=c.DepthHead(dim=128, heads=4, layers=2, ffn_scale=8),
         vision=c.VisionTokenizer(
             encoder=c.VisionEncoder(
                 patch=4,
                 merge=2,
-                width=96,
-                depth=4,
+                width=64,
+                depth=3,
                 heads=4,
-                mlp_width=256,
+                mlp_width=192,
                 window=16,
-                full_attention=(1, 3),
-                bridge_width=96,
+                full_attention=(2,),
+                bridge_width=64,
             ),
-            quantizer=c.Quantizer(sizes=visual_sizes, dim=64, shared=False),
-            decoder=c.PixelDecoder(width=96, depth=3, heads=4, mlp_width=256),
-            refiner=c.Refiner(width=96, depth=2, heads=4, steps=8),
+            quantizer=c.Quantizer(sizes=visual_sizes, dim=32, shared=False),
+            decoder=c.PixelDecoder(width=64, depth=2, heads=4, mlp_width=192),
+            refiner=c.Refiner(width=64, depth=2, heads=4, steps=8),
         ),
         audio=c.AudioTokenizer(
-            encoder=c.AudioEncoder(mels=80, width=128, depth=2, heads=4, mlp_width=256, max_positions=250),
-            quantizer=c.Quantizer(sizes=audio_sizes, dim=128),
+            encoder=c.AudioEncoder(
+                mels=80, log_range=5.0, width=128, depth=2, heads=4, mlp_width=256, max_positions=250
+            ),
+            quantizer=c.Quantizer(sizes=audio_sizes, dim=512, restart_threshold=0.2),
             decoder=c.AudioDecoder(width=128, depth=2, heads=4, mlp_width=256),
             refiner=c.MelRefiner(width=96, depth=2, heads=4, steps=6),
         ),
@@ -108,7 +110,7 @@ def tiny() -> c.Model:
         ),
         audio=c.AudioTokenizer(
             encoder=c.AudioEncoder(mels=16, width=32, depth=1, heads=2, mlp_width=48, max_positions=100),
-            quantizer=c.Quantizer(sizes=audio_sizes, dim=16),
+            quantizer=c.Quantizer(sizes=audio_sizes, dim=128),
             decoder=c.AudioDecoder(width=32, depth=1, heads=2, mlp_width=48),
             refiner=c.MelRefiner(width=32, depth=1, heads=2, steps=2),
         ),

@@ -11,7 +11,7 @@ Dimension key
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +21,13 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from longcat_model.tokenizers.vision.answerer import IGNORED
+from longcat_model.tokenizers.vision.answerer import IGNORED, Answerer, Pictures
 
 SIDE = 16  # pixels a side of a digit
 LONGEST = 3  # digits of a number
 HELD_OUT = 0.2  # share of the scans
 INKS = {"black": (0.08, 0.08, 0.10), "red": (0.78, 0.10, 0.12), "green": (0.05, 0.48, 0.16), "blue": (0.10, 0.20, 0.78)}
-QUESTIONS = ("which number?", "how many digits?", "first digit?", "last digit?", "sum of the digits?", "which ink?")
+QUESTIONS = ("which number?", "how many digits?", "first digit?", "last digit?", "which ink?")
 SYMBOLS = (*"0123456789", *INKS, "end")
 LONGEST_ANSWER = LONGEST + 1  # with the end symbol
 
@@ -69,7 +69,22 @@ def training_numbers(scans: Scans, *, count: int, seed: int, step: int, longest:
     return _write(texts, _pick(scans, texts, generator), generator, augment=True)
 
 
-def test_numbers(scans: Scans, *, count: int, seed: int, longest: int = LONGEST) -> Numbers:
+def training_pictures(scans: Scans, *, seed: int = 0) -> Callable[[int, int, bool], Pictures]:
+    """The source of the vision stages: (step, images, one size) to augmented numbers with answers to QUESTIONS."""
+
+    def source(step: int, images: int, one_size: bool) -> Pictures:
+        numbers = training_numbers(scans, count=images, seed=seed, step=step, longest=1 if one_size else LONGEST)
+        return Pictures(numbers.images, answers(numbers))
+
+    return source
+
+
+def answerer(features: int) -> Answerer:
+    """An untrained answerer of QUESTIONS in SYMBOLS about features of that width."""
+    return Answerer(features=features, questions=len(QUESTIONS), symbols=len(SYMBOLS), longest=LONGEST_ANSWER)
+
+
+def plain_numbers(scans: Scans, *, count: int, seed: int, longest: int = LONGEST) -> Numbers:
     """Numbers from unaltered scans, every scan used about equally often."""
     generator = _generator(seed, 0)
     texts = _random_texts(count, longest, generator)
@@ -86,8 +101,7 @@ def answers(numbers: Numbers) -> Tensor:
     """Answers to QUESTIONS as indices into SYMBOLS, int64 [numbers, questions, LONGEST_ANSWER], then IGNORED."""
     out = torch.full((len(numbers.texts), len(QUESTIONS), LONGEST_ANSWER), IGNORED)
     for row, text, ink in zip(out, numbers.texts, numbers.inks, strict=True):
-        total = str(sum(map(int, text)))
-        spoken: tuple[Sequence[str], ...] = (text, str(len(text)), text[0], text[-1], total, (ink,))
+        spoken: tuple[Sequence[str], ...] = (text, str(len(text)), text[0], text[-1], (ink,))
         for answer, symbols in zip(row, spoken, strict=True):
             indices = [SYMBOLS.index(s) for s in (*symbols, "end")]
             answer[: len(indices)] = torch.tensor(indices)

@@ -21,7 +21,7 @@ from longcat_model.tokenizers.vision.encoder import shallow_distance
 from longcat_model.tokenizers.vision.packing import Layout
 from longcat_model.training.loop import Stage
 
-Source = Callable[[int, int], Pictures]  # (step, images) -> pictures, a pure function
+Source = Callable[[int, int, bool], Pictures]  # (step, images, whether of one size) -> pictures, a pure function
 Losses = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -29,12 +29,13 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 class Settings:
     """How long and how wide each stage trains, and the weights of equations (5) and (6), which the report leaves open."""
 
-    sae_steps: int = 300
+    sae_steps: int = 500
+    one_size_share: float = 0.5  # of the encoder's steps, on images of one size as in the report; then of any size
     quantizer_steps: int = 200
     decoder_steps: int = 250
     refiner_steps: int = 200
-    images: int = 48  # of every batch
-    sae_rate: float = 2e-3
+    images: int = 64  # of every batch; twice that while they are of one size
+    sae_rate: float = 3e-3
     quantizer_rate: float = 1e-3
     decoder_rate: float = 2e-3
     refiner_rate: float = 2e-3
@@ -65,17 +66,21 @@ def vision_stages(
 def vision_sae(tokenizer: VisionTokenizer, answerer: Answerer, source: Source, settings: Settings) -> Stage:
     """Equation (2): the encoder learns from answers to questions about its images; the answerer is dropped later."""
 
+    def batch(step: int) -> Pictures:
+        one_size = step < settings.one_size_share * settings.sae_steps
+        return source(step, settings.images * (1 + one_size), one_size)
+
     def loss(pictures: Pictures) -> Losses:
         patches_TP, layout = tokenizer.patches(pictures.images)
         features_MZ = tokenizer.encoder(patches_TP, layout).bridged
         total, right_Q = answerer.loss(features_MZ, layout, pictures.answers)
-        return total, {"answers_right": right_Q.mean(), "numbers_right": right_Q[0]}
+        return total, {"answers_right": right_Q.mean()}
 
     return Stage(
         name="vision_sae",
         module=nn.ModuleDict({"tokenizer": tokenizer, "answerer": answerer}),
         parameters=(*tokenizer.encoder.parameters(), *answerer.parameters()),
-        batch=lambda step: source(step, settings.images),
+        batch=batch,
         loss=loss,
         steps=settings.sae_steps,
         learning_rate=settings.sae_rate,
@@ -98,7 +103,7 @@ def vision_quantizer(tokenizer: VisionTokenizer, source: Source, settings: Setti
         name="vision_quantizer",
         module=tokenizer,
         parameters=tuple(quantizer.parameters()),
-        batch=lambda step: source(1_000_000 + step, settings.images),
+        batch=lambda step: source(1_000_000 + step, settings.images, False),
         loss=loss,
         steps=settings.quantizer_steps,
         learning_rate=settings.quantizer_rate,
@@ -139,7 +144,7 @@ def vision_decoder(tokenizer: VisionTokenizer, source: Source, settings: Setting
         name="vision_decoder",
         module=tokenizer,
         parameters=tuple(tokenizer.decoder.parameters()),
-        batch=lambda step: source(2_000_000 + step, settings.images),
+        batch=lambda step: source(2_000_000 + step, settings.images, False),
         loss=loss,
         steps=settings.decoder_steps,
         learning_rate=settings.decoder_rate,
@@ -162,7 +167,7 @@ def vision_refiner(tokenizer: VisionTokenizer, source: Source, settings: Setting
         name="vision_refiner",
         module=tokenizer,
         parameters=tuple(tokenizer.refiner.parameters()),
-        batch=lambda step: source(3_000_000 + step, settings.images),
+        batch=lambda step: source(3_000_000 + step, settings.images, False),
         loss=loss,
         steps=settings.refiner_steps,
         learning_rate=settings.refiner_rate,

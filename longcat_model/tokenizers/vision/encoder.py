@@ -49,6 +49,7 @@ class Encoder(nn.Module):
                 window_size=sizes.window,
                 out_hidden_size=sizes.bridge_width,
                 fullatt_block_indexes=list(sizes.full_attention),
+                initializer_range=sizes.width**-0.5,  # 0.028 at the released width; 0.02 is too little for small ones
             )
         )
 

@@ -1,8 +1,10 @@
 """Flow-matching refiner in pixel space: adds the detail that the pixel decoder averages away.
 
-The path is linear, x_t = (1 - t) * noise + t * image with pixels in [-1, 1], the network gives the velocity
-image - noise, and sampling is Euler from t = 0 to 1 in equal steps. The decoder's image enters as channels beside x_t,
-the summed codewords as a projection added at every patch. The released refiner works on the latents of a VAE.
+The path is linear, x_t = (1 - t) * noise + t * image with pixels in [-1, 1], its velocity is image - noise, and
+sampling is Euler from t = 0 to 1 in equal steps. The decoder's image enters as channels beside x_t, the summed
+codewords as a projection added at every patch. The released refiner works on the latents of a VAE and gives the velocity
+itself; this one gives the image as a correction of the decoder's, from which the velocity is (image - x_t) / (1 - t), so
+that an untrained refiner changes nothing.
 
 Dimension key
     I images    T patches    M positions    D refiner width    P numbers of a patch
@@ -20,6 +22,7 @@ from longcat_model.tokenizers.vision.blocks import EPS, Block
 from longcat_model.tokenizers.vision.packing import Layout, rotary
 
 TIME_CHANNELS = 64
+LEAST_REMAINING = 0.05  # 1 - t is not taken smaller, which bounds the weight of the last moments in the loss
 TIME_SCALE = 1000.0  # t in [0, 1] to the range that sinusoids of period up to 1e4 resolve
 ROPE_THETA = 1e4
 
@@ -36,6 +39,8 @@ class Refiner(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm_out = nn.RMSNorm(sizes.width, eps=EPS)
         self.head = nn.Linear(sizes.width, pixels)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, noisy: Tensor, coarse: Tensor, codewords: Tensor, time: Tensor, layout: Layout) -> Tensor:
         """Velocity of packed patches.
@@ -57,7 +62,8 @@ class Refiner(nn.Module):
         rope = rotary(layout, self.sizes.width // self.sizes.heads, ROPE_THETA)
         for block in self.blocks:
             x_TD = block(x_TD, segments, rope, time_TD)
-        return self.head(self.norm_out(x_TD))
+        image_TP = coarse + self.head(self.norm_out(x_TD))
+        return (image_TP - noisy) / (1 - time).clamp_min(LEAST_REMAINING)[layout.image, None]
 
     def loss(self, images: Tensor, coarse: Tensor, codewords: Tensor, layout: Layout) -> Tensor:
         """Flow-matching loss at one random time an image, from torch's global generator; arguments as in `sample`."""
