@@ -74,7 +74,7 @@ class LongcatNext(nn.Module):
         Positions with visual or audio codes are picked out first, so each bridge costs what it is used.
 
         Raises:
-            ValueError: the inputs' shapes disagree with each other or with the vocabulary.
+            ValueError: shapes disagree with each other or with the vocabulary, or an id or a code lies outside it.
         """
         self._check(inputs)
         embeddings_TD = self._embed_text(inputs, history).flatten(0, 1)
@@ -84,8 +84,8 @@ class LongcatNext(nn.Module):
         frames_M = (audio_TL[:, 0] >= 0).nonzero().squeeze(1)
         parts_MD = [
             self.embed_tokens(marker_T[markers_M]),
-            self.pre_buffer(self._sum_levels(visual_TL[cells_M], self.ids.visual_offsets)),
-            self._sum_levels(audio_TL[frames_M], self.ids.audio_offsets),
+            self.pre_buffer(self._sum_levels("visual", visual_TL[cells_M])),
+            self._sum_levels("audio", audio_TL[frames_M]),
         ]
         embeddings_TD = embeddings_TD.index_add(0, torch.cat([markers_M, cells_M, frames_M]), torch.cat(parts_MD))
         return embeddings_TD.unflatten(0, inputs.text.shape)
@@ -104,6 +104,10 @@ class LongcatNext(nn.Module):
             found = list(getattr(inputs, name).shape)
             if found != shape:
                 raise ValueError(f"LongcatNext: inputs.{name} must be {shape}, got {found}")
+        for name in ("text", "marker"):
+            ids: Tensor = getattr(inputs, name)
+            if ids.numel() and int(ids.max()) >= self.ids.text_rows:
+                raise ValueError(f"LongcatNext: inputs.{name} must be below {self.ids.text_rows}, got {int(ids.max())}")
 
     def _embed_text(self, inputs: Inputs, history: Tensor | None) -> Tensor:
         if self.ngram is not None:
@@ -111,10 +115,15 @@ class LongcatNext(nn.Module):
             return embeddings
         return self.embed_tokens(inputs.text.clamp(min=0)) * (inputs.text >= 0)[..., None]
 
-    def _sum_levels(self, codes: Tensor, offsets: tuple[int, ...]) -> Tensor:
+    def _sum_levels(self, modality: str, codes: Tensor) -> Tensor:
         """Sums the joint table's rows of local codes [M, L] over the levels."""
-        rows_ML = codes + torch.tensor(offsets, device=codes.device)
-        return F.embedding(rows_ML, self.embed_tokens.weight).sum(1)
+        sizes: tuple[int, ...] = getattr(self.ids, f"{modality}_sizes")
+        offsets: tuple[int, ...] = getattr(self.ids, f"{modality}_offsets")
+        # A code too large would name a row of the next level, and nothing would fail.
+        if bool(((codes < 0) | (codes >= torch.tensor(sizes, device=codes.device))).any()):
+            found = [codes.amin(0).tolist(), codes.amax(0).tolist()]
+            raise ValueError(f"LongcatNext: inputs.{modality} must be in [0, {list(sizes)}) by level, got {found}")
+        return F.embedding(codes + torch.tensor(offsets, device=codes.device), self.embed_tokens.weight).sum(1)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [..., D] after the final norm; returns [..., text_rows] float32."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longcat_model import presets
+from longcat_model import config, presets
 from longcat_model.backbone import Cache
 from longcat_model.model import LongcatNext
 from longcat_model.sequence import Inputs
@@ -185,6 +186,27 @@ def test_refuses_rows_of_another_shape(model: LongcatNext) -> None:
         model(dataclasses.replace(inputs, documents=inputs.documents[:, :1]))
     with pytest.raises(ValueError, match=r"LongcatNext: inputs.text must be \[B, S\], got \[2\]"):
         model(dataclasses.replace(inputs, text=inputs.text[0]))
+
+
+def test_refuses_ids_and_codes_of_another_modality(model: LongcatNext) -> None:
+    kinds = torch.tensor([[TEXT, CELL, SPEECH]])
+    inputs = _inputs(kinds, torch.zeros_like(kinds), seed=9)
+    for name, column, value, rule in (
+        ("text", 0, 313, "must be below 313, got 313"),
+        ("marker", 0, 313, "must be below 313, got 313"),
+        ("visual", 1, 8, r"must be in \[0, \[8, 8, 8\]\) by level, got"),
+        ("audio", 2, 6, r"must be in \[0, \[8, 6, 4, 4\]\) by level, got"),
+    ):
+        changed = getattr(inputs, name).clone()
+        changed[0, column] = value
+        with pytest.raises(ValueError, match=rf"LongcatNext: inputs.{name} {rule}"):
+            model(dataclasses.replace(inputs, **{name: changed}))
+
+
+@pytest.mark.parametrize("preset", [presets.longcat_next, presets.demo, presets.tiny])
+def test_every_preset_builds(preset: Callable[[], config.Model]) -> None:
+    with torch.device("meta"):
+        LongcatNext(preset())
 
 
 RELEASED_COUNTS = {  # parameters of the released checkpoint, by family
