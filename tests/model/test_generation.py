@@ -24,6 +24,7 @@ from longcat_model.generation.machine import Answers, ImageState, SpeechState, S
 from longcat_model.model import LongcatNext
 from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Layout, drop_condition, join, pack
 from longcat_model.tokenizers.text import ByteTokenizer
+from longcat_model.training.loss import loss
 from longcat_model.vocabulary import BOS, EOS, PAD, Vocabulary
 
 IDS = Vocabulary.of(presets.tiny().vocabulary)  # levels: visual 8 8 8, audio 8 6 4 4
@@ -199,6 +200,43 @@ def test_seeds_and_streams_give_different_results(model: LongcatNext, prompts: l
     same = [prompts[0]] * 3
     first, second, third = generate_image(model, same, layout=LAYOUT, height=3, width=3, sampling=WARM)
     assert not torch.equal(first, second) and not torch.equal(second, third)
+
+
+def test_a_trained_model_gives_back_what_it_was_taught() -> None:
+    """Layouts, loss, backbone, heads and generation in one: two documents of each kind, learnt by heart."""
+    torch.manual_seed(0)
+    model, tokenizer = LongcatNext(presets.tiny()), ByteTokenizer()
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(sizes: Sequence[int], *shape: int) -> Tensor:
+        return torch.stack([torch.randint(0, size, shape, generator=generator) for size in sizes], -1)
+
+    images = [draw(IDS.visual_sizes, 2, 3) for _ in range(2)]
+    voices = [draw(IDS.audio_sizes, frames) for frames in (5, 7)]
+    words = [tokenizer.encode(word) for word in ("4", "17")]
+    paint, say = ([LAYOUT.text([BOS, *tokenizer.encode(f"{task} {i}")]) for i in range(2)] for task in ("paint", "say"))
+    see, hear = [LAYOUT.understand_image(image) for image in images], [LAYOUT.hear(voice) for voice in voices]
+    documents = []
+    for i in range(2):
+        answer = LAYOUT.text([*words[i], EOS], loss=True)
+        documents += [join(see[i], answer), join(hear[i], answer), join(paint[i], LAYOUT.generate_image(images[i]))]
+        documents += [join(say[i], LAYOUT.speak(words[i], voices[i], delay=delay)) for delay in (None, 1)]
+    batch = pack(documents, 48)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(model, batch)[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    assert generate_text(model, see + hear) == words * 2
+    painted = generate_image(model, paint, layout=LAYOUT, height=2, width=3, sampling=GREEDY)
+    assert painted.tolist() == [image.tolist() for image in images]
+    for mode in ("serial", "parallel"):
+        spoken = generate_speech(model, say, mode=mode, sampling=GREEDY, text_sampling=GREEDY, max_frames=20)
+        assert [speech.text for speech in spoken] == words
+        assert [speech.codes.tolist() for speech in spoken] == [voice.tolist() for voice in voices]
 
 
 def test_nothing_asked_nothing_made(model: LongcatNext) -> None:
