@@ -6,7 +6,7 @@ behind one signature; `backend="auto"` takes the fastest that can.
 
 from __future__ import annotations
 
-from longcat_kernels.ops.depth_decode import DepthDecoding, DepthWeights, depth_decode
+from longcat_kernels.ops.depth_decode import depth_decode
 from longcat_kernels.ops.ema_update import ema_update
 from longcat_kernels.ops.fused_moe import fused_moe
 from longcat_kernels.ops.grouped_mm import grouped_mm
@@ -14,6 +14,7 @@ from longcat_kernels.ops.moe_route import moe_route
 from longcat_kernels.ops.ngram_embedding import ngram_embedding
 from longcat_kernels.ops.rvq_decode import rvq_decode
 from longcat_kernels.ops.rvq_encode import RVQEncoding, rvq_encode
+from longcat_kernels.reference.depth_decode import DepthDecoding, DepthWeights
 from longcat_kernels.reference.sampling import sample
 
 __all__ = [

@@ -8,7 +8,7 @@ Dimension key
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,15 +51,16 @@ class DepthTransformer(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"DepthTransformer: heads must divide dim {dim}, got {heads}")
-        if ffn_scale * dim % len(sizes):
+        levels, ffn_width = len(sizes), ffn_scale * dim
+        if ffn_width % levels:
             raise ValueError(
-                f"DepthTransformer: ffn_scale * dim must be a multiple of the {len(sizes)} levels, got {ffn_scale * dim}"
+                f"DepthTransformer: ffn_scale * dim must be a multiple of {levels} levels, got {ffn_width}"
             )
         self.sizes, self.heads_count, self.eps = tuple(sizes), heads, eps
         self.hidden_norm = nn.RMSNorm(hidden, eps)
         self.hidden_proj = nn.Linear(hidden, dim, bias=False)
         self.transformer_layers = nn.ModuleList(
-            DepthTransformerLayer(dim, heads, len(sizes), ffn_scale * dim, eps) for _ in range(layers)
+            DepthTransformerLayer(dim, heads, levels, ffn_width, eps) for _ in range(layers)
         )
         self.headnorm = nn.RMSNorm(dim, eps)
         self.heads = nn.ModuleList(nn.Linear(dim, size + 1) for size in sizes)
@@ -109,10 +110,10 @@ class DepthTransformer(nn.Module):
             tables=list(tables),
             hidden_norm=self.hidden_norm.weight,
             hidden_proj=self.hidden_proj.weight,
-            layers=[layer.weights() for layer in self.transformer_layers],
+            layers=[cast(DepthTransformerLayer, layer).weights() for layer in self.transformer_layers],
             headnorm=self.headnorm.weight,
-            head_weights=[head.weight for head in self.heads],
-            head_biases=[head.bias for head in self.heads],
+            head_weights=[head.get_parameter("weight") for head in self.heads],
+            head_biases=[head.get_parameter("bias") for head in self.heads],
             heads=self.heads_count,
             eps=self.eps,
         )

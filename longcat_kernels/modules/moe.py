@@ -27,6 +27,8 @@ class Routed(NamedTuple):
 class Router(nn.Module):
     """Linear logits in float32; `e_score_correction_bias` moves the choice of experts, not their weights."""
 
+    e_score_correction_bias: Tensor  # [E + Z] float32
+
     def __init__(self, hidden: int, experts: int) -> None:
         super().__init__()
         self.classifier = nn.Linear(hidden, experts, bias=False)

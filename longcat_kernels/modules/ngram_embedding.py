@@ -50,8 +50,8 @@ class NGramEmbedding(nn.Module):
         return ngram_embedding(
             ids,
             word,
-            [table.weight for table in self.embedders],
-            [projection.weight for projection in self.post_projs],
+            [table.get_parameter("weight") for table in self.embedders],
+            [projection.get_parameter("weight") for projection in self.post_projs],
             base=self.base,
             neighbors=self.neighbors,
             splits=self.splits,

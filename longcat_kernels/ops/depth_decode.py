@@ -156,9 +156,22 @@ def _allocate(
     )
 
 
+def _check_prefix(prefix_TP: Tensor, classes: list[int]) -> None:
+    """The given codes against the classes of their levels; on an accelerator reading them would wait for the device."""
+    if prefix_TP.device.type != "cpu" or not prefix_TP.numel():
+        return
+    for level, (low, high) in enumerate(zip(prefix_TP.amin(0).tolist(), prefix_TP.amax(0).tolist(), strict=True)):
+        wrong, size = low if low < 0 else high, classes[level]
+        if not 0 <= wrong < size:
+            raise ValueError(f"depth_decode: prefix must be in [0, {size}) at level {level}, got {wrong}")
+
+
 def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _allocate(*arguments)
     *inputs, backend = arguments
+    _hidden, tensors, _seeds, prefix, levels, heads, eps = inputs[:7]
+    if prefix is not None:
+        _check_prefix(prefix, [len(table) for table in DepthWeights.of(tensors, levels, heads, eps).tables])
     choose("depth_decode", IMPLS, backend, *inputs).run(*inputs, *outputs)
     return outputs
 

@@ -39,7 +39,7 @@ def fused_moe(
 
     Returns:
         out: [T, D] of x's dtype, summed in at least float32; gradients to x, gate_up, down and weights, once
-            differentiable. Backward keeps x and the pre-activations of the real experts' rows.
+            differentiable. Backward keeps x and, in at least float32, the pre-activations of the real experts' rows.
 
     Raises:
         ValueError: a shape, dtype or device is wrong, or no implementation takes the tensors.
@@ -63,11 +63,6 @@ def _check(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, 
     )
     wanted = [found[0], dim, found[1] // 2]
     check(list(down_EDF.shape) == wanted, lambda: f"fused_moe: down must be {wanted}, got {list(down_EDF.shape)}")
-    for name, tensor in (("gate_up", gate_up_EFD), ("down", down_EDF)):
-        check(
-            tensor.dtype == x_TD.dtype,
-            lambda name=name, tensor=tensor: f"fused_moe: {name} must be {x_TD.dtype} as x is, got {tensor.dtype}",
-        )
     check(
         ids_Tk.ndim == 2 and ids_Tk.shape[0] == rows and ids_Tk.dtype == torch.int64,
         lambda: f"fused_moe: ids must be int64 [{rows}, k], got {ids_Tk.dtype} {list(ids_Tk.shape)}",
@@ -79,11 +74,14 @@ def _check(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, 
             f"got {weights_Tk.dtype} {list(weights_Tk.shape)}"
         ),
     )
+    for name, tensor in (("gate_up", gate_up_EFD), ("down", down_EDF)):
+        _check_same("dtype", name, tensor.dtype, x_TD.dtype)
     for name, tensor in (("gate_up", gate_up_EFD), ("down", down_EDF), ("ids", ids_Tk), ("weights", weights_Tk)):
-        check(
-            tensor.device == x_TD.device,
-            lambda name=name, tensor=tensor: f"fused_moe: {name} must be on {x_TD.device}, got {tensor.device}",
-        )
+        _check_same("device", name, tensor.device, x_TD.device)
+
+
+def _check_same(what: str, name: str, found: Any, wanted: Any) -> None:
+    check(found == wanted, lambda: f"fused_moe: {name} must have the {what} of x, {wanted}, got {found}")
 
 
 def _allocate(
@@ -91,7 +89,8 @@ def _allocate(
 ) -> tuple[Tensor, Tensor]:
     _check(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk)
     rows = ids_Tk.shape[0] * ids_Tk.shape[1] if save else 0
-    hidden_RF = torch.empty(rows, gate_up_EFD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    hidden_RF = torch.empty(rows, gate_up_EFD.shape[1], dtype=wide, device=x_TD.device)
     return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device), hidden_RF
 
 

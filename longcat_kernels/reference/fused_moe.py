@@ -25,8 +25,8 @@ def fused_moe(
 ) -> tuple[Tensor, Tensor]:
     """out[t] = sum over slots j of weights[t, j] * expert(ids[t, j])(x[t]), and what backward needs.
 
-    Expert e in [0, E): down[e] @ (silu(gate) * up) with gate | up = gate_up[e] @ x. Identity for e >= E, zero for e < 0.
-    The second result is gate | up of each row, by expert, then slot; zeros from row R to T * k. Without `save`, no rows.
+    expert(e)(x) = down[e] @ (silu(gate) * up) with gate | up = gate_up[e] @ x; x itself for e >= E, 0 for e < 0. The
+    second result is gate | up of each row, by expert, then slot, and zeros from row R on; without `save`, no rows.
     """
     hidden = []
     out_TD = torch.where(ids >= down.shape[0], weights, 0).sum(1, keepdim=True) * x
@@ -106,10 +106,9 @@ def forward(
     plan, dtype = Plan.of(ids, down.shape[0]), _wide(x.dtype)
     x_RD = x.to(dtype).index_select(0, plan.tokens)
     total = len(x_RD)
-    hidden_RF = plan.products(x_RD, gate_up.mT, x_RD.new_empty(total, gate_up.shape[1]))
-    if save:
-        hidden[:total].copy_(hidden_RF)
-        hidden[total:].zero_()
+    hidden_RF = hidden[:total] if save else x_RD.new_empty(total, gate_up.shape[1])
+    hidden[total:] = 0
+    plan.products(x_RD, gate_up.mT, hidden_RF)
     y_RD = plan.products(_swiglu(hidden_RF), down.mT, torch.empty_like(x_RD))
     identity_T1 = _identity_weights(ids, weights, down.shape[0]).to(dtype)
     out.copy_(plan.combine(y_RD, weights).addcmul_(x.to(dtype), identity_T1))
@@ -122,20 +121,20 @@ def input_grad(
     """Writes grad_x [T, D], grad_weights [T, k] and grad_hidden [T * k, 2 F] (zero past row R), from `hidden`."""
     plan, dtype = Plan.of(ids, down.shape[0]), _wide(x.dtype)
     total = len(plan.slots)
-    grad_TD, hidden_RF = grad.to(dtype), hidden[:total].to(dtype)
-    gate_RF, up_RF = hidden_RF.chunk(2, dim=1)
+    grad_TD = grad.to(dtype)
+    gate_RF, up_RF = hidden[:total].chunk(2, dim=1)
     sigmoid_RF = gate_RF.sigmoid()
     silu_RF = gate_RF * sigmoid_RF
     grad_act_RF = plan.products(grad_TD.index_select(0, plan.tokens), down, torch.empty_like(silu_RF))
     row_grad_R = (grad_act_RF * silu_RF * up_RF).sum(1)
     grad_act_RF *= weights.reshape(-1)[plan.slots, None].to(dtype)
-    grad_gate_RF = grad_act_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF))
-    grad_hidden_RF = torch.cat([grad_gate_RF, grad_act_RF * silu_RF], dim=1)
-    grad_hidden[:total].copy_(grad_hidden_RF)
-    grad_hidden[total:].zero_()
+    grad_gate_RF, grad_up_RF = grad_hidden[:total].chunk(2, dim=1)
+    torch.mul(grad_act_RF * up_RF, sigmoid_RF + silu_RF * (1 - sigmoid_RF), out=grad_gate_RF)
+    torch.mul(grad_act_RF, silu_RF, out=grad_up_RF)
+    grad_hidden[total:] = 0
 
     identity = ids >= down.shape[0]
-    grad_x_RD = plan.products(grad_hidden_RF, gate_up, grad_TD.new_empty(total, x.shape[1]))
+    grad_x_RD = plan.products(grad_hidden[:total], gate_up, grad_TD.new_empty(total, x.shape[1]))
     identity_T1 = _identity_weights(ids, weights, down.shape[0]).to(dtype)
     grad_x.copy_(plan.combine(grad_x_RD).addcmul_(grad_TD, identity_T1))
     grad_Tk = torch.where(identity, (grad_TD * x.to(dtype)).sum(1, keepdim=True), 0)
@@ -151,8 +150,8 @@ def weight_grad(
     plan, dtype = Plan.of(ids, experts), _wide(x.dtype)
     total = len(plan.slots)
     x_RD = x.to(dtype).index_select(0, plan.tokens)
-    plan.outer_products(grad_hidden[:total].to(dtype), x_RD, grad_gate_up)
-    act_RF = _swiglu(hidden[:total].to(dtype)) * weights.reshape(-1)[plan.slots, None].to(dtype)
+    plan.outer_products(grad_hidden[:total], x_RD, grad_gate_up)
+    act_RF = _swiglu(hidden[:total]) * weights.reshape(-1)[plan.slots, None].to(dtype)
     plan.outer_products(grad.to(dtype).index_select(0, plan.tokens), act_RF, grad_down)
 
 
@@ -219,7 +218,7 @@ REFUSALS = (
     Refusal("gate_up must be [E, 2 F, 8] with E >= 1, got [2, 8, 7]", lambda a: {"gate_up": torch.ones(2, 8, 7)}),
     Refusal("gate_up must be [E, 2 F, 8] with E >= 1, got [2, 7, 8]", lambda a: {"gate_up": torch.ones(2, 7, 8)}),
     Refusal("down must be [2, 8, 4], got [3, 8, 4]", lambda a: {"down": torch.ones(3, 8, 4)}),
-    Refusal("down must be torch.float32 as x is, got torch.float64", lambda a: {"down": a["down"].double()}),
+    Refusal("down must have the dtype of x, torch.float32, got torch.float64", lambda a: {"down": a["down"].double()}),
     Refusal("ids must be int64 [0, k], got torch.int32 [0, 2]", lambda a: {"ids": a["ids"].int()}),
     Refusal("weights must be floating point [0, 2], got torch.float32 [0, 3]", lambda a: {"weights": torch.ones(0, 3)}),
     Refusal("backend must be one of auto, ", lambda a: {"backend": "gpu"}),

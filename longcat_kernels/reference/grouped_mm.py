@@ -46,7 +46,7 @@ def ends_of(offs: Tensor, extent: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Case:
-    """One problem size: `form` names the ranks of a and b, `ends` the ragged dimension, of which `tail` rows are over."""
+    """One problem size: `form` names the ranks of a and b, `ends` the ragged dimension, with `tail` rows over."""
 
     form: str
     ends: tuple[int, ...]

@@ -74,7 +74,7 @@ class Case:
 
 
 EDGE = (
-    Case(0, 4, 2, 2),
+    Case(0, 4, 2, 2, biased=True),
     Case(1, 1, 0, 1),
     Case(17, 5, 3, 3, biased=True, scale=6.0),
     Case(17, 5, 0, 5, renorm=True, scale=2.5),
@@ -103,9 +103,10 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
 
 
 def cost(case: Case) -> Cost:
-    """Logits read once, weights and ids written once; about eight operations a logit for the softmax."""
+    """Logits and bias read once, weights and ids written once; about eight operations a logit for the softmax."""
     experts = case.real + case.zero
-    return Cost(flops=8 * case.tokens * experts, bytes=case.tokens * (experts * case.dtype.itemsize + 12 * case.k))
+    moved = case.tokens * (experts * case.dtype.itemsize + 12 * case.k) + 4 * experts
+    return Cost(flops=8 * case.tokens * experts, bytes=moved)
 
 
 REFUSALS = (

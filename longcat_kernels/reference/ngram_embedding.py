@@ -46,13 +46,13 @@ def ngram_embedding(
     projections: Sequence[Tensor],
     documents: Tensor | None,
     history: Tensor | None,
-    rule: Sequence[int],
+    numbers: Sequence[int],
 ) -> tuple[Tensor]:
     """e = (word[id] + sum_i projections[i] @ tables[i][hash_i]) / (1 + N), lookups with hash 0 left out.
 
-    Ids that the rule ignores keep word[id] undivided; id -1 gives zeros. `rule` is `Rule.numbers()`.
+    Ids that the rule ignores keep word[id] undivided; id -1 gives zeros. `numbers` are those of a `Rule`.
     """
-    rule = Rule.of(rule)
+    rule = Rule.of(numbers)
     hashes_BSN = hashes(ids, [len(table) for table in tables], rule, documents, history)
     total_BSD = functional.embedding(ids.clamp_min(0), word)
     for table, projection, hash_BS in zip(tables, projections, hashes_BSN.unbind(2), strict=True):
