@@ -93,6 +93,7 @@ class AudioEncoder:
     mels: int = 128
     fft: int = 400  # samples
     hop: int = 160  # samples
+    log_range: float = 8.0  # decades of power kept below a clip's loudest mel
     width: int = 1280
     depth: int = 32
     heads: int = 20

@@ -20,6 +20,7 @@ from longcat_model.demo.espeak import SAMPLE_RATE
 from longcat_model.demo.speech import Clip, normalise, trim
 
 _CEPSTRA = 20
+_RANGE_DB = 40.0  # of a clip's power; what is softer counts as silence, as it does to a listener
 _FRAMES = 16  # a clip of any length is resampled to this many
 
 
@@ -63,7 +64,8 @@ def features(waveform: np.ndarray) -> np.ndarray:
     """[16 * 20] cepstra of [samples], trimmed and normalised first so that level and surrounding silence do not count."""
     speech = normalise(trim(waveform.astype(np.float32)))
     speech = np.pad(speech, (0, max(0, 1024 - len(speech))))
-    cepstra = librosa.feature.mfcc(y=speech, sr=SAMPLE_RATE, n_mfcc=_CEPSTRA, n_fft=512, hop_length=160, n_mels=40)
+    power = librosa.feature.melspectrogram(y=speech, sr=SAMPLE_RATE, n_fft=512, hop_length=160, n_mels=40)
+    cepstra = librosa.feature.mfcc(S=librosa.power_to_db(power, ref=np.max, top_db=_RANGE_DB), n_mfcc=_CEPSTRA)
     places = np.linspace(0, cepstra.shape[1] - 1, _FRAMES)
     left = np.minimum(places.astype(int), cepstra.shape[1] - 2)
     share = places - left
