@@ -79,7 +79,7 @@ def _prefixes(levels: int) -> dict[str, int]:
 
 def picture_levels(system: System, scans: digits.Scans, count: int = 6) -> Section:
     """Held-out pictures rebuilt from the first levels of their codes."""
-    numbers = digits.test_numbers(scans, count=count, seed=1)
+    numbers = digits.plain_numbers(scans, count=count, seed=1)
     codes = system.vision.encode(numbers.images)
     samples = [Sample(text, "original", None, image=x) for text, x in zip(numbers.texts, numbers.images, strict=True)]
     for name, levels in _prefixes(system.vision.levels).items():

@@ -22,6 +22,7 @@ from longcat_model.demo.tasks import Tasks
 from longcat_model.demo.workspace import Workspace, commit, write_text
 from longcat_model.generation import Sampling
 from longcat_model.system import System
+from longcat_model.tokenizers.audio.answers import AnswerDecoder
 from longcat_model.training import audio_stages, model_stages, vision_stages
 from longcat_model.training.loop import Row, Stage, train
 
@@ -79,12 +80,8 @@ def train_tokenizers(
 
 
 def vision(system: System, data: Data, settings: Settings, seed: int) -> Sequence[Stage]:
-    answerer = digits.answerer(system.vision)
-
-    def source(step: int, count: int) -> vision_stages.Pictures:
-        numbers = digits.training_numbers(data.scans, count=count, seed=seed, step=step)
-        return vision_stages.Pictures(numbers.images, digits.answers(numbers))
-
+    answerer = digits.answerer(system.vision.encoder.sizes.bridge_width)
+    source = digits.training_pictures(data.scans, seed=seed)
     return vision_stages.vision_stages(system.vision, answerer, source, settings.vision)
 
 
@@ -92,10 +89,12 @@ def audio(system: System, data: Data, settings: Settings, seed: int) -> Sequence
     composer = speech.Composer(data.speech.train)
 
     def source(step: int) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-        spoken = composer.numbers(seed=seed, step=step, count=settings.audio.clips)
+        spoken = composer.numbers(seed=seed, step=step, count=settings.clips)
         return [number.waveform for number in spoken], [number.digits for number in spoken]
 
-    return audio_stages.audio_stages(system.audio, source, settings.audio)
+    language = AnswerDecoder(system.config.audio.quantizer.dim, tokens=10)
+    trainee = audio_stages.AudioTrainee(system.audio, language)
+    return audio_stages.stages(trainee, source, settings.audio)
 
 
 def run_stage(workspace: Workspace, stage: Stage, seed: int) -> list[Row]:
@@ -152,7 +151,7 @@ def evaluate_tasks(
     sampling = Sampling(temperature=sizes.temperature, top_p=sizes.top_p, seed=seed)
     asked = [str(i % 10) for i in range(sizes.digits)]
     plain = speech.Composer(data.speech.takes, speech.Variation.none())
-    numbers = digits.test_numbers(data.held_out_scans, count=sizes.numbers, seed=seed)
+    numbers = digits.plain_numbers(data.held_out_scans, count=sizes.numbers, seed=seed)
 
     def painted() -> Result:
         judge = digits.Judge(data.scans)

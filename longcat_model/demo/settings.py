@@ -41,6 +41,7 @@ class Settings:
     audio: AudioTraining = field(default_factory=AudioTraining)
     language: LanguageTraining = field(default_factory=LanguageTraining)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    clips: int = 32  # spoken numbers of every audio training step
     speech_takes: int = 12  # of every digit and voice, when speech is synthesized
     speech_voices: int = 20
     smoke: bool = False
@@ -53,6 +54,7 @@ class Settings:
             audio=AudioTraining(warm_up_steps=3, joint_steps=3, flow_steps=3),
             language=LanguageTraining(pictures=100, utterances=60, documents=16, pre_align_steps=2, joint_steps=6),
             evaluation=Evaluation(numbers=8, digits=10),
+            clips=8,
             speech_takes=6,
             speech_voices=2,
             smoke=True,

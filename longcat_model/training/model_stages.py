@@ -38,7 +38,7 @@ def joint(
     name: str = "joint",
 ) -> Stage:
     """Every parameter learns, with loss-free balancing of the experts after each step."""
-    balancer = Balancer(model, model.config.backbone.experts)
+    balancer = Balancer(model, model.sizes.backbone.experts)
     return Stage(
         name=name,
         module=model,
