@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 import tyro
 
 RUN = Path("runs/demo")
-Positional = tyro.conf.Positional
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Train:
     {"say": "file.wav", "transcript": "..."}. Paths are relative to DATA.
     """
 
-    data: Positional[Path]
+    data: tyro.conf.Positional[Path]
     """Documents as JSON lines."""
     run: Path = RUN
     """Directory of the trained system to start from."""
@@ -87,9 +86,9 @@ class Generate:
     see and hear take a file and print text; paint and say take text and write a file.
     """
 
-    task: Positional[Literal["see", "paint", "hear", "say"]]
+    task: tyro.conf.Positional[Literal["see", "paint", "hear", "say"]]
     """What to do."""
-    subject: Positional[str]
+    subject: tyro.conf.Positional[str]
     """An image or sound file (see, hear), or the text to paint or say."""
     run: Path = RUN
     """Directory of the trained system."""
@@ -129,7 +128,7 @@ class Generate:
 class Inspect:
     """Print what a trained system or a preset consists of: parameters by part, ids, codebooks."""
 
-    subject: Positional[str] = str(RUN)
+    subject: tyro.conf.Positional[str] = str(RUN)
     """Directory of a trained system, or a preset: longcat_next, demo, tiny."""
 
     def __call__(self) -> None:
@@ -148,7 +147,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; what a user can cause ends in one line on standard error and exit status 2."""
-    command = tyro.cli(Command, args=arguments, prog="longcat", description=__doc__)  # type: ignore[call-overload]
+    command = tyro.cli(Command, args=arguments, prog="longcat", description=__doc__)
     try:
         command()
     except (ValueError, OSError) as error:

@@ -241,7 +241,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None
     chosen = next(option for option in options if option is not type(None))
     if dataclasses.is_dataclass(chosen):
-        return from_dict(chosen, value, where)  # type: ignore[type-var]
+        return from_dict(chosen, value, where)  # type: ignore[arg-type]
     if get_origin(chosen) is tuple and isinstance(value, list | tuple):
         return tuple(_value(get_args(chosen)[0], item, where) for item in value)
     if chosen is float and type(value) is int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def describe(subject: str) -> str:
         system = System.load(Path(subject))
     else:
         raise ValueError(f"inspect: subject must be a directory or one of {', '.join(PRESETS)}, got {subject!r}")
-    return "\n\n".join((_parameters(system), _ids(system.config), _quantizers(system)))
+    return "\n\n".join((_parameters(system), _ids(system.sizes), _quantizers(system)))
 
 
 def _parameters(system: System) -> str:
@@ -58,13 +59,13 @@ def _ids(sizes: config.Model) -> str:
 
 def _quantizers(system: System) -> str:
     rows = [("quantizer", "levels", "entries", "width")]
-    for name, quantizer in (("vision", system.config.vision.quantizer), ("audio", system.config.audio.quantizer)):
+    for name, quantizer in (("vision", system.sizes.vision.quantizer), ("audio", system.sizes.audio.quantizer)):
         sizes = ", ".join(map(str, quantizer.sizes)) + (" (shared)" if quantizer.shared else "")
         rows.append((name, str(len(quantizer.sizes)), sizes, str(quantizer.dim)))
     return _table(rows)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -25,7 +25,7 @@ from longcat_model.tokenizers.vision import VisionTokenizer
 class System:
     """The language model with the tokenizers it was trained on."""
 
-    config: config.Model
+    sizes: config.Model
     model: LongcatNext
     vision: VisionTokenizer
     audio: AudioTokenizer
@@ -49,7 +49,7 @@ class System:
             save_model(module, str(temporary))
             os.replace(temporary, directory / f"{name}.safetensors")
         temporary = directory / "config.json.partial"
-        temporary.write_text(json.dumps(config.to_dict(self.config), indent=1) + "\n")
+        temporary.write_text(json.dumps(config.to_dict(self.sizes), indent=1) + "\n")
         os.replace(temporary, directory / "config.json")
 
     @classmethod

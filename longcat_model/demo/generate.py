@@ -46,7 +46,7 @@ def generate(request: Request) -> str:
         write_image(out, evaluate.paint(system, tasks, [number], request.sampling, request.guidance)[0], PIXEL)
     else:
         waveform = evaluate.say(system, tasks, [number], request.mode, request.sampling)[0]
-        write_speech(out, waveform, system.config.audio.encoder.sample_rate)
+        write_speech(out, waveform, system.sizes.audio.encoder.sample_rate)
     return str(out)
 
 
@@ -56,7 +56,7 @@ def _read(system: System, tasks: Tasks, request: Request) -> str:
         image = read_image(path, system.vision.sizes.cell)
         prompt = tasks.see_prompt(system.vision.encode([image])[0])
     else:
-        waveform = read_speech(path, system.config.audio.encoder.sample_rate)
+        waveform = read_speech(path, system.sizes.audio.encoder.sample_rate)
         level = waveform.new_tensor(normalise(trim(waveform.numpy())))
         prompt = tasks.hear_prompt(system.audio.encode([level])[0])
     answer = generate_text(system.model, [prompt], max_tokens=evaluate.LONGEST_ANSWER, sampling=request.sampling)

@@ -103,7 +103,7 @@ def speech_levels(system: System, clips: Sequence[Clip], count: int = 3) -> Sect
     codes = system.audio.encode(waveforms)
     samples = [Sample(f"{clip.digit}:", "original", None, speech=clip.waveform) for clip in chosen]
     mels = {"original": system.audio.mels(waveforms[:1]).log_mel[0]}
-    for name, levels in _prefixes(len(system.config.audio.quantizer.sizes)).items():
+    for name, levels in _prefixes(len(system.sizes.audio.quantizer.sizes)).items():
         spoken = system.audio.decode(codes, levels=levels)
         samples += [Sample(f"{c.digit}:", name, None, speech=s) for c, s in zip(chosen, spoken, strict=True)]
         mels[name] = system.audio.decode_mel(codes[:1], levels=levels)[0]
@@ -130,7 +130,7 @@ def codebook_use(system: System, pools: dict[str, Pool]) -> Section:
 @torch.no_grad()
 def expert_routing(system: System, pools: dict[str, Pool], batches: int = 4) -> Section:
     """Which experts each modality's positions choose."""
-    experts = system.config.backbone.experts
+    experts = system.sizes.backbone.experts
     tasks = Tasks.of(system.model.ids, system.text)
     batch = training_batches(tasks, pools["pictures"], pools["utterances"], documents=64, row_length=128, seed=9)
     counts = sum(

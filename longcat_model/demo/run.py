@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def audio(system: System, data: Data, settings: Settings, seed: int) -> Sequence
         spoken = composer.numbers(seed=seed, step=step, count=settings.clips)
         return [number.waveform for number in spoken], [number.digits for number in spoken]
 
-    language = AnswerDecoder(system.config.audio.quantizer.dim, tokens=10)
+    language = AnswerDecoder(system.sizes.audio.quantizer.dim, tokens=10)
     trainee = audio_stages.AudioTrainee(system.audio, language)
     return audio_stages.stages(trainee, source, settings.audio)
 
@@ -188,9 +189,13 @@ def evaluate_tasks(
     results: dict[str, Result] = {}
     for name, step in steps.items():
         print(f"evaluate: {name}", flush=True)
-        found = workspace.once(f"evaluate_{name}", lambda step=step: {k: r.as_dict() for k, r in step().items()})
+        found = workspace.once(f"evaluate_{name}", partial(_as_dicts, step))
         results |= {key: Result(**fields) for key, fields in found.items()}
     return results
+
+
+def _as_dicts(step: Callable[[], dict[str, Result]]) -> dict[str, Any]:
+    return {name: result.as_dict() for name, result in step().items()}
 
 
 def finish(
@@ -214,7 +219,7 @@ def finish(
         "commit": commit(),
     }
     workspace.write("report.json", summary)
-    page = render(summary, goals, content, system.config.audio.encoder.sample_rate)
+    page = render(summary, goals, content, system.sizes.audio.encoder.sample_rate)
     write_text(workspace.directory / "report.html", page)
     print(table(summary, goals))
     print(f"report: {workspace.directory / 'report.html'}")

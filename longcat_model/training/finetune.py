@@ -110,7 +110,7 @@ def _part(part: dict[str, Any], directory: Path, system: System, layout: Layout)
     if kind in ("image", "paint"):
         codes = system.vision.encode([read_image(file, system.vision.sizes.cell)])[0]
         return layout.understand_image(codes) if kind == "image" else layout.generate_image(codes)
-    codes = system.audio.encode([read_speech(file, system.config.audio.encoder.sample_rate)])[0]
+    codes = system.audio.encode([read_speech(file, system.sizes.audio.encoder.sample_rate)])[0]
     if kind == "hear":
         return layout.hear(codes)
     if not isinstance(part.get("transcript"), str):
