@@ -137,9 +137,9 @@ def input_grad(
     grad_x_RD = plan.products(grad_hidden[:total], gate_up, grad_TD.new_empty(total, x.shape[1]))
     identity_T1 = _identity_weights(ids, weights, down.shape[0]).to(dtype)
     grad_x.copy_(plan.combine(grad_x_RD).addcmul_(grad_TD, identity_T1))
-    grad_Tk = torch.where(identity, (grad_TD * x.to(dtype)).sum(1, keepdim=True), 0)
-    grad_Tk.view(-1)[plan.slots] = row_grad_R
-    grad_weights.copy_(grad_Tk)
+    slot_grad = torch.where(identity, (grad_TD * x.to(dtype)).sum(1, keepdim=True), 0).reshape(-1)
+    slot_grad[plan.slots] = row_grad_R
+    grad_weights.copy_(slot_grad.view(ids.shape))
 
 
 def weight_grad(

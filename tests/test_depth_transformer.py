@@ -1,0 +1,153 @@
+"""The depth transformer: released names and layout, a plain loop over levels, causality, training, the end rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from longcat_kernels.modules import DepthTransformer
+
+SIZES = (6, 5, 4, 4)
+
+
+def head(layers: int = 2) -> tuple[DepthTransformer, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    module = DepthTransformer(hidden=10, dim=8, heads=2, layers=layers, ffn_scale=6, sizes=SIZES).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module, [torch.randn(size + 1, 10, dtype=torch.float64) for size in SIZES]
+
+
+def level_by_level(module: DepthTransformer, h: torch.Tensor, codes: list[int], tables: list) -> list[torch.Tensor]:
+    """One position's logits from the state dict, by the formulas of the released model, one vector at a time."""
+    w = module.state_dict()
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.square().mean() + 1e-6).sqrt() * w[f"{name}.weight"]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0)
+
+    inputs = [h, *(sum(tables[j][codes[j]] for j in range(level)) for level in range(1, 4))]
+    z = [w["hidden_proj.weight"] @ norm(x, "hidden_norm") for x in inputs]
+    for i in range(len(module.transformer_layers)):
+        at = f"transformer_layers.{i}"
+        n = [norm(x, f"{at}.layernorm1") for x in z]
+        q, k, v = ([linear(x, f"{at}.self_attention.{p}_proj").view(2, 4) for x in n] for p in "qkv")
+        for level in range(4):
+            heads = []
+            for a in range(2):
+                scores = torch.stack([q[level][a] @ k[j][a] for j in range(level + 1)]) * 4**-0.5
+                heads.append(sum(s * v[j][a] for j, s in enumerate(scores.softmax(0))))
+            z[level] = z[level] + linear(torch.cat(heads), f"{at}.self_attention.out_proj")
+            rows, block = slice(level, None, 4), slice(12 * level, 12 * level + 12)
+            act = functional.gelu(w[f"{at}.linear1.weight"][rows] @ norm(z[level], f"{at}.layernorm2"))
+            z[level] = z[level] + w[f"{at}.linear2.weight"][:, block] @ act
+    return [linear(norm(x, "headnorm"), f"heads.{level}") for level, x in enumerate(z)]
+
+
+def test_equals_the_released_formulas_level_by_level() -> None:
+    module, tables = head()
+    h, codes = torch.randn(2, 10, dtype=torch.float64), torch.tensor([[0, 1, 2, 3], [5, 4, 4, 0]])
+    got = module.logits(h, codes, tables)
+    for row in range(2):
+        for level, want in enumerate(level_by_level(module, h[row], codes[row].tolist(), tables)):
+            torch.testing.assert_close(got[level][row], want)
+
+
+def test_state_dict_names_and_shapes_are_the_released_ones() -> None:
+    state = {name: tuple(tensor.shape) for name, tensor in head(layers=4)[0].state_dict().items()}
+    layer = {
+        "layernorm1.weight": (8,),
+        "layernorm2.weight": (8,),
+        **{f"self_attention.{p}_proj.weight": (8, 8) for p in ("q", "k", "v", "out")},
+        **{f"self_attention.{p}_proj.bias": (8,) for p in ("q", "v", "out")},
+        "linear1.weight": (48, 8),
+        "linear1.bias": (48,),
+        "linear2.weight": (8, 48),
+        "linear2.bias": (8,),
+    }
+    want = {"hidden_norm.weight": (10,), "hidden_proj.weight": (8, 10), "headnorm.weight": (8,)}
+    want |= {f"transformer_layers.{i}.{name}": shape for i in range(4) for name, shape in layer.items()}
+    want |= {
+        f"heads.{i}.{p}": (n + 1, *rest) for i, n in enumerate(SIZES) for p, rest in (("weight", (8,)), ("bias", ()))
+    }
+    assert state == want
+
+
+def test_every_parameter_learns_but_the_biases_that_the_model_never_adds() -> None:
+    module, tables = head()
+    tables = [table.requires_grad_() for table in tables]
+    logits = module.logits(torch.randn(5, 10, dtype=torch.float64), torch.randint(4, (5, 4)), tables)
+    sum(x.logsumexp(1).sum() for x in logits).backward()
+    for name, parameter in module.named_parameters():
+        is_unused = name.endswith(("linear1.bias", "linear2.bias"))
+        assert parameter.requires_grad is not is_unused, name
+        assert is_unused or parameter.grad.abs().sum() > 0, name
+    assert [table.grad is not None for table in tables] == [True, True, True, False]
+
+
+def test_a_level_sees_only_the_levels_before_it() -> None:
+    module, tables = head()
+    h, codes = torch.randn(2, 10, dtype=torch.float64), torch.tensor([[1, 2, 3, 1], [0, 0, 0, 0]])
+    base = module.logits(h, codes, tables)
+    for changed in range(4):
+        other = codes.clone()
+        other[:, changed] += 1
+        logits = module.logits(h, other, tables)
+        for level in range(4):
+            assert torch.equal(base[level], logits[level]) is (level <= changed)
+
+
+def test_levels_behind_nothing_but_ends_see_zeros() -> None:
+    module, tables = head()
+    h = torch.randn(1, 10, dtype=torch.float64)
+    ended = module.logits(h, torch.tensor([SIZES]), tables)
+    zeros = module.logits(h, torch.tensor([SIZES]), [torch.zeros_like(table) for table in tables])
+    mixed = module.logits(h, torch.tensor([[6, 1, 2, 3]]), tables)
+    for level in range(4):
+        assert torch.equal(ended[level], zeros[level])
+        assert torch.equal(mixed[level], zeros[level]) is (level <= 1)
+
+
+def test_a_negative_code_adds_nothing() -> None:
+    module, tables = head()
+    h = torch.randn(1, 10, dtype=torch.float64)
+    without = [table.clone() for table in tables]
+    without[1][2] = 0
+    got, want = (
+        module.logits(h, torch.tensor([[1, -100, 3, 0]]), tables),
+        module.logits(h, torch.tensor([[1, 2, 3, 0]]), without),
+    )
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_loads_a_released_state_dict_strictly() -> None:
+    module, tables = head()
+    other = DepthTransformer(hidden=10, dim=8, heads=2, layers=2, ffn_scale=6, sizes=SIZES).double()
+    other.load_state_dict(module.state_dict())
+    h = torch.randn(3, 10, dtype=torch.float64)
+    assert torch.equal(other.decode(h, tables).codes, module.decode(h, tables).codes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, "heads must divide dim 8, got 3"),
+        ({"sizes": (5, 5, 5)}, r"ffn_scale \* dim must be a multiple of 3 levels, got 32"),
+    ],
+)
+def test_refuses_sizes_that_do_not_divide(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"DepthTransformer: {message}"):
+        DepthTransformer(**{"hidden": 4, "dim": 8, "heads": 2, "layers": 1, "ffn_scale": 4, "sizes": (3, 3)} | change)
+
+
+def test_refuses_codes_and_tables_of_another_level_count() -> None:
+    module, tables = head()
+    h = torch.randn(2, 10, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"DepthTransformer: codes must be \[2, 4\], got \[2, 3\]"):
+        module.logits(h, torch.zeros(2, 3, dtype=torch.int64), tables)
+    with pytest.raises(ValueError, match="DepthTransformer: tables must be one a level, 4, got 3"):
+        module.logits(h, torch.zeros(2, 4, dtype=torch.int64), tables[:3])
