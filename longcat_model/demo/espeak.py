@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +128,7 @@ def synthesize(
             progress(done, total)
 
 
-def _run(jobs: Sequence[tuple[Path, str, list[tuple[int, int]]]], workers: int):  # type: ignore[no-untyped-def]
+def _run(jobs: Sequence[tuple[Path, str, list[tuple[int, int]]]], workers: int) -> Iterator[int]:
     if workers == 0 or len(jobs) < 2:
         yield from map(_speak_voice, jobs)
         return

@@ -38,11 +38,13 @@ def sections(
     results: dict[str, Result],
 ) -> list[Section]:
     return [
-        Section("It sees", "Held-out handwriting in, text out.", _pictures(results["see_numbers"], "reads")),
-        Section("It paints", "Text in, image out.", _pictures(results["paint_digits"], "looks like")),
-        Section("It hears", "Unseen recordings in, text out.", _speech(results["hear_numbers"], "hears")),
-        Section("It talks", "Text first, then speech.", _speech(results["talk_serial"], "sounds like")),
-        Section("It talks in parallel", "Text and speech together.", _speech(results["talk_parallel"], "sounds like")),
+        Section("It sees", "Held-out handwriting in, text out.", [_pictures(results["see_numbers"], "reads")]),
+        Section("It paints", "Text in, image out.", [_pictures(results["paint_digits"], "looks like")]),
+        Section("It hears", "Unseen recordings in, text out.", [_speech(results["hear_numbers"], "hears")]),
+        Section("It talks", "Text first, then speech.", [_speech(results["talk_serial"], "sounds like")]),
+        Section(
+            "It talks in parallel", "Text and speech together.", [_speech(results["talk_parallel"], "sounds like")]
+        ),
         picture_levels(system, scans),
         speech_levels(system, clips),
         Section("Losses", "Every stage of training, smoothed.", figures=[loss_curves(curves)]),
@@ -81,14 +83,15 @@ def picture_levels(system: System, scans: digits.Scans, count: int = 6) -> Secti
     """Held-out pictures rebuilt from the first levels of their codes."""
     numbers = digits.plain_numbers(scans, count=count, seed=1)
     codes = system.vision.encode(numbers.images)
-    samples = [Sample(text, "original", None, image=x) for text, x in zip(numbers.texts, numbers.images, strict=True)]
+    rows = [[Sample(text, "original", None, image=x) for text, x in zip(numbers.texts, numbers.images, strict=True)]]
     for name, levels in _prefixes(system.vision.levels).items():
         images = system.vision.decode(codes, levels=levels)
-        samples += [
-            Sample(f"{text}:", f"{name}, {psnr(image, original):.1f} dB", None, image=image)
-            for text, image, original in zip(numbers.texts, images, numbers.images, strict=True)
-        ]
-    return Section("Images through the tokenizer", "Each row: the first levels of the codes alone (PSNR).", samples)
+        shown = zip(images, numbers.images, strict=True)
+        rows.append(
+            [Sample(f"{name},", f"{psnr(image, original):.1f} dB", None, image=image) for image, original in shown]
+        )
+    text = "Held-out pictures, then rebuilt from the first levels of their codes (peak signal-to-noise ratio)."
+    return Section("Images through the tokenizer", text, rows)
 
 
 def psnr(image: Tensor, original: Tensor) -> float:
@@ -101,16 +104,16 @@ def speech_levels(system: System, clips: Sequence[Clip], count: int = 3) -> Sect
     chosen = clips[:: max(1, len(clips) // count)][:count]
     waveforms = [clip.waveform for clip in chosen]
     codes = system.audio.encode(waveforms)
-    samples = [Sample(f"{clip.digit}:", "original", None, speech=clip.waveform) for clip in chosen]
+    rows = [[Sample(f"{clip.digit}:", "original", None, speech=clip.waveform) for clip in chosen]]
     mels = {"original": system.audio.mels(waveforms[:1]).log_mel[0]}
     for name, levels in _prefixes(len(system.sizes.audio.quantizer.sizes)).items():
         spoken = system.audio.decode(codes, levels=levels)
-        samples += [Sample(f"{c.digit}:", name, None, speech=s) for c, s in zip(chosen, spoken, strict=True)]
+        rows.append([Sample(f"{c.digit}:", name, None, speech=s) for c, s in zip(chosen, spoken, strict=True)])
         mels[name] = system.audio.decode_mel(codes[:1], levels=levels)[0]
     text = (
         "Unseen takes rebuilt from the first levels of their codes; the pictures show the first clip's mel spectrogram."
     )
-    return Section("Speech through the tokenizer", text, samples, [spectrograms(mels)])
+    return Section("Speech through the tokenizer", text, rows, [spectrograms(mels)])
 
 
 def codebook_use(system: System, pools: dict[str, Pool]) -> Section:

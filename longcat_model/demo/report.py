@@ -43,11 +43,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence, then samples and figures."""
+    """A heading, a sentence, then rows of samples and figures."""
 
     title: str
     text: str
-    samples: Sequence[Sample] = ()
+    rows: Sequence[Sequence[Sample]] = ()
     figures: Sequence[Figure] = ()
 
 

@@ -1,7 +1,7 @@
 """Independent recogniser of single spoken digits, which judges what the model says.
 
-It sees only recordings of the data set: cepstra, a support vector machine, and plain augmentation (noise, gain, filtering)
-of training clips. Nothing a model made ever enters its training.
+It sees only recordings of the data set: cepstra, a support vector machine, and plain augmentation (noise, filtering) of
+training clips. Nothing a model made ever enters its training.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SpeechJudge:
 
 
 def features(waveform: np.ndarray) -> np.ndarray:
-    """[16 * 20] cepstra of [samples], trimmed and normalised first so that level and surrounding silence do not count."""
+    """[16 * 20] cepstra of [samples]; trimmed and normalised first, so level and surrounding silence do not count."""
     speech = normalise(trim(waveform.astype(np.float32)))
     speech = np.pad(speech, (0, max(0, 1024 - len(speech))))
     power = librosa.feature.melspectrogram(y=speech, sr=SAMPLE_RATE, n_fft=512, hop_length=160, n_mels=40)

@@ -30,7 +30,7 @@ def test_page_is_self_contained_and_shows_every_score() -> None:
         spectrograms({"m": torch.rand(8, 20)}),
     ]
     samples = [Sample("<b>4</b>", "4", True, image=torch.rand(3, 4, 8)), Sample("5", "6", False, speech=torch.zeros(9))]
-    page = render(results, GOALS, [Section("Title", "Text", samples, figures)], 16_000)
+    page = render(results, GOALS, [Section("Title", "Text", [samples], figures)], 16_000)
     for i, name in enumerate(GOALS):
         assert re.search(rf"<td>{name}</td>", page) and f"{50 + i:.1f} %" in page
     assert "&lt;b&gt;4" in page and "<b>4</b>" not in page
