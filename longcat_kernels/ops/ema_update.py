@@ -6,9 +6,12 @@ Dimension key
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from longcat_kernels import native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import DTYPES
@@ -132,7 +135,24 @@ _op = register(
     _allocate,
 )
 
+
+def _why_not_cpu(*inputs: Any) -> str | None:
+    embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N = inputs[:5]
+    if embed_KD.device.type != "cpu":
+        return f"takes tensors on the CPU, got {embed_KD.device}"
+    if not all(tensor.is_contiguous() for tensor in (embed_KD, embed_ema_KD, cluster_size_ema_K, codes_N)):
+        return "needs a contiguous codebook, statistics and codes"
+    if vectors_ND.stride(1) != 1:
+        return "needs vectors whose rows have adjacent elements"
+    return native.why_not()
+
+
+def _cpu(*arguments: Any) -> None:
+    native.module().ema_update(*arguments, threads=torch.get_num_threads())
+
+
 IMPLS: dict[str, Impl] = {
+    "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.ema_update),
 }
 OP = Op("ema_update", ema_update, IMPLS, spec)

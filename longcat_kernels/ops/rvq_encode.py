@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longcat_kernels import native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import rvq_encode as spec
@@ -192,7 +193,24 @@ _op = register(
     backward=_backward,
 )
 
+
+def _why_not_cpu(
+    x_TD: Tensor, codebooks: list[Tensor], mask_T: Tensor | None, residual_dtype: torch.dtype
+) -> str | None:
+    if x_TD.device.type != "cpu":
+        return f"takes tensors on the CPU, got {x_TD.device}"
+    if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
+        return "needs codebooks whose rows have adjacent elements"
+    return native.why_not()
+
+
+def _cpu(x_TD: Tensor, codebooks: list[Tensor], mask_T: Tensor | None, *rest: Any) -> None:
+    mask_T = None if mask_T is None else mask_T.contiguous()
+    native.module().rvq_encode(x_TD, codebooks, mask_T, *rest, threads=torch.get_num_threads())
+
+
 IMPLS: dict[str, Impl] = {
+    "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_encode),
 }
 OP = Op("rvq_encode", rvq_encode, IMPLS, spec)

@@ -1,0 +1,33 @@
+// longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
+#include "bindings/ema_update.h"
+#include "bindings/rvq_encode.h"
+#include "longcat/isa.h"
+
+namespace {
+
+// What this module was built from and by, and what of it runs here.
+pybind11::dict build_info() {
+    pybind11::dict info;
+    info["version"] = LONGCAT_VERSION;
+    info["commit"] = LONGCAT_COMMIT;
+    info["compiler"] = LONGCAT_COMPILER;
+    info["cxx_standard"] = __cplusplus;
+#ifdef _OPENMP
+    info["openmp"] = _OPENMP;
+#else
+    info["openmp"] = pybind11::none();
+#endif
+    info["isas_compiled"] = longcat::compiled_isas();
+    info["isas_available"] = longcat::available_isas();
+    info["isa"] = longcat::available_isas().back();
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Compiled implementations of longcat_kernels.";
+    m.def("build_info", &build_info);
+    longcat::bind_rvq_encode(m);
+    longcat::bind_ema_update(m);
+}

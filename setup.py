@@ -1,0 +1,39 @@
+"""Builds `longcat_kernels._C` by CMakeLists.txt; everything else about the package stands in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Leaves the module out, with a warning, where CMake finds no compiler; any other failure fails the build."""
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.unlink(missing_ok=True)
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "LONGCAT_VERSION": self.distribution.get_version(),
+        }
+        defines = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines])
+        subprocess.check_call([cmake, "--build", build])
+
+
+setup(ext_modules=[Extension("longcat_kernels._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
