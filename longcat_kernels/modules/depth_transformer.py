@@ -1,4 +1,4 @@
-"""The depth transformer: predicts the codes of one position level by level (LongCat-Next, section 3.4 of its report).
+"""The depth transformer: predicts the codes of one position level by level (LongCat-Next report, section 2.5.2).
 
 Dimension key
     N positions    L levels    H width of the backbone    D width of the depth transformer    F hidden units of a level

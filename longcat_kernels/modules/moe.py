@@ -1,4 +1,4 @@
-"""Mixture of experts with identity experts (LongCat-Flash report, section 2.1).
+"""Mixture of experts with identity experts (LongCat-Flash, arXiv 2509.01322, section 2.1).
 
 Dimension key
     T tokens    E real experts    Z identity experts    k experts of one token    D model    F hidden units of an expert

@@ -27,6 +27,7 @@ class NGramEmbedding(nn.Module):
         ValueError: N does not divide `hidden`.
 
     Example:
+        >>> import torch
         >>> embed = NGramEmbedding(8, rows=101, base=10, neighbors=3, splits=2, ignored=(10, 12))
         >>> embed(torch.tensor([[4, 5, 11, -1]]), torch.randn(12, 8)).shape
         torch.Size([1, 4, 8])

@@ -1,4 +1,4 @@
-"""Depth decode: all codes of a position from its backbone state, drawn level by level (LongCat-Next report, section 3).
+"""Depth decode: all codes of a position, drawn level by level (LongCat-Next report, section 2.5.2).
 
 Dimension key
     T positions    L levels    H width of the backbone    D width of the depth transformer    F hidden units of a level

@@ -1,4 +1,4 @@
-"""Mixture of SwiGLU experts with identity experts, from routing ids to the sum (LongCat-Flash report, section 2.1).
+"""Mixture of SwiGLU and identity experts, from ids to sum (LongCat-Flash, arXiv 2509.01322, section 2.1).
 
 The input pass and the weight pass of backward are ops of their own: the weight pass runs only where a weight wants a
 gradient, and both use the pre-activations that forward saved.

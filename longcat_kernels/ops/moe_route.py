@@ -1,4 +1,4 @@
-"""Top-k routing of tokens to experts, identity experts included (LongCat-Flash report, section 2.1).
+"""Top-k routing of tokens to experts, identity experts included (LongCat-Flash, arXiv 2509.01322, section 2.1).
 
 Dimension key
     T tokens    E experts, identity experts included    k experts of one token
