@@ -27,7 +27,7 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How long and how wide each stage trains, and the weights of equations (5) and (6), which the report leaves open."""
+    """Length and width of each stage, and the weights of equations (5) and (6), which the report leaves open."""
 
     sae_steps: int = 500
     one_size_share: float = 0.5  # of the encoder's steps, on images of one size as in the report; then of any size
@@ -88,7 +88,7 @@ def vision_sae(tokenizer: VisionTokenizer, answerer: Answerer, source: Source, s
 
 
 def vision_quantizer(tokenizer: VisionTokenizer, source: Source, settings: Settings) -> Stage:
-    """Equations (3) to (5): quant_conv and the light decoder by gradient, the codebooks by EMA; the encoder is frozen."""
+    """Equations (3) to (5): quant_conv and the light decoder by gradient, codebooks by EMA; the encoder is frozen."""
     quantizer = tokenizer.quantizer
 
     def loss(pictures: Pictures) -> Losses:
@@ -96,7 +96,9 @@ def vision_quantizer(tokenizer: VisionTokenizer, source: Source, settings: Setti
             features_MZ = tokenizer.features(pictures.images).bridged
         result = quantizer(features_MZ)
         total = settings.commitment_weight * result.commitment + settings.semantic_weight * result.semantic
-        used = {f"codes_used_{level}": share for level, share in enumerate(_used(result.codes, quantizer.quantize.sizes))}
+        used = {
+            f"codes_used_{level}": share for level, share in enumerate(_used(result.codes, quantizer.quantize.sizes))
+        }
         return total, {"commitment": result.commitment.detach(), "semantic": result.semantic.detach(), **used}
 
     return Stage(
@@ -133,9 +135,7 @@ def vision_decoder(tokenizer: VisionTokenizer, source: Source, settings: Setting
         pixel = difference_TP.abs().mean() + difference_TP.square().mean()
         perceptual = shallow_distance(features, reference, (len(reference.hidden) + 1) // 2)
         align = 1 - cosine_similarity(features.bridged, reference.bridged, dim=-1).mean()
-        total = (
-            settings.pixel_weight * pixel + settings.perceptual_weight * perceptual + settings.align_weight * align
-        )
+        total = settings.pixel_weight * pixel + settings.perceptual_weight * perceptual + settings.align_weight * align
         psnr = -10 * torch.log10(difference_TP.detach().square().mean())
         terms = {"pixel": pixel, "perceptual": perceptual, "align": align, "psnr": psnr}
         return total, {name: term.detach() for name, term in terms.items()}

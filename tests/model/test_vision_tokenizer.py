@@ -104,7 +104,7 @@ def test_codes_have_one_row_of_levels_a_position(grids: list[tuple[int, int]]) -
     assert [tuple(x.shape) for x in codes] == [(h, w, 3) for h, w in grids]
     images = tokenizer.decode(codes)
     assert [tuple(x.shape) for x in images] == [(3, h * SIZES.cell, w * SIZES.cell) for h, w in grids]
-    assert all(0 <= x.min() and x.max() <= 1 for x in images)
+    assert all(x.min() >= 0 and x.max() <= 1 for x in images)
 
 
 def test_an_image_does_not_see_its_batch_mates(tokenizer: VisionTokenizer) -> None:

@@ -89,7 +89,5 @@ class Encoder(nn.Module):
 def shallow_distance(features: Features, reference: Features, depth: int) -> Tensor:
     """Mean squared distance of the states after the first `depth` blocks, each patch scaled to unit power."""
     pairs = zip(features.hidden[:depth], reference.hidden[:depth], strict=True)
-    distances = [
-        ((a - b).square().mean(-1) / b.square().mean(-1).clamp_min(1e-6)).mean() for a, b in pairs
-    ]
+    distances = [((a - b).square().mean(-1) / b.square().mean(-1).clamp_min(1e-6)).mean() for a, b in pairs]
     return torch.stack(distances).mean()

@@ -2,9 +2,9 @@
 
 The path is linear, x_t = (1 - t) * noise + t * image with pixels in [-1, 1], its velocity is image - noise, and
 sampling is Euler from t = 0 to 1 in equal steps. The decoder's image enters as channels beside x_t, the summed
-codewords as a projection added at every patch. The released refiner works on the latents of a VAE and gives the velocity
-itself; this one gives the image as a correction of the decoder's, from which the velocity is (image - x_t) / (1 - t), so
-that an untrained refiner changes nothing.
+codewords as a projection added at every patch. The released refiner works on the latents of a VAE and gives the
+velocity itself; this one gives the image as a correction of the decoder's, from which the velocity is
+(image - x_t) / (1 - t), so that an untrained refiner changes nothing.
 
 Dimension key
     I images    T patches    M positions    D refiner width    P numbers of a patch
