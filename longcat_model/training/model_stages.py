@@ -18,7 +18,7 @@ def pre_align(model: LongcatNext, batch: Callable[[int], Batch], *, steps: int, 
     modules: tuple[nn.Module, ...] = (model.embed_tokens, model.pre_buffer, model.visual_head, model.audio_head)
     parameters = tuple(p for module in modules for p in module.parameters())
     return Stage(
-        name="pre-align",
+        name="language_pre_align",
         module=model,
         parameters=parameters,
         batch=batch,
@@ -35,7 +35,7 @@ def joint(
     steps: int,
     learning_rate: float,
     weights: LossWeights | None = None,
-    name: str = "joint",
+    name: str = "language_joint",
 ) -> Stage:
     """Every parameter learns, with loss-free balancing of the experts after each step."""
     balancer = Balancer(model, model.sizes.backbone.experts)

@@ -1,0 +1,145 @@
+"""The command line: what it prints, what it writes, and errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from longcat_model import presets
+from longcat_model.cli import main
+from longcat_model.files import write_image, write_speech
+from longcat_model.system import System
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("system")
+    System.create(presets.tiny()).save(directory)
+    return directory
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> Path:
+    write_image(tmp_path / "a.png", torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    write_speech(tmp_path / "a.wav", 0.1 * torch.sin(torch.arange(8000) / 20), 16_000)
+    return tmp_path
+
+
+def test_a_saved_system_is_the_same_system(system: Path, tmp_path: Path) -> None:
+    first = System.load(system)
+    first.save(tmp_path)
+    second = System.load(tmp_path)
+    assert second.sizes == first.sizes == presets.tiny()
+    for (name, a), b in zip(first.parts().items(), second.parts().values(), strict=True):
+        for key, value in a.state_dict().items():
+            assert torch.equal(value, b.state_dict()[key]), f"{name}.{key}"
+
+
+def test_inspect_counts_parameters(system: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(system)]) == 0
+    printed = capsys.readouterr().out
+    model = System.load(system).model
+    assert f"{sum(p.numel() for p in model.backbone.parameters()):,}" in printed
+    assert main(["inspect", "tiny"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_inspect_knows_the_released_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "longcat_next"]) == 0
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    # The released checkpoint counts as many in these parts.
+    assert lines["model.lm_head"] == ["402,816,000", "0"]
+    assert lines["model.visual_head"][0] == "879,039,496"
+    assert lines["model.audio_head"][0] == "1,428,481,032"
+    assert lines["model.pre_buffer"][0] == "75,503,616"
+
+
+def test_generate_writes_what_it_says(system: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for task, name in (("paint", "out.png"), ("say", "out.wav")):
+        out = media / name
+        assert main(["generate", task, "47", "--run", str(system), "--out", str(out)]) == 0
+        assert capsys.readouterr().out.strip() == str(out)
+        first = out.read_bytes()
+        assert main(["generate", task, "47", "--run", str(system), "--out", str(out)]) == 0
+        assert out.read_bytes() == first
+        capsys.readouterr()
+    for task, name in (("see", "a.png"), ("hear", "a.wav")):
+        assert main(["generate", task, str(media / name), "--run", str(system)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "subject must be a directory or one of longcat_next, demo, tiny"),
+        (["generate", "paint", "4", "--run", "nowhere"], "must hold a trained system"),
+        (["generate", "paint", "four", "--run", "SYSTEM"], "must be a number of 1 to 3 digits, got 'four'"),
+        (["generate", "say", "1234", "--run", "SYSTEM"], "must be a number of 1 to 3 digits"),
+        (["generate", "see", "none.png", "--run", "SYSTEM"], "readable image, got none.png"),
+        (["generate", "hear", "MEDIA/a.png", "--run", "SYSTEM"], "readable sound file"),
+        (["generate", "paint", "4", "--run", "SYSTEM", "--temperature", "-1"], "temperature must be at least 0"),
+        (["generate", "paint", "4", "--run", "SYSTEM", "--out", "none/a.png"], "directory must exist"),
+        (["train", "none.jsonl", "--run", "SYSTEM"], "data must be a readable text file"),
+        (["demo", "--out", "MEDIA", "--fresh"], "holds other files"),
+        (["demo", "--smoke", "--out", "MEDIA/run", "--speech-dir", "MEDIA/none"], "directory must exist"),
+    ],
+)
+def test_errors_are_one_line(
+    system: Path, media: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    filled = [a.replace("SYSTEM", str(system)).replace("MEDIA", str(media)) for a in arguments]
+    assert main(filled) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("longcat: ") and "Traceback" not in error
+
+
+def test_a_damaged_system_is_refused(system: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    System.load(system).save(tmp_path)
+    (tmp_path / "vision.safetensors").write_bytes(b"damaged")
+    assert main(["generate", "paint", "4", "--run", str(tmp_path)]) == 2
+    assert "vision.safetensors must fit the config" in capsys.readouterr().err
+
+
+def train_arguments(system: Path, media: Path, lines: list[str]) -> list[str]:
+    (media / "data.jsonl").write_text("\n".join(lines))
+    options = ["--rows", "2", "--row-length", "96", "--learning-rate", "0.01", "--out", str(media / "out")]
+    return ["train", str(media / "data.jsonl"), "--run", str(system), *options]
+
+
+def test_train_learns_its_documents(system: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = [
+        [{"text": "say hello:"}, {"text": "hello", "loss": True}],
+        [{"image": "a.png"}, {"text": "noise", "loss": True}],
+        [{"text": "paint"}, {"paint": "a.png"}],
+        [{"hear": "a.wav"}, {"say": "a.wav", "transcript": "tone"}],
+    ]
+    arguments = train_arguments(system, media, [json.dumps(document) for document in documents])
+    assert main([*arguments, "--steps", "30"]) == 0
+    first, last = capsys.readouterr().out.split("loss ")[1].split(" over")[0].split(" -> ")
+    assert float(last) < 0.5 * float(first)
+    assert System.load(media / "out").sizes == presets.tiny()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: Expecting"),
+        ("3", "line 2: a document must be a list of parts, got 3"),
+        ("[]", "line 2: a document must be a list of parts"),
+        ('[{"smell": "rose"}]', "line 2: a part must be one of text, image, paint, hear, say"),
+        ('[{"text": "a", "transcript": "b"}]', "line 2: a part must be one of"),
+        ('[{"image": "none.png"}]', "line 2: image: path must name a readable image"),
+        ('[{"say": "a.wav"}]', "line 2: say needs a transcript"),
+        (json.dumps([{"text": "a" * 200}]), "line 2: document must fit a row of 96 positions, got 202"),
+    ],
+)
+def test_train_names_the_bad_line(
+    system: Path, media: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    arguments = train_arguments(system, media, ['[{"text": "good", "loss": true}]', line])
+    assert main([*arguments, "--steps", "1"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (media / "out").exists()
