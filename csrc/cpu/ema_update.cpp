@@ -32,7 +32,7 @@ struct Groups {
 // Row numbers in the order in which restarted entries take them, the first `count` of it.
 std::vector<int64_t> restart_rows(const EmaUpdate& p, size_t count) {
     const auto seed = uint64_t(p.seed);
-    const uint32_t key = mix(mix(uint32_t(seed)) ^ uint32_t(seed >> 32));
+    const uint32_t key = mix(mix(uint32_t(seed)) ^ uint32_t(seed >> 32) ^ 0x9e3779b9u);
     std::vector<std::pair<uint32_t, int64_t>> keyed;
     for (int64_t i = 0; i < p.rows; ++i)
         if (p.codes[i] >= 0) keyed.emplace_back(mix(mix(uint32_t(i)) ^ key), i);

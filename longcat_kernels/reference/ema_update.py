@@ -58,10 +58,10 @@ def ema_update(
 def restart_rows(used: Tensor, seed: int) -> Tensor:
     """The row numbers in `used` in the order in which the restarted entries, lowest first, take them; then round again.
 
-    Sorts them by mix(mix(number) ^ mix(mix(low 32 bits of seed) ^ high 32 bits of seed)). `mix` is a bijection of
+    Sorts them by mix(mix(number) ^ mix(mix(low 32 bits of seed) ^ high 32 bits ^ 0x9e3779b9)). `mix` is a bijection of
     32-bit numbers, so no two keys are equal.
     """
-    key = _mix(_mix(seed & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF))
+    key = _mix(_mix(seed & 0xFFFFFFFF) ^ (seed >> 32 & 0xFFFFFFFF) ^ 0x9E3779B9)
     return used[_mix(_mix(used) ^ key).argsort()]
 
 

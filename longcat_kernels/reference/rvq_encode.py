@@ -127,7 +127,7 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Arguments of one call.
 
     `data`: "duplicates" repeats codewords and zeroes one row; "near ties" puts rows between two codewords, to a
-    relative gap of 2^-12 to 2^-22; "common mean" adds 30 standard deviations to everything; "six decades" spreads the
+    relative gap of 2^-12 to 2^-28; "common mean" adds 30 standard deviations to everything; "six decades" spreads the
     codewords' norms.
     """
     g = torch.Generator().manual_seed(seed)
@@ -137,7 +137,7 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         codebooks = [c[torch.arange(c.shape[0]) % 7] for c in codebooks]
         x[:1] = 0
     if case.data == "near ties":
-        gap = 2.0 ** -torch.linspace(12, 22, x.shape[0])[:, None]
+        gap = 2.0 ** -torch.linspace(12, 28, x.shape[0])[:, None]
         pick = torch.randint(case.entries[0], (2, x.shape[0]), generator=g)
         x = (codebooks[0][pick[0]] * (1 + gap) + codebooks[0][pick[1]] * (1 - gap)) / 2
     if case.data == "common mean":

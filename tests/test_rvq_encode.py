@@ -1,0 +1,240 @@
+"""rvq_encode: exactness on hard data, invariance of the codes, masks, bad rows, gradients, layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longcat_kernels import native, rvq_encode
+from longcat_kernels.ops.rvq_encode import IMPLS
+from longcat_kernels.reference import rvq_encode as spec
+
+BACKENDS = tuple(IMPLS)
+HARD = [case for case in spec.EDGE if case.data != "normal"]
+
+
+def encode_by(isa: str, x: Tensor, codebooks: list[Tensor], threads: int = 1) -> tuple[Tensor, ...]:
+    """quantized, residual, losses, codes of the compiled implementation with one instruction set."""
+    rows, width, levels = *x.shape, len(codebooks)
+    outputs = (torch.empty_like(x), torch.empty(rows, width), torch.empty(levels), torch.empty(rows, levels).long())
+    native.module().rvq_encode(x, codebooks, None, torch.float32, *outputs, threads=threads, isa=isa)
+    return outputs
+
+
+def assert_exact(x: Tensor, codebooks: list[Tensor], codes: Tensor) -> None:
+    """No other codeword is nearer in float64 by more than 2^-40 (|r|^2 + max |c|^2), on the code's own residuals."""
+    residual = x.float()
+    for level, book in enumerate(codebooks):
+        r, c, chosen = residual.double(), book.double(), codes[:, level]
+        distances = c.square().sum(1) - 2 * r @ c.T
+        slack = 2.0**-40 * (r.square().sum(1) + c.square().sum(1).max())
+        assert (distances.gather(1, chosen[:, None])[:, 0] <= distances.amin(1) + slack).all()
+        residual = residual - book[chosen]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", HARD, ids=lambda case: case.data)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_codes_are_exact_on_data_that_catches_imprecise_kernels(backend: str, case: spec.Case, seed: int) -> None:
+    arguments = spec.inputs(case, seed=seed)
+    codes = rvq_encode(**{**arguments, "mask": None}, backend=backend).codes
+    assert_exact(arguments["x"].detach(), arguments["codebooks"], codes)
+
+
+def test_float32_arithmetic_alone_would_fail_on_this_data() -> None:
+    """The data are hard enough: plain float32 scores pick other codes somewhere."""
+    wrong = 0
+    for case in HARD:
+        arguments = spec.inputs(case, seed=1)
+        x, book = arguments["x"].detach(), arguments["codebooks"][0]
+        plain = torch.addmm(book.square().sum(1), x, book.T, alpha=-2).argmin(1)
+        wrong += int((plain != rvq_encode(x, [book]).codes[:, 0]).sum())
+    assert wrong > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_codewords_go_to_the_lowest_index(backend: str) -> None:
+    book = torch.randn(3, 20, generator=torch.Generator().manual_seed(0)).repeat(40, 1)
+    codes = rvq_encode(book[:50] + 0.01, [book], backend=backend).codes[:, 0]
+    assert codes.tolist() == [row % 3 for row in range(50)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mirrored_codewords_tie_exactly(backend: str) -> None:
+    book = torch.tensor([[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0]])
+    assert rvq_encode(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), [book], backend=backend).codes.tolist() == [[0], [0]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 60),
+    width=st.integers(1, 70),
+    entries=st.integers(1, 80),
+    grid=st.sampled_from([1.0, 4.0, 256.0]),
+    seed=st.integers(0, 99),
+)
+def test_all_implementations_and_instruction_sets_agree_to_the_bit(
+    rows: int, width: int, entries: int, grid: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    # On a coarse grid many distances are equal, so the tie rule decides.
+    x = torch.randn(rows, width, generator=g).mul(grid).round().div(grid)
+    books = [torch.randn(entries, width, generator=g).mul(grid).round().div(grid) for _ in range(2)]
+    want = rvq_encode(x, books, backend="reference")
+    for isa in native.module().build_info()["isas_available"]:
+        quantized, residual, _, codes = encode_by(isa, x, books)
+        assert torch.equal(codes, want.codes), isa
+        assert torch.equal(residual, want.residual) and torch.equal(quantized, want.quantized), isa
+
+
+@pytest.mark.parametrize("case", [spec.Case((203,), 40, (100, 60)), HARD[1]], ids=lambda case: case.data)
+def test_codes_do_not_depend_on_batch_order_threads_or_instruction_set(case: spec.Case) -> None:
+    arguments = spec.inputs(case)
+    x, books = arguments["x"].detach(), arguments["codebooks"]
+    want = rvq_encode(x, books, backend="cpu").codes
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    for isa in native.module().build_info()["isas_available"]:
+        for threads in (1, 2, 3):
+            assert torch.equal(encode_by(isa, x[order], books, threads)[3], want[order])
+        for size in (1, 7, 50):
+            parts = [encode_by(isa, part, books)[3] for part in x.split(size)]
+            assert torch.equal(torch.cat(parts), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_rows_are_left_out_even_if_they_are_nan(backend: str) -> None:
+    x = torch.randn(4, 6, 8)
+    mask = torch.rand(4, 6) < 0.5
+    books = [torch.randn(9, 8), torch.randn(5, 8)]
+    got = rvq_encode(torch.where(mask[..., None], x, torch.nan), books, mask=mask, backend=backend)
+    alone = rvq_encode(x[mask], books, backend=backend)
+    assert (got.codes[~mask] == -1).all() and (got.quantized[~mask] == 0).all() and (got.residual[~mask] == 0).all()
+    assert torch.equal(got.codes[mask], alone.codes) and torch.equal(got.quantized[mask], alone.quantized)
+    torch.testing.assert_close(got.losses, alone.losses)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_row_gets_code_zero_and_changes_no_other_row(backend: str, bad: float) -> None:
+    x, books = torch.randn(50, 24), [torch.randn(30, 24), torch.randn(30, 24)]
+    clean = rvq_encode(x, books, backend=backend)
+    x[17, 3] = bad
+    got = rvq_encode(x, books, backend=backend)
+    others = torch.arange(50) != 17
+    assert (
+        got.codes[17].tolist() == [0, 0] and not got.residual[17].isfinite().all() and not got.losses.isfinite().any()
+    )
+    assert torch.equal(got.codes[others], clean.codes[others])
+    assert torch.equal(got.quantized[others], clean.quantized[others])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_codeword_is_never_chosen(backend: str) -> None:
+    x, book = torch.randn(40, 12), torch.randn(20, 12)
+    book[3, 0], book[5, 1], book[7] = torch.nan, torch.inf, -torch.inf
+    codes = rvq_encode(x, [book], backend=backend).codes
+    good = torch.tensor([k for k in range(20) if k not in (3, 5, 7)])
+    assert torch.equal(codes[:, 0], good[rvq_encode(x, [book[good]], backend=backend).codes[:, 0]])
+    assert (rvq_encode(x, [torch.full((4, 12), torch.nan)], backend=backend).codes == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18, 1e30])
+def test_scales_that_leave_the_range_of_float32_products_are_still_exact(scale: float) -> None:
+    g = torch.Generator().manual_seed(3)
+    x, book = torch.randn(64, 33, generator=g) * scale, torch.randn(50, 33, generator=g) * scale
+    want = torch.cdist(x.double() / scale, book.double() / scale).argmin(1)
+    for isa in native.module().build_info()["isas_available"]:
+        assert torch.equal(encode_by(isa, x, [book])[3][:, 0], want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_straight_through_gradient_is_one_whatever_the_number_of_levels(backend: str) -> None:
+    x = torch.randn(10, 6, requires_grad=True)
+    rvq_encode(x, [torch.randn(8, 6) for _ in range(4)], backend=backend).quantized.sum().backward()
+    assert torch.equal(x.grad, torch.ones(10, 6))
+
+
+def test_losses_are_the_cumulative_commitment_losses() -> None:
+    x, books = torch.randn(20, 6), [torch.randn(8, 6) for _ in range(3)]
+    got = rvq_encode(x, books)
+    for level in range(3):
+        cumulative = sum(books[j][got.codes[:, j]] for j in range(level + 1))
+        torch.testing.assert_close(got.losses[level], (x - cumulative).square().mean())
+
+
+def test_no_gradient_reaches_residual_codes_or_codebooks() -> None:
+    book = torch.randn(8, 6, requires_grad=True)
+    x = torch.randn(10, 6, requires_grad=True)
+    got = rvq_encode(x, [book])
+    assert not got.residual.requires_grad and not got.codes.requires_grad
+    (got.quantized.sum() + got.losses.sum()).backward()
+    assert book.grad is None
+
+
+def test_backward_keeps_no_residual_of_any_level() -> None:
+    x, books = torch.randn(64, 32, requires_grad=True), [torch.randn(16, 32) for _ in range(6)]
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        rvq_encode(x, books)
+    mine = {book.data_ptr() for book in books} | {x.data_ptr()}
+    assert sum(t.numel() for t in saved if t.data_ptr() not in mine) == 64 * 6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides_and_a_padded_codebook_view_give_the_same_bits(backend: str) -> None:
+    x, padded = torch.randn(6, 5, 7), torch.randn(10, 14)[:, :7]
+    want = rvq_encode(x, [padded[:-1].contiguous()], backend=backend)
+    got = rvq_encode(x.permute(2, 0, 1).contiguous().permute(1, 2, 0), [padded[:-1]], backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_auto_takes_the_reference_for_codebooks_the_kernel_cannot_read() -> None:
+    book = torch.randn(7, 9).T
+    with pytest.raises(
+        ValueError, match="rvq_encode: no backend takes these tensors:\n  cpu: needs codebooks whose rows"
+    ):
+        rvq_encode(torch.randn(3, 7), [book], backend="cpu")
+    assert torch.equal(
+        rvq_encode(book[:3], [book]).codes, rvq_encode(book[:3], [book.contiguous()], backend="cpu").codes
+    )
+
+
+def test_residual_dtype_rounds_between_levels() -> None:
+    x, books = torch.randn(30, 16).bfloat16(), [torch.randn(8, 16), torch.randn(8, 16) / 2]
+    got = rvq_encode(x, books, residual_dtype=torch.bfloat16)
+    residual = (x.float() - books[0][got.codes[:, 0]]).bfloat16().float()
+    assert torch.equal(got.residual, (residual - books[1][got.codes[:, 1]]).bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sixteen_bit_conversions_are_those_of_torch_for_every_value(dtype: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    every = every[every.isfinite()][:, None]
+    zero = torch.zeros(1, 1)
+    got = rvq_encode(every, [zero], backend="cpu")
+    assert torch.equal(got.residual, every.float())
+    halfway = torch.cat([every.float() * (1 + 2.0**-k) for k in (8, 9, 11, 12, 13)])
+    got = rvq_encode(halfway, [zero], residual_dtype=dtype, backend="cpu")
+    assert torch.equal(got.residual, halfway.to(dtype).float())
+
+
+def test_the_environment_name_overrides_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {"x": torch.randn(3, 4), "codebooks": [torch.randn(5, 4)]}
+    monkeypatch.setenv("LONGCAT_BACKEND", "triton")  # this op has none: its own order stands
+    rvq_encode(**arguments)
+    monkeypatch.setenv("LONGCAT_BACKEND", "gpu")
+    with pytest.raises(
+        ValueError, match="LONGCAT_BACKEND must be one of auto, cuda, triton, cpu, reference, got 'gpu'"
+    ):
+        rvq_encode(**arguments)
+    rvq_encode(**arguments, backend="reference")
