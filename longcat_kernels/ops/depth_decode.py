@@ -72,7 +72,8 @@ def depth_decode(
     seeds = row_seeds("depth_decode", seed, hidden.shape[0], hidden.device)
     shape = (len(weights.tables), weights.heads, weights.eps)
     numbers = (float(temperature), top_k, float(top_p), step, guidance, end)
-    logprobs, embedding, codes = _op(hidden, weights.tensors(), seeds, prefix, *shape, *numbers, backend)
+    with torch.no_grad():
+        logprobs, embedding, codes = _op(hidden, weights.tensors(), seeds, prefix, *shape, *numbers, backend)
     return DepthDecoding(codes, logprobs, embedding)
 
 
@@ -144,9 +145,21 @@ def _check(
 
 
 def _allocate(
-    hidden: Tensor, tensors: list[Tensor], seeds: Tensor, prefix: Tensor | None, levels: int, heads: int, eps: float,
-    temperature: float, top_k: int, top_p: float, step: int, guidance: float | None, end: str, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    tensors: list[Tensor],
+    seeds: Tensor,
+    prefix: Tensor | None,
+    levels: int,
+    heads: int,
+    eps: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    step: int,
+    guidance: float | None,
+    end: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     _check(hidden, DepthWeights.of(tensors, levels, heads, eps), seeds, prefix, guidance)
     rows, device = hidden.shape[0], hidden.device
     return (

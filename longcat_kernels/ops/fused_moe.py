@@ -123,9 +123,15 @@ def _backward(ctx: Any, grad_TD: Tensor, _hidden: None) -> tuple[Any, ...]:
 
 
 def _allocate_input_grad(
-    grad_TD: Tensor, x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor,
-    hidden_RF: Tensor, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    ids_Tk: Tensor,
+    weights_Tk: Tensor,
+    hidden_RF: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     def like(t: Tensor) -> Tensor:
         return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
@@ -140,9 +146,15 @@ def _run_input_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _allocate_weight_grad(
-    grad_TD: Tensor, x_TD: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, hidden_RF: Tensor, grad_hidden_RF: Tensor,
-    experts: int, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    ids_Tk: Tensor,
+    weights_Tk: Tensor,
+    hidden_RF: Tensor,
+    grad_hidden_RF: Tensor,
+    experts: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     width, dim = hidden_RF.shape[1], x_TD.shape[1]
     grad_gate_up_EFD = torch.empty(experts, width, dim, dtype=x_TD.dtype, device=x_TD.device)
     return grad_gate_up_EFD, torch.empty(experts, dim, width // 2, dtype=x_TD.dtype, device=x_TD.device)

@@ -120,30 +120,40 @@ def _check_like(name: str, tensor: Tensor, word_VD: Tensor) -> None:
     )
 
 
-def _check_places(ids_BS: Tensor, documents_BS: Tensor | None, history_BP: Tensor | None, rule: spec.Rule) -> None:
-    shapes = {"documents": list(ids_BS.shape), "history": [ids_BS.shape[0], rule.neighbors - 1]}
-    for name, tensor in (("documents", documents_BS), ("history", history_BP)):
-        if tensor is None:
-            continue
-        wanted, found = shapes[name], f"{tensor.dtype} {list(tensor.shape)}"
-        is_right = tensor.dtype == torch.int64 and list(tensor.shape) == wanted
-        check(is_right, lambda: f"ngram_embedding: {name} must be int64 {wanted}, got {found}")  # noqa: B023
+def _check_places(name: str, places: Tensor | None, wanted: list[int]) -> None:
+    if places is not None:
+        found = f"{places.dtype} {list(places.shape)}"
+        is_right = places.dtype == torch.int64 and list(places.shape) == wanted
+        check(is_right, lambda: f"ngram_embedding: {name} must be int64 {wanted}, got {found}")
 
 
 def _allocate(
-    ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], documents_BS: Tensor | None,
-    history_BP: Tensor | None, numbers: list[int], backend: str,
-) -> Tensor:  # fmt: skip
+    ids_BS: Tensor,
+    word_VD: Tensor,
+    tables: list[Tensor],
+    projections: list[Tensor],
+    documents_BS: Tensor | None,
+    history_BP: Tensor | None,
+    numbers: list[int],
+    backend: str,
+) -> Tensor:
     rule = spec.Rule.of(numbers)
     _check(ids_BS, word_VD, tables, projections, rule)
-    _check_places(ids_BS, documents_BS, history_BP, rule)
+    _check_places("documents", documents_BS, list(ids_BS.shape))
+    _check_places("history", history_BP, [ids_BS.shape[0], rule.neighbors - 1])
     return torch.empty(*ids_BS.shape, word_VD.shape[1], dtype=word_VD.dtype, device=word_VD.device)
 
 
 def _run(
-    ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], documents_BS: Tensor | None,
-    history_BP: Tensor | None, numbers: list[int], backend: str,
-) -> Tensor:  # fmt: skip
+    ids_BS: Tensor,
+    word_VD: Tensor,
+    tables: list[Tensor],
+    projections: list[Tensor],
+    documents_BS: Tensor | None,
+    history_BP: Tensor | None,
+    numbers: list[int],
+    backend: str,
+) -> Tensor:
     inputs = (ids_BS, word_VD, tables, projections, documents_BS, history_BP, numbers)
     out_BSD = _allocate(*inputs, backend)
     if ids_BS.numel() and ids_BS.device.type == "cpu":
@@ -170,9 +180,16 @@ def _backward(ctx: Any, grad_BSD: Tensor) -> tuple[Any, ...]:
 
 
 def _allocate_weight_grad(
-    grad_BSD: Tensor, ids_BS: Tensor, tables: list[Tensor], projections: list[Tensor], documents_BS: Tensor | None,
-    history_BP: Tensor | None, numbers: list[int], words: int, backend: str,
-) -> list[Tensor]:  # fmt: skip
+    grad_BSD: Tensor,
+    ids_BS: Tensor,
+    tables: list[Tensor],
+    projections: list[Tensor],
+    documents_BS: Tensor | None,
+    history_BP: Tensor | None,
+    numbers: list[int],
+    words: int,
+    backend: str,
+) -> list[Tensor]:
     shapes = [(words, grad_BSD.shape[2]), *(tensor.shape for tensor in (*tables, *projections))]
     return [torch.empty(shape, dtype=grad_BSD.dtype, device=grad_BSD.device) for shape in shapes]
 

@@ -115,9 +115,17 @@ def forward(
 
 
 def input_grad(
-    grad: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, hidden: Tensor,
-    grad_x: Tensor, grad_weights: Tensor, grad_hidden: Tensor,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    grad_x: Tensor,
+    grad_weights: Tensor,
+    grad_hidden: Tensor,
+) -> None:
     """Writes grad_x [T, D], grad_weights [T, k] and grad_hidden [T * k, 2 F] (zero past row R), from `hidden`."""
     plan, dtype = Plan.of(ids, down.shape[0]), _wide(x.dtype)
     total = len(plan.slots)
@@ -143,9 +151,16 @@ def input_grad(
 
 
 def weight_grad(
-    grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, hidden: Tensor, grad_hidden: Tensor,
-    experts: int, grad_gate_up: Tensor, grad_down: Tensor,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    grad_hidden: Tensor,
+    experts: int,
+    grad_gate_up: Tensor,
+    grad_down: Tensor,
+) -> None:
     """Writes grad_gate_up [E, 2 F, D] and grad_down [E, D, F], from `hidden` and the input pass's grad_hidden."""
     plan, dtype = Plan.of(ids, experts), _wide(x.dtype)
     total = len(plan.slots)

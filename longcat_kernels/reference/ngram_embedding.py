@@ -108,9 +108,15 @@ def hashes(
 
 
 def forward(
-    ids: Tensor, word: Tensor, tables: Sequence[Tensor], projections: Sequence[Tensor],
-    documents: Tensor | None, history: Tensor | None, numbers: Sequence[int], out: Tensor,
-) -> None:  # fmt: skip
+    ids: Tensor,
+    word: Tensor,
+    tables: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    documents: Tensor | None,
+    history: Tensor | None,
+    numbers: Sequence[int],
+    out: Tensor,
+) -> None:
     """Writes out [B, S, D]: the lookups side by side, then one product with the projections side by side."""
     rule = Rule.of(numbers)
     live_P, rows_PI = _lookups(ids, tables, rule, documents, history)
@@ -123,10 +129,17 @@ def forward(
 
 
 def weight_grad(
-    grad: Tensor, ids: Tensor, tables: Sequence[Tensor], projections: Sequence[Tensor],
-    documents: Tensor | None, history: Tensor | None, numbers: Sequence[int], words: int,
-    grad_word: Tensor, *grads: Tensor,
-) -> None:  # fmt: skip
+    grad: Tensor,
+    ids: Tensor,
+    tables: Sequence[Tensor],
+    projections: Sequence[Tensor],
+    documents: Tensor | None,
+    history: Tensor | None,
+    numbers: Sequence[int],
+    words: int,
+    grad_word: Tensor,
+    *grads: Tensor,
+) -> None:
     """Writes the gradients of the word table of `words` rows, then those of the tables, then of the projections."""
     rule, grad_tables, grad_projections = Rule.of(numbers), grads[: len(tables)], grads[len(tables) :]
     live_P, rows_PI = _lookups(ids, tables, rule, documents, history)
