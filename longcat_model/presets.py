@@ -61,13 +61,13 @@ def demo() -> c.Model:
                 full_attention=(2,),
                 bridge_width=64,
             ),
-            quantizer=c.Quantizer(sizes=visual_sizes, dim=32, shared=False),
+            quantizer=c.Quantizer(sizes=visual_sizes, dim=32, decay=0.95),
             decoder=c.PixelDecoder(width=64, depth=2, heads=4, mlp_width=192),
-            refiner=c.Refiner(width=64, depth=2, heads=4, steps=8),
+            refiner=c.Refiner(width=64, depth=2, heads=4, steps=8, temperature=0.5),
         ),
         audio=c.AudioTokenizer(
             encoder=c.AudioEncoder(
-                mels=80, log_range=5.0, width=128, depth=2, heads=4, mlp_width=256, max_positions=250
+                mels=80, log_range=6.5, width=128, depth=2, heads=4, mlp_width=256, max_positions=250
             ),
             quantizer=c.Quantizer(sizes=audio_sizes, dim=512, restart_threshold=0.2),
             decoder=c.AudioDecoder(width=128, depth=2, heads=4, mlp_width=256),

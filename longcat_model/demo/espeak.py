@@ -13,12 +13,14 @@ import math
 import multiprocessing
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import espeakng_loader
 import numpy as np
+import soundfile
+from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16_000  # Hz, of the files written
 HELD_OUT_TAKES = 5  # takes 0-4 are never trained on
@@ -68,8 +70,6 @@ class Synthesizer:
     """
 
     def __init__(self, voice: str) -> None:
-        import espeakng_loader
-
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         self.sample_rate = self._library.espeak_Initialize(
             _SYNCHRONOUS, 0, os.fsencode(espeakng_loader.get_data_path()), 0
@@ -77,7 +77,7 @@ class Synthesizer:
         if self.sample_rate <= 0:
             raise RuntimeError(f"espeak: the library must start, got status {self.sample_rate}")
         if self._library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise RuntimeError(f"espeak: voice must be one of the library's, got {voice!r}")
+            raise RuntimeError(f"espeak: voice must be one of the library's own, got {voice!r}")
         self._pieces: list[np.ndarray] = []
         self._callback = _CALLBACK(self._receive)  # kept alive: the library holds only its address
         self._library.espeak_SetSynthCallback(self._callback)
@@ -108,55 +108,45 @@ def synthesize(
 ) -> None:
     """Writes every clip of `speech_set` that `directory` lacks; an interrupted run continues where it stopped.
 
+    The bytes written are the same in every run: the library's noise and phase carry over from clip to clip, so a voice
+    speaks all its clips in order, in a process of its own, and a voice that lacks a file speaks them all again.
+
     Args:
-        workers: processes; each speaks whole voices. 0 runs in this process.
-        progress: called with (clips done, clips in all) after each voice.
+        workers: processes at a time, at least 1.
+        progress: called with (clips done, clips in all) at the start and after each voice.
     """
     speech_set = speech_set or SpeechSet()
     directory.mkdir(parents=True, exist_ok=True)
-    jobs = [(voice, range(speech_set.takes)) for voice in speech_set.voices]
-    jobs += [(voice, range(HELD_OUT_TAKES)) for voice in speech_set.held_out_voices]
-    missing = [(directory, voice, _missing(directory, voice, takes)) for voice, takes in jobs]
-    total = sum(len(takes) * len(WORDS) for _, takes in jobs)
-    done = total - sum(len(clips) for _, _, clips in missing)
-    todo = [job for job in missing if job[2]]
-    if progress:
-        progress(done, total)
-    for count in _run(todo, workers):
-        done += count
-        if progress:
-            progress(done, total)
-
-
-def _run(jobs: Sequence[tuple[Path, str, list[tuple[int, int]]]], workers: int) -> Iterator[int]:
-    if workers == 0 or len(jobs) < 2:
-        yield from map(_speak_voice, jobs)
+    jobs = [(directory, voice, speech_set.takes) for voice in speech_set.voices]
+    jobs += [(directory, voice, HELD_OUT_TAKES) for voice in speech_set.held_out_voices]
+    todo = [job for job in jobs if not all(path.exists() for _, _, path in _clips(*job))]
+    total = len(WORDS) * sum(takes for _, _, takes in jobs)
+    done = total - len(WORDS) * sum(takes for _, _, takes in todo)
+    report = progress or (lambda done, total: None)
+    report(done, total)
+    if not todo:
         return
     # Spawned, not forked: the caller usually has torch's threads running, which a fork would lose in mid-air.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_speak_voice, jobs)
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        for count in pool.imap_unordered(_speak_voice, todo):
+            done += count
+            report(done, total)
 
 
-def _missing(directory: Path, voice: str, takes: range) -> list[tuple[int, int]]:
-    return [(d, t) for d in range(len(WORDS)) for t in takes if not _path(directory, voice, d, t).exists()]
+def _clips(directory: Path, voice: str, takes: int) -> list[tuple[int, int, Path]]:
+    """(digit, take, path) of every clip of a voice, in the order in which they are spoken."""
+    speaker = speaker_name(voice)
+    return [(d, t, directory / f"{d}_{speaker}_{t}.wav") for d in range(len(WORDS)) for t in range(takes)]
 
 
-def _path(directory: Path, voice: str, digit: int, take: int) -> Path:
-    return directory / f"{digit}_{speaker_name(voice)}_{take}.wav"
-
-
-def _speak_voice(job: tuple[Path, str, list[tuple[int, int]]]) -> int:
-    import soundfile
-    from scipy.signal import resample_poly
-
-    directory, voice, clips = job
-    synthesizer = Synthesizer(voice)
+def _speak_voice(job: tuple[Path, str, int]) -> int:
+    clips = _clips(*job)
+    synthesizer = Synthesizer(job[1])
     divisor = math.gcd(SAMPLE_RATE, synthesizer.sample_rate)
-    for digit, take in clips:
-        rate, pitch = take_settings(voice, digit, take)
+    for digit, take, path in clips:
+        rate, pitch = take_settings(job[1], digit, take)
         waveform = synthesizer.say(WORDS[digit], rate=rate, pitch=pitch)
         waveform = resample_poly(waveform, SAMPLE_RATE // divisor, synthesizer.sample_rate // divisor)
-        path = _path(directory, voice, digit, take)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         soundfile.write(part, waveform, SAMPLE_RATE, subtype="PCM_16", format="WAV")
         part.replace(path)

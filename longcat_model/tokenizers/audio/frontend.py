@@ -1,4 +1,4 @@
-"""Log-mel front end of Whisper (spec 3.1): centred Hann STFT, Slaney mels, log10, a floor some decades below the loudest.
+"""Log-mel front end of Whisper (spec 3.1): centred Hann STFT, Slaney mels, log10, a floor below the loudest.
 
 Dimension key
     B clips    N samples    F spectrum bins    M mels    S mel frames
@@ -6,8 +6,8 @@ Dimension key
 
 from __future__ import annotations
 
-import librosa
 import torch
+from librosa.filters import mel
 from torch import Tensor, nn
 
 from longcat_model import config
@@ -26,7 +26,7 @@ class LogMel(nn.Module):
     def __init__(self, sizes: config.AudioEncoder) -> None:
         super().__init__()
         self.fft, self.hop, self.log_range = sizes.fft, sizes.hop, sizes.log_range
-        filters = librosa.filters.mel(sr=sizes.sample_rate, n_fft=sizes.fft, n_mels=sizes.mels)
+        filters = mel(sr=sizes.sample_rate, n_fft=sizes.fft, n_mels=sizes.mels)
         self.register_buffer("window", torch.hann_window(sizes.fft), persistent=False)
         self.register_buffer("filters_MF", torch.from_numpy(filters), persistent=False)
 

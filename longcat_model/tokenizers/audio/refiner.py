@@ -1,7 +1,8 @@
 """Flow-matching refinement of the coarse mel (spec 3.5).
 
-Linear path y = (1 - (1 - s) t) z + t x1 with target velocity x1 - (1 - s) z, times on the cosine schedule, the condition
-dropped at random in training for classifier-free guidance v = (1 + g) v(mu) - g v(0), Euler steps at inference.
+Linear path y = (1 - (1 - s) t) z + t x1 with target velocity x1 - (1 - s) z, times on the cosine schedule, the
+condition dropped at random in training for classifier-free guidance v = (1 + g) v(mu) - g v(0), Euler steps at
+inference.
 
 Dimension key
     B clips    M mels    S mel frames    D estimator width
@@ -98,7 +99,7 @@ class MelRefiner(nn.Module):
         return masked_mean(torch.square(velocity - (target - (1 - SIGMA_MIN) * noise)), frames_B)
 
     def refine(self, coarse_BMS: Tensor, frames_B: Tensor, *, seed: int = 0) -> Tensor:
-        """Log-mel [B, M, S] from the coarse one; a clip's result depends on `seed` and itself, not on its batch mates."""
+        """Log-mel [B, M, S] from the coarse one; depends on `seed` and the clip itself, not on its batch mates."""
         steps, guidance = self.sizes.steps, self.sizes.guidance
         times = 1 - torch.cos(torch.linspace(0, 1, steps + 1, dtype=torch.float64) * (math.pi / 2))
         condition = coarse_BMS * SCALE

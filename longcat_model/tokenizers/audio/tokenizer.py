@@ -134,7 +134,7 @@ class AudioTokenizer(nn.Module):
         self, codes: Sequence[Tensor], *, levels: int | None = None, refine: bool = True, seed: int = 0
     ) -> list[Tensor]:
         """As `decode`, but the log-mels [mels, frames] that the vocoder would get."""
-        self._check_codes(codes)
+        self._check_codes(codes, levels)
         limit = self.positions_per_chunk
         chunks = [piece for clip in codes for piece in clip.split(limit)]
         mels: list[Tensor] = [torch.empty(0)] * len(chunks)
@@ -156,8 +156,10 @@ class AudioTokenizer(nn.Module):
             mel_BMS = self.refiner.refine(mel_BMS, frames, seed=seed)
         return (mel[:, :n] for mel, n in zip(mel_BMS, frames.tolist(), strict=True))
 
-    def _check_codes(self, codes: Sequence[Tensor]) -> None:
+    def _check_codes(self, codes: Sequence[Tensor], levels: int | None) -> None:
         sizes = torch.tensor(self.sizes.quantizer.sizes)
+        if levels is not None and not 1 <= levels <= len(sizes):
+            raise ValueError(f"AudioTokenizer: levels must lie in [1, {len(sizes)}], got {levels}")
         for clip in codes:
             if clip.ndim != 2 or clip.shape[0] == 0 or clip.shape[1] != len(sizes):
                 raise ValueError(f"AudioTokenizer: codes must be [positions > 0, {len(sizes)}], got {list(clip.shape)}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import librosa
 import numpy as np
 import torch
+from librosa import griffinlim
+from librosa.filters import mel
 from torch import Tensor
 
 from longcat_model import config
@@ -24,7 +25,7 @@ class GriffinLim:
 
     def __init__(self, sizes: config.AudioEncoder, iterations: int = 32) -> None:
         self.sizes, self.iterations = sizes, iterations
-        filters = librosa.filters.mel(sr=sizes.sample_rate, n_fft=sizes.fft, n_mels=sizes.mels)
+        filters = mel(sr=sizes.sample_rate, n_fft=sizes.fft, n_mels=sizes.mels)
         self._inverse = np.linalg.pinv(filters)
 
     def __call__(self, log_mel: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ class GriffinLim:
         sizes, frames = self.sizes, log_mel.shape[1]
         power = self._inverse @ mel_power(log_mel.float().cpu()).numpy()
         magnitude = np.sqrt(np.maximum(power, 0))
-        waveform = librosa.griffinlim(
+        waveform = griffinlim(
             np.pad(magnitude, ((0, 0), (0, 1))),
             n_iter=self.iterations,
             hop_length=sizes.hop,
