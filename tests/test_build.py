@@ -1,0 +1,111 @@
+"""The compiled module: what it says of itself, what it refuses, and life without it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from longcat_kernels import native
+
+ROOT = Path(__file__).parent.parent
+MODULE = native.module().build_info()
+
+
+def test_says_what_it_was_built_from() -> None:
+    assert MODULE["version"] == importlib.metadata.version("longcat-kernels")
+    assert MODULE["cxx_standard"] >= 201703
+    assert MODULE["compiler"] and MODULE["isa"] == MODULE["isas_available"][-1]
+    assert MODULE["isas_compiled"][0] == "portable" and set(MODULE["isas_available"]) <= set(MODULE["isas_compiled"])
+
+
+def test_refuses_an_instruction_set_that_is_not_there() -> None:
+    outputs = (torch.empty(1, 1), torch.empty(1, 1), torch.empty(1), torch.empty(1, 1).long())
+    with pytest.raises(ValueError, match="isa must be one that this processor has, got 'sse9'"):
+        native.module().rvq_encode(
+            torch.ones(1, 1), [torch.ones(1, 1)], None, torch.float32, *outputs, threads=1, isa="sse9"
+        )
+
+
+def test_refuses_what_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        native.module().rvq_encode([1.0], [], None, torch.float32, None, None, None, None, threads=1)
+
+
+def test_one_openmp_runtime_serves_torch_and_the_module() -> None:
+    """Two pools would fight for the cores: up to 18 times slower."""
+    maps = Path("/proc/self/maps")
+    if MODULE["openmp"] is None or not maps.exists():
+        return
+    torch.ones(4) + 1
+    runtimes = {line.split()[-1] for line in maps.read_text().splitlines() if "gomp" in line}
+    assert len(runtimes) == 1
+
+
+def test_without_the_module_ops_run_and_say_so_once(tmp_path: Path) -> None:
+    shutil.copytree(
+        ROOT / "longcat_kernels", tmp_path / "longcat_kernels", ignore=shutil.ignore_patterns("*.so", "*.pyd")
+    )
+    code = (
+        "import torch, longcat_kernels as lk\n"
+        "for _ in range(3): lk.rvq_encode(torch.ones(2, 3), [torch.ones(4, 3)])\n"
+        "try: lk.rvq_encode(torch.ones(2, 3), [torch.ones(4, 3)], backend='cpu')\n"
+        "except ValueError as error: print(error)\n"
+    )
+    # -S and an explicit path: no installed copy of the package can stand in.
+    paths = [str(tmp_path), *(p for p in sys.path if p.endswith("-packages"))]
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert run.stderr.count("longcat_kernels: the compiled module is missing") == 1
+    assert run.stdout.startswith("rvq_encode: no backend takes these tensors:\n  cpu: the compiled module is missing")
+    assert "install a C++17 compiler" in run.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the build reads."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "csrc", copy / "csrc")
+    (copy / "longcat_kernels").mkdir()
+    return copy
+
+
+def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(source / "out")],
+        cwd=source,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_machine_without_a_compiler_leaves_the_module_out_and_says_so(source: Path) -> None:
+    shutil.rmtree(source / "build", ignore_errors=True)
+    run = build(source, CXX="/nonexistent/c++")
+    assert run.returncode == 0, run.stderr
+    said = " ".join((run.stdout + run.stderr).split())  # CMake wraps lines
+    assert "no working C++ compiler was found, so the compiled module is left out" in said
+    assert not list((source / "out").rglob("*.so"))
+
+
+def test_an_error_in_the_sources_fails_the_build(source: Path) -> None:
+    shutil.rmtree(source / "build", ignore_errors=True)
+    (source / "csrc/include/longcat/isa.h").write_text("this is not C++;\n")
+    run = build(source)
+    assert run.returncode != 0 and "this is not C++" in run.stdout + run.stderr
