@@ -70,6 +70,7 @@ class Refiner:
     depth: int
     heads: int
     steps: int = 28  # Euler steps from noise to image
+    temperature: float = 1.0  # scale of the noise that sampling starts from; less gives cleaner, less varied images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ Dimension key
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,13 @@ from torch.nn.functional import cosine_similarity
 from longcat_model.tokenizers.vision import VisionTokenizer
 from longcat_model.tokenizers.vision.answerer import Answerer, Pictures
 from longcat_model.tokenizers.vision.encoder import shallow_distance
-from longcat_model.tokenizers.vision.packing import Layout
+from longcat_model.tokenizers.vision.metrics import psnr, ssim
+from longcat_model.tokenizers.vision.packing import Layout, unpatchify
 from longcat_model.training.loop import Stage
 
 Source = Callable[[int, int, bool], Pictures]  # (step, images, whether of one size) -> pictures, a pure function
 Losses = tuple[Tensor, dict[str, Tensor]]
+LOGGED_IMAGES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ class Settings:
 
     sae_steps: int = 500
     one_size_share: float = 0.5  # of the encoder's steps, on images of one size as in the report; then of any size
-    quantizer_steps: int = 200
+    quantizer_steps: int = 300
     decoder_steps: int = 250
     refiner_steps: int = 200
     images: int = 64  # of every batch; twice that while they are of one size
@@ -43,7 +45,7 @@ class Settings:
     semantic_weight: float = 1.0
     pixel_weight: float = 1.0
     perceptual_weight: float = 0.1
-    align_weight: float = 0.1
+    align_weight: float = 0.5
     whole_code_share: float = 0.5  # of images that the decoder sees with all levels; the rest with a random prefix
 
     @classmethod
@@ -136,9 +138,9 @@ def vision_decoder(tokenizer: VisionTokenizer, source: Source, settings: Setting
         perceptual = shallow_distance(features, reference, (len(reference.hidden) + 1) // 2)
         align = 1 - cosine_similarity(features.bridged, reference.bridged, dim=-1).mean()
         total = settings.pixel_weight * pixel + settings.perceptual_weight * perceptual + settings.align_weight * align
-        psnr = -10 * torch.log10(difference_TP.detach().square().mean())
-        terms = {"pixel": pixel, "perceptual": perceptual, "align": align, "psnr": psnr}
-        return total, {name: term.detach() for name, term in terms.items()}
+        terms = {"pixel": pixel, "perceptual": perceptual, "align": align}
+        rebuilt = unpatchify(rebuilt_TP.detach().clamp(0, 1), layout, tokenizer.sizes.encoder.patch)
+        return total, {name: term.detach() for name, term in terms.items()} | _closeness(rebuilt, pictures.images)
 
     return Stage(
         name="vision_decoder",
@@ -195,6 +197,12 @@ def _prefixes(codes_ML: Tensor, layout: Layout, whole_share: float) -> Tensor:
     kept_I[torch.rand(len(kept_I)) < whole_share] = levels
     kept_M1 = kept_I.to(codes_ML.device)[layout.position_image, None]
     return codes_ML.masked_fill(torch.arange(levels, device=codes_ML.device) >= kept_M1, -1)
+
+
+def _closeness(images: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Metrics of the first images of a batch: enough for a curve."""
+    images, references = images[:LOGGED_IMAGES], references[:LOGGED_IMAGES]
+    return {"psnr": torch.tensor(psnr(images, references)), "ssim": torch.tensor(ssim(images, references))}
 
 
 def _used(codes_ML: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:

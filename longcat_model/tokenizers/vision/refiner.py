@@ -80,7 +80,7 @@ class Refiner(nn.Module):
 
         Notes: an image's noise follows from `seed` and its size alone, so its batch mates do not change it.
         """
-        x_TP = _noise(layout, coarse.shape[1], seed).to(coarse)
+        x_TP = self.sizes.temperature * _noise(layout, coarse.shape[1], seed).to(coarse)
         condition_TP = 2 * coarse - 1
         for step in range(self.sizes.steps):
             time_I = coarse.new_full((len(layout.grids),), step / self.sizes.steps)
