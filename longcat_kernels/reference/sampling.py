@@ -90,7 +90,6 @@ def choose_ids(logits: Tensor, noise: Tensor | None, temperature: float, top_k: 
     if top_p < 1:
         p_Tk = scaled_Tk.softmax(1)
         scaled_Tk = scaled_Tk.masked_fill(p_Tk.cumsum(1) - p_Tk >= top_p, -torch.inf)
-        scaled_Tk[:, 0] = scaled_TV.amax(1)
     best_T1 = (scaled_Tk + noise.gather(1, order_Tk)).argmax(1, keepdim=True)
     return order_Tk.gather(1, best_T1)[:, 0]
 
