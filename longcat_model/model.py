@@ -57,7 +57,17 @@ class LongcatNext(nn.Module):
         self.lm_head = TextHead(hidden, self.ids.text_rows)
         self.visual_head = depth_head(hidden, sizes.visual_head, sizes.vocabulary.visual_sizes)
         self.audio_head = depth_head(hidden, sizes.audio_head, sizes.vocabulary.audio_sizes)
-        nn.init.normal_(self.embed_tokens.weight, std=hidden**-0.5)
+        self._initialize_embeddings()
+
+    def _initialize_embeddings(self) -> None:
+        """Small normal rows; the other modules initialize themselves.
+
+        At hidden 128 the codes read are understood sooner than from rows of deviation hidden^-0.5, 0.3 or 1 (text loss
+        0.40 against 0.67 to 0.80 after 240 steps of synthetic digits), at 5 % more loss on the codes predicted. Random
+        n-gram rows as large as torch makes them (deviation 1) hide the word's own row: text loss 0.93.
+        """
+        for parameter in (*self.embed_tokens.parameters(), *(() if self.ngram is None else self.ngram.parameters())):
+            nn.init.normal_(parameter, std=0.02)
 
     def forward(self, inputs: Inputs, cache: Cache | None = None) -> BackboneOutput:
         """Reads rows of positions, after those in the cache if one is given (then under `torch.no_grad()`)."""
