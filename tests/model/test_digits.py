@@ -45,6 +45,13 @@ def test_numbers_have_one_to_three_digits_and_no_leading_zero(scans: tuple[Scans
         assert image.shape == (3, SIDE, SIDE * len(text)) and image.min() >= 0 and image.max() <= 1
 
 
+def test_the_source_keeps_answers_with_their_images(scans: tuple[Scans, Scans]) -> None:
+    pictures = digits.training_pictures(scans[0], seed=1)(5, 30, False)
+    widths = [image.shape[2] // SIDE for image in pictures.images]
+    assert widths == sorted(widths) and [SYMBOLS[i] for i in pictures.answers[:, 1, 0]] == [str(w) for w in widths]
+    assert {x.shape[2] for x in digits.training_pictures(scans[0])(5, 30, True).images} == {SIDE}
+
+
 def test_a_picture_is_made_of_scans_of_its_digits(scans: tuple[Scans, Scans]) -> None:
     held_out = scans[1]
     numbers = digits.plain_numbers(held_out, count=40, seed=2)

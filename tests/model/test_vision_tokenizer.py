@@ -58,7 +58,7 @@ def test_attention_in_segments_equals_attention_under_a_mask(grids: list[tuple[i
     for coordinate in (layout.row, layout.column):
         same &= coordinate[:, None] // side == coordinate // side
     first, second = qkv[:, :2].chunk(2, dim=-1)
-    turned = qkv[:, :2] * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    turned = qkv[:, :2] * cos + torch.cat([-second, first], -1) * sin.abs().copysign(sin[..., 4:].repeat(1, 1, 1, 2))
     scores = torch.einsum("qhc,khc->hqk", turned[:, 0], turned[:, 1]) / 8**0.5
     expected = torch.einsum("hqk,khc->qhc", scores.masked_fill(~same, -torch.inf).softmax(-1), qkv[:, 2])
     torch.testing.assert_close(attend(qkv, layout.windows(side), cos, sin), expected, atol=1e-5, rtol=1e-5)
@@ -66,7 +66,9 @@ def test_attention_in_segments_equals_attention_under_a_mask(grids: list[tuple[i
 
 def test_segments_group_by_length() -> None:
     segments = Segments.of(torch.tensor([0, 0, 1, 2, 2]))
-    assert segments.order.tolist() == [2, 0, 1, 3, 4] and segments.shapes == ((1, 1), (2, 2))
+    assert segments.order is not None and segments.order.tolist() == [2, 0, 1, 3, 4]
+    assert segments.shapes == ((1, 1), (2, 2))
+    assert Segments.of(torch.tensor([0, 1, 1])) == Segments(None, None, ((1, 1), (1, 2)))
 
 
 def test_a_transformers_state_dict_loads_unchanged_and_gives_the_same_features(tokenizer: VisionTokenizer) -> None:

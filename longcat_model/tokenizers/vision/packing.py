@@ -26,8 +26,8 @@ class Segments:
     segment of one patch, then two of two.
     """
 
-    order: Tensor  # [T] packed rows, shorter segments first
-    inverse: Tensor  # [T] undoes `order`
+    order: Tensor | None  # [T] packed rows, shorter segments first; None: they lie so already
+    inverse: Tensor | None  # [T] undoes `order`
     shapes: tuple[tuple[int, int], ...]  # (segments, patches of each), ascending in the second
 
     @classmethod
@@ -37,6 +37,8 @@ class Segments:
         order_T = torch.argsort(counts_N[dense_T] * counts_N.numel() + dense_T, stable=True)
         lengths, numbers = torch.unique(counts_N, return_counts=True)
         shapes = tuple(zip(numbers.tolist(), lengths.tolist(), strict=True))
+        if torch.equal(order_T, torch.arange(len(order_T), device=order_T.device)):
+            return cls(None, None, shapes)
         return cls(order_T, torch.argsort(order_T), shapes)
 
 
@@ -145,13 +147,13 @@ def rotary(layout: Layout, channels: int, theta: float) -> tuple[Tensor, Tensor]
     """Cosines and sines of 2-D rotary positions: a quarter of the frequencies turn with rows, a quarter with columns.
 
     Returns:
-        two float32 [T, 1, channels], for the rotate-half form (Qwen2.5-VL's vision tower).
+        two float32 [T, 1, 1, channels] for the rotate-half form (Qwen2.5-VL's vision tower); the sines carry its signs.
     """
     half = channels // 2
     frequency = theta ** -(torch.arange(0, half, 2, device=layout.row.device, dtype=torch.float32) / half)
     angles = torch.cat([x[:, None].float() * frequency for x in (layout.row, layout.column)], dim=1)
-    angles = torch.cat([angles, angles], dim=1)[:, None]
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=1)[:, None, None], torch.cat([-sin, sin], dim=1)[:, None, None]
 
 
 def attend(qkv: Tensor, segments: Segments, cos: Tensor, sin: Tensor) -> Tensor:
@@ -160,24 +162,21 @@ def attend(qkv: Tensor, segments: Segments, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         qkv: [T, 3, H, C].
         segments: which patches see each other.
-        cos: float32 [T, 1, C] of `rotary`.
+        cos: float32 [T, 1, 1, C] of `rotary`.
         sin: likewise.
 
     Returns:
         [T, H, C].
     """
-    q_THC, k_THC, v_THC = qkv.unbind(1)
-    turned = [_rotate(x.float(), cos, sin).to(qkv.dtype) for x in (q_THC, k_THC)]
-    sorted_3THC = torch.stack([*turned, v_THC])[:, segments.order]
+    qk_T2HC, v_THC = qkv[:, :2].float(), qkv[:, 2]
+    turned_T2HC = (qk_T2HC * cos + qk_T2HC.roll(qkv.shape[-1] // 2, -1) * sin).to(qkv.dtype)
+    parts = [*turned_T2HC.unbind(1), v_THC]
+    if segments.order is not None:
+        parts = [part_THC.index_select(0, segments.order) for part_THC in parts]
     outputs, start = [], 0
     for number, length in segments.shapes:
-        run = sorted_3THC[:, start : start + number * length].unflatten(1, (number, length)).transpose(2, 3)
-        out_NHSC = scaled_dot_product_attention(*run.unbind())
-        outputs.append(out_NHSC.transpose(1, 2).flatten(0, 1))
+        runs = [part[start : start + number * length].unflatten(0, (number, length)).transpose(1, 2) for part in parts]
+        outputs.append(scaled_dot_product_attention(*runs).transpose(1, 2).flatten(0, 1))
         start += number * length
-    return torch.cat(outputs)[segments.inverse]
-
-
-def _rotate(x_THC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x_THC.chunk(2, dim=-1)
-    return x_THC * cos + torch.cat([-second, first], dim=-1) * sin
+    out_THC = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return out_THC if segments.inverse is None else out_THC.index_select(0, segments.inverse)
