@@ -281,7 +281,7 @@ void load_row(const RvqEncode& p, int64_t t) {
 
 // Sums the row's codewords from the first level to the last.
 template <class T>
-void store_quantized(const RvqEncode& p, int64_t t, float* sum) {
+void store_row(const RvqEncode& p, int64_t t, float* sum) {
     std::fill(sum, sum + p.dim, 0.0f);
     for (size_t level = 0; level < p.levels.size() && is_kept(p, t); ++level) {
         const float* word =
@@ -325,36 +325,58 @@ void encode_block(const RvqEncode& p, const PackedCodebook& book, const Screen& 
     }
 }
 
-}  // namespace
-
-void rvq_encode(const RvqEncode& p) {
-    const Screen screen = screen_for(p.isa);
-    const int64_t per_thread = (p.rows + p.threads - 1) / p.threads, cache_rows = (256 << 10) / (4 * p.dim);
-    const int64_t wanted = std::max<int64_t>(1, std::min({per_thread, cache_rows, int64_t(384)}));
-    const int64_t block = (wanted + screen.tile_rows - 1) / screen.tile_rows * screen.tile_rows;
-    const int64_t blocks = (p.rows + block - 1) / block;
-    std::vector<std::unique_ptr<Scratch>> scratch;
-    for (int i = 0; i < p.threads; ++i) scratch.push_back(std::make_unique<Scratch>(block, p.dim));
-    std::vector<double> squares(size_t(p.rows));
-    std::unique_ptr<PackedCodebook> book;
-    int64_t kept = 0;
-    for (int64_t t = 0; t < p.rows; ++t) kept += is_kept(p, t);
-
+void load_rows(const RvqEncode& p) {
     dispatch_float(p.dtype, "rvq_encode: x", [&](auto type) {
 #pragma omp parallel for num_threads(p.threads) schedule(static)
         for (int64_t t = 0; t < p.rows; ++t) load_row<decltype(type)>(p, t);
     });
-    for (size_t level = 0; level < p.levels.size(); ++level) {
-        if (book == nullptr || !(book->source == p.levels[level])) {
-            book = std::make_unique<PackedCodebook>(p.levels[level], p.dim, screen.panel_words);
+}
+
+void store_quantized(const RvqEncode& p) {
+    dispatch_float(p.dtype, "rvq_encode: x", [&](auto type) {
 #pragma omp parallel num_threads(p.threads)
-            {
-                std::vector<double> terms(size_t(p.dim) + 1);
+        {
+            std::vector<float> sum(size_t(p.dim));
 #pragma omp for schedule(static)
-                for (int64_t first = 0; first < book->padded; first += screen.panel_words)
-                    book->pack(first, screen.panel_words, terms.data());
-            }
+            for (int64_t t = 0; t < p.rows; ++t) store_row<decltype(type)>(p, t, sum.data());
         }
+    });
+}
+
+std::unique_ptr<PackedCodebook> packed(const RvqEncode& p, const RvqEncode::Codebook& source, int panel) {
+    auto book = std::make_unique<PackedCodebook>(source, p.dim, panel);
+#pragma omp parallel num_threads(p.threads)
+    {
+        std::vector<double> terms(size_t(p.dim) + 1);
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < book->padded; first += panel) book->pack(first, panel, terms.data());
+    }
+    return book;
+}
+
+// Rows encoded together: their tiles stay in the second-level cache while the codebook passes by.
+int64_t block_rows(const RvqEncode& p, int tile_rows) {
+    const int64_t per_thread = (p.rows + p.threads - 1) / p.threads, cached = (256 << 10) / (4 * p.dim);
+    const int64_t wanted = std::max<int64_t>(1, std::min({per_thread, cached, int64_t(384)}));
+    return (wanted + tile_rows - 1) / tile_rows * tile_rows;
+}
+
+}  // namespace
+
+void rvq_encode(const RvqEncode& p) {
+    const Screen screen = screen_for(p.isa);
+    const int64_t block = block_rows(p, screen.tile_rows), blocks = (p.rows + block - 1) / block;
+    std::vector<std::unique_ptr<Scratch>> scratch;
+    for (int i = 0; i < p.threads; ++i) scratch.push_back(std::make_unique<Scratch>(block, p.dim));
+    std::vector<double> squares(size_t(p.rows));
+    int64_t kept = 0;
+    for (int64_t t = 0; t < p.rows; ++t) kept += is_kept(p, t);
+
+    load_rows(p);
+    std::unique_ptr<PackedCodebook> book;
+    for (size_t level = 0; level < p.levels.size(); ++level) {
+        if (book == nullptr || !(book->source == p.levels[level]))
+            book = packed(p, p.levels[level], screen.panel_words);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
         for (int part = 0; part < p.threads; ++part)
             for (int64_t b = part; b < blocks; b += p.threads)
@@ -364,14 +386,7 @@ void rvq_encode(const RvqEncode& p) {
         for (int64_t t = 0; t < p.rows; ++t) total += squares[size_t(t)];
         p.losses[level] = float(total / double(std::max<int64_t>(1, kept * p.dim)));
     }
-    dispatch_float(p.dtype, "rvq_encode: x", [&](auto type) {
-#pragma omp parallel num_threads(p.threads)
-        {
-            std::vector<float> sum(size_t(p.dim));
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < p.rows; ++t) store_quantized<decltype(type)>(p, t, sum.data());
-        }
-    });
+    store_quantized(p);
 }
 
 }  // namespace longcat

@@ -29,7 +29,8 @@ def rvq_encode(
     """quantized [T, D], residual [T, D], losses [L] and codes [T, L]; see the public function for their meaning."""
     kept_T1 = torch.ones_like(x_TD[:, :1], dtype=torch.bool) if mask_T is None else mask_T[:, None]
     # Zero, with the gradient of x: carries the straight-through and the commitment gradients.
-    through_TD = torch.where(kept_T1, x_TD - x_TD.detach(), 0) if x_TD.requires_grad else torch.zeros_like(x_TD[:, :1])
+    wanted = x_TD.requires_grad and torch.is_grad_enabled()
+    through_TD = torch.where(kept_T1, x_TD - x_TD.detach(), 0) if wanted else torch.zeros_like(x_TD[:, :1])
     count = (kept_T1.sum() * x_TD.shape[1]).clamp(min=1)
     residual_TD = torch.where(kept_T1, x_TD.detach(), 0).to(residual_dtype).float()
     quantized_TD = torch.zeros_like(x_TD, dtype=codebooks[0].dtype)
