@@ -27,6 +27,7 @@ def whisper_config(
         num_mel_bins=mels,
         max_source_positions=positions,
         dropout=0.0,
+        init_std=width**-0.5,  # 0.028 at Whisper's own width, where its config says 0.02
     )
     sizes._attn_implementation = "sdpa"
     return sizes
