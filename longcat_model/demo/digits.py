@@ -182,7 +182,7 @@ def _write(texts: list[str], scans_N: Tensor, generator: torch.Generator, *, aug
     """Enlarges the scans and inks them on paper, one ink a number."""
     ink_N = _enlarge(scans_N, generator, augment=augment)
     inks = torch.randint(len(INKS), (len(texts),), generator=generator)
-    tints = 1 - 0.12 * torch.rand(len(texts), 3, generator=generator)
+    tints = 1 - 0.05 * torch.rand(len(texts), 3, generator=generator)
     palette = torch.tensor(list(INKS.values()))
     images = []
     for ink, colour, tint in zip(ink_N.split([len(t) for t in texts]), palette[inks], tints, strict=True):
