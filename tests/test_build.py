@@ -102,6 +102,8 @@ def test_a_machine_without_a_compiler_leaves_the_module_out_and_says_so(source: 
     said = " ".join((run.stdout + run.stderr).split())  # CMake wraps lines
     assert "no working C++ compiler was found, so the compiled module is left out" in said
     assert not list((source / "out").rglob("*.so"))
+    # A compiler installed later must be found.
+    assert "CMAKE_CXX_COMPILER-NOTFOUND" not in next((source / "build").rglob("CMakeCache.txt")).read_text()
 
 
 def test_an_error_in_the_sources_fails_the_build(source: Path) -> None:
