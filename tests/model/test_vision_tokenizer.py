@@ -12,8 +12,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from longcat_model import presets
 from longcat_model.tokenizers.vision import VisionTokenizer
-from longcat_model.tokenizers.vision.encoder import MEAN, STD
+from longcat_model.tokenizers.vision.encoder import MEAN, STD, Encoder
 from longcat_model.tokenizers.vision.packing import Layout, Segments, attend, patchify, rotary, unpatchify
+from longcat_model.tokenizers.vision.quantizer import Quantizer
 from longcat_model.tokenizers.vision.refiner import Refiner
 
 SIZES = presets.tiny().vision
@@ -98,6 +99,15 @@ def test_a_transformers_state_dict_loads_unchanged_and_gives_the_same_features(t
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_the_released_sizes_give_the_released_parameter_counts() -> None:
+    sizes = presets.longcat_next().vision
+    with torch.device("meta"):
+        encoder = Encoder(sizes.encoder).visual_model
+        quantizer = Quantizer(sizes.quantizer, sizes.encoder.bridge_width)
+    counts = [sum(p.numel() for p in module.parameters()) for module in (encoder, encoder.merger, quantizer.quant_conv)]
+    assert counts == [631_975_680 + 44_574_464, 44_574_464, 25_704_448]
+
+
 @settings(deadline=None, max_examples=10)
 @given(grids=GRIDS)
 def test_codes_have_one_row_of_levels_a_position(grids: list[tuple[int, int]]) -> None:
@@ -130,7 +140,7 @@ def test_the_first_levels_alone_decode(tokenizer: VisionTokenizer) -> None:
     assert tokenizer.encode([]) == [] and tokenizer.decode([]) == []
 
 
-def test_an_untrained_refiner_changes_nothing_and_a_perfect_one_arrives(tokenizer: VisionTokenizer) -> None:
+def test_an_untrained_refiner_changes_nothing(tokenizer: VisionTokenizer) -> None:
     codes = tokenizer.encode(images_of([(2, 2)]))
     coarse, refined = (tokenizer.decode(codes, refine=refine)[0] for refine in (False, True))
     torch.testing.assert_close(coarse, refined, atol=1e-5, rtol=1e-5)
