@@ -89,7 +89,7 @@ def answerer(features: int) -> Answerer:
 
 
 def plain_numbers(scans: Scans, *, count: int, seed: int, longest: int = LONGEST) -> Numbers:
-    """Numbers from unaltered scans, every scan used about equally often."""
+    """Numbers from unaltered scans, drawn by digit; a pure function of its arguments."""
     generator = _generator(seed, 0)
     texts = _random_texts(count, longest, generator)
     return _write(texts, _pick(scans, texts, generator), generator, augment=False)
