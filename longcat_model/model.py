@@ -60,11 +60,10 @@ class LongcatNext(nn.Module):
         self._initialize_embeddings()
 
     def _initialize_embeddings(self) -> None:
-        """Small normal rows; the other modules initialize themselves.
+        """Small normal rows, of words and n-grams alike; the other modules initialize themselves.
 
-        At hidden 128 the codes read are understood sooner than from rows of deviation hidden^-0.5, 0.3 or 1 (text loss
-        0.40 against 0.67 to 0.80 after 240 steps of synthetic digits), at 5 % more loss on the codes predicted. Random
-        n-gram rows as large as torch makes them (deviation 1) hide the word's own row: text loss 0.93.
+        Against deviation hidden^-0.5 at hidden 128: text loss after 240 steps on synthetic digits 0.58 instead of 0.76,
+        loss on predicted codes 3 % (visual) and 5 % (audio) higher; means of three seeds, the sign alike in each.
         """
         for parameter in (*self.embed_tokens.parameters(), *(() if self.ngram is None else self.ngram.parameters())):
             nn.init.normal_(parameter, std=0.02)
