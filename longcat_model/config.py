@@ -121,6 +121,7 @@ class MelRefiner:
     heads: int = 8
     steps: int = 10  # Euler steps on the cosine schedule
     guidance: float = 0.7  # classifier-free guidance rate at inference
+    temperature: float = 1.0  # standard deviation of the noise that Euler steps start from
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,7 +71,7 @@ def demo() -> c.Model:
             ),
             quantizer=c.Quantizer(sizes=audio_sizes, dim=512, restart_threshold=0.2),
             decoder=c.AudioDecoder(width=128, depth=2, heads=4, mlp_width=256),
-            refiner=c.MelRefiner(width=96, depth=2, heads=4, steps=6),
+            refiner=c.MelRefiner(width=96, depth=2, heads=4, steps=6, guidance=0.3, temperature=0.3),
         ),
     )
 

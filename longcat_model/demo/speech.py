@@ -7,7 +7,7 @@ synthesized. Takes 0-4 of every speaker are held out, and all takes of the speak
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from scipy.signal import resample_poly
 from torch import Tensor
 
 from longcat_model.demo.espeak import HELD_OUT_TAKES, SAMPLE_RATE
+
+Lesson = tuple[list[Tensor], list[tuple[int, ...]]]
 
 _NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<take>\d+)\.wav")
 _LOUDNESS = 0.1  # root mean square of a normalised clip; full scale is 1
@@ -183,6 +185,16 @@ class Composer:
         if level > 0:
             waveform = waveform + level * torch.from_numpy(draw.standard_normal(len(waveform), dtype=np.float32))
         return Spoken(digits=tuple(digits), speaker=speaker, waveform=waveform)
+
+
+def lessons(composer: Composer, *, seed: int = 0, count: int = 16) -> Callable[[int], Lesson]:
+    """What the audio tokenizer trains on: step -> `count` waveforms and the digits said in each."""
+
+    def lesson(step: int) -> Lesson:
+        numbers = composer.numbers(seed=seed, step=step, count=count)
+        return [number.waveform for number in numbers], [number.digits for number in numbers]
+
+    return lesson
 
 
 def _silence(seconds: float) -> Tensor:

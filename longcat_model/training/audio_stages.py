@@ -35,10 +35,10 @@ Source = Callable[[int], tuple[Sequence[Tensor], Sequence[Sequence[int]]]]
 class AudioTraining:
     """Steps, rates and the weights of equation (8); the report gives none of them."""
 
-    warm_up_steps: int = 250
-    joint_steps: int = 500
+    warm_up_steps: int = 200
+    joint_steps: int = 450
     flow_steps: int = 300
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     mel_weight: float = 1.0
     commitment_weight: float = 0.25
     language_weight: float = 0.3  # 0: no language term

@@ -125,21 +125,32 @@ def test_refuses_waveforms_levels_and_widths(tokenizer: AudioTokenizer) -> None:
         AudioTokenizer(replace(SIZES, quantizer=replace(SIZES.quantizer, dim=64)))
 
 
-def test_refiner_learns_a_conditional_mel() -> None:
+def test_refiner_learns_what_the_coarse_mel_lacks() -> None:
     torch.manual_seed(0)
-    refiner = MelRefiner(SIZES.refiner, 4)
+    refiner = MelRefiner(replace(SIZES.refiner, steps=6, guidance=0.0, temperature=0.5), 4)
     optimizer = torch.optim.Adam(refiner.parameters(), 3e-3)
     frames = torch.tensor([16, 12, 16, 8])
     for _ in range(300):
-        level = torch.rand(4, 1, 1)
-        coarse = level.expand(4, 4, 16)
-        loss = refiner.loss(1 - coarse, coarse, frames)
+        coarse = (0.5 + torch.rand(4, 1, 1)).expand(4, 4, 16)  # 0 would read as no condition
+        loss = refiner.loss(coarse + 0.4 * (1 - coarse), coarse, frames)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    coarse = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1).expand(3, 4, 16)
+    coarse = torch.tensor([0.5, 0.7, 1.5]).view(3, 1, 1).expand(3, 4, 16)
     with torch.no_grad():
         refined = refiner.refine(coarse, torch.tensor([16, 16, 8]))
-    error = [float((refined[row, :, :n] - 1 + coarse[row, :, :n]).abs().mean()) for row, n in enumerate((16, 16, 8))]
-    assert max(error) < 0.15
-    assert not refined[2, :, 8:].any()
+    target = coarse + 0.4 * (1 - coarse)
+    for row, n in enumerate((16, 16, 8)):
+        error, before = (float((mel - target)[row, :, :n].abs().mean()) for mel in (refined, coarse))
+        assert error < before / 2
+    assert torch.equal(refined[2, :, 8:], coarse[2, :, 8:])
+
+
+def test_guidance_and_temperature_act_as_written() -> None:
+    torch.manual_seed(0)
+    coarse, frames = torch.rand(2, 4, 16), torch.tensor([16, 16])
+    refiner = MelRefiner(replace(SIZES.refiner, steps=1, guidance=2.0, temperature=0.5), 4)
+    with torch.no_grad():
+        noise = 5.0 * (MelRefiner(replace(SIZES.refiner, steps=0), 4).refine(coarse, frames) - coarse) * 0.5
+        guided, free = (refiner(noise, c, torch.zeros(2), frames) for c in (coarse, torch.zeros_like(coarse)))
+        torch.testing.assert_close(refiner.refine(coarse, frames), coarse + (noise + 3 * guided - 2 * free) / 5)

@@ -22,7 +22,7 @@ from longcat_model.demo.espeak import (
     synthesize,
     take_settings,
 )
-from longcat_model.demo.speech import Clip, Composer, Variation, load, read_clip
+from longcat_model.demo.speech import Clip, Composer, Variation, lessons, load, read_clip
 from longcat_model.demo.speech_judge import SpeechJudge
 
 SMALL = SpeechSet(voices=("en-us+f1", "en-us+m3"), held_out_voices=("en-us+f2",), takes=9)
@@ -159,3 +159,10 @@ def test_without_variation_a_number_is_its_clips_and_their_gaps() -> None:
 def test_composer_needs_a_speaker_of_all_digits() -> None:
     with pytest.raises(ValueError, match="must hold a speaker of all ten digits"):
         Composer([tone(d, "a") for d in range(9)])
+
+
+def test_lessons_pair_waveforms_with_digits_by_step() -> None:
+    lesson = lessons(Composer(CLIPS), seed=3, count=4)
+    waveforms, digits = lesson(7)
+    assert len(waveforms) == len(digits) == 4
+    assert digits == lesson(7)[1] and digits != lesson(8)[1]
