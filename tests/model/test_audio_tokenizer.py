@@ -154,3 +154,13 @@ def test_guidance_and_temperature_act_as_written() -> None:
         noise = 5.0 * (MelRefiner(replace(SIZES.refiner, steps=0), 4).refine(coarse, frames) - coarse) * 0.5
         guided, free = (refiner(noise, c, torch.zeros(2), frames) for c in (coarse, torch.zeros_like(coarse)))
         torch.testing.assert_close(refiner.refine(coarse, frames), coarse + (noise + 3 * guided - 2 * free) / 5)
+
+
+def test_released_sizes_give_the_released_parameter_counts() -> None:
+    sizes = presets.longcat_next().audio
+    with torch.device("meta"):
+        encoder, pool = AudioEncoder(sizes.encoder), GatedPool(sizes.encoder.width, sizes.pool)
+        to_decoder = torch.nn.Linear(sizes.quantizer.dim, sizes.decoder.width)
+    bridge = sum(weight.numel() for module in (pool, to_decoder) for weight in module.parameters())
+    assert sum(weight.numel() for weight in encoder.parameters()) == 636_968_960
+    assert bridge == 85_208_320
