@@ -33,7 +33,7 @@ def longcat_next() -> c.Model:
 def demo() -> c.Model:
     """The model `make demo` trains on two CPU cores: handwritten numbers and spoken digits."""
     visual_sizes = (128,) * 3
-    audio_sizes = (256, 128, 64, 32, 32, 32, 32, 32)
+    audio_sizes = (128, 64, 32, 32, 32, 32, 32, 32)
     return c.Model(
         vocabulary=c.Vocabulary(text_size=260, audio_sizes=audio_sizes, visual_sizes=visual_sizes),
         backbone=c.Backbone(
