@@ -1,7 +1,8 @@
-"""Images and sound files in and out, as tensors."""
+"""Image and sound files in and out, as tensors; every file is written whole or not at all."""
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -30,17 +31,13 @@ def read_image(path: Path, cell: int) -> Tensor:
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
-def write_image(path: Path, image: Tensor, scale: int = 1) -> None:
-    """Writes [3, H, W] in [0, 1] in the format of the name, each pixel `scale` pixels wide."""
+def png(image: Tensor, scale: int = 1) -> bytes:
+    """[3, H, W] in [0, 1] as a PNG file, each pixel `scale` pixels wide."""
     pixels = (image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     picture = Image.fromarray(pixels)
-    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    temporary = _temporary(path)
-    try:
-        picture.save(temporary, format=Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def read_speech(path: Path, rate: int) -> Tensor:
@@ -61,17 +58,24 @@ def read_speech(path: Path, rate: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
 
 
-def write_speech(path: Path, waveform: Tensor, rate: int) -> None:
-    """Writes [samples] in [-1, 1] as 16-bit WAV."""
-    temporary = _temporary(path)
+def wav(waveform: Tensor, rate: int) -> bytes:
+    """[samples] in [-1, 1] as a 16-bit WAV file."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, waveform.clamp(-1, 1).numpy(), rate, subtype="PCM_16", format="WAV")
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes under a temporary name, then renames: a reader sees the old file or the new one.
+
+    Raises:
+        ValueError: the directory does not exist.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"output: directory must exist, got {path.parent}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        soundfile.write(temporary, waveform.clamp(-1, 1).numpy(), rate, subtype="PCM_16", format="WAV")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    if not path.parent.is_dir():
-        raise ValueError(f"output: directory must exist, got {path.parent}")
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from longcat_model import config
+from longcat_model import config, files
 from longcat_model.model import LongcatNext
 from longcat_model.tokenizers.audio import AudioTokenizer
 from longcat_model.tokenizers.text import ByteTokenizer
@@ -48,9 +48,7 @@ class System:
             temporary = directory / f"{name}.safetensors.partial"
             save_model(module, str(temporary))
             os.replace(temporary, directory / f"{name}.safetensors")
-        temporary = directory / "config.json.partial"
-        temporary.write_text(json.dumps(config.to_dict(self.sizes), indent=1) + "\n")
-        os.replace(temporary, directory / "config.json")
+        files.write(directory / "config.json", (json.dumps(config.to_dict(self.sizes), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, directory: Path) -> System:

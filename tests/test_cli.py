@@ -10,7 +10,7 @@ import torch
 
 from longcat_model import presets
 from longcat_model.cli import main
-from longcat_model.files import write_image, write_speech
+from longcat_model.files import png, wav, write
 from longcat_model.system import System
 
 
@@ -24,8 +24,8 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def media(tmp_path: Path) -> Path:
-    write_image(tmp_path / "a.png", torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    write_speech(tmp_path / "a.wav", 0.1 * torch.sin(torch.arange(8000) / 20), 16_000)
+    write(tmp_path / "a.png", png(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))))
+    write(tmp_path / "a.wav", wav(0.1 * torch.sin(torch.arange(8000) / 20), 16_000))
     return tmp_path
 
 

@@ -10,12 +10,12 @@ import soundfile
 import torch
 from PIL import Image
 
-from longcat_model.files import read_image, read_speech, write_image, write_speech
+from longcat_model.files import png, read_image, read_speech, wav, write
 
 
 def test_image_round_trips(tmp_path: Path) -> None:
     image = torch.rand(3, 8, 16)
-    write_image(tmp_path / "a.png", image)
+    write(tmp_path / "a.png", png(image))
     torch.testing.assert_close(read_image(tmp_path / "a.png", 8), image, rtol=0, atol=0.5 / 255 + 1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
@@ -32,7 +32,7 @@ def test_image_sides_become_multiples_of_the_cell(
 
 def test_speech_round_trips_and_resamples(tmp_path: Path) -> None:
     tone = torch.sin(2 * np.pi * 440 * torch.arange(8000) / 16_000)
-    write_speech(tmp_path / "a.wav", 0.5 * tone, 16_000)
+    write(tmp_path / "a.wav", wav(0.5 * tone, 16_000))
     torch.testing.assert_close(read_speech(tmp_path / "a.wav", 16_000), 0.5 * tone, rtol=0, atol=1 / 32767)
     half = read_speech(tmp_path / "a.wav", 8000)
     assert half.shape == (4000,)
@@ -59,4 +59,4 @@ def test_refuses_silence(tmp_path: Path) -> None:
 
 def test_refuses_a_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="directory must exist"):
-        write_speech(tmp_path / "none" / "a.wav", torch.zeros(4), 16_000)
+        write(tmp_path / "none" / "a.wav", b"")

@@ -8,7 +8,7 @@ from pathlib import Path
 from longcat_model.demo import digits, evaluate
 from longcat_model.demo.speech import normalise, trim
 from longcat_model.demo.tasks import Tasks
-from longcat_model.files import read_image, read_speech, write_image, write_speech
+from longcat_model.files import png, read_image, read_speech, wav, write
 from longcat_model.generation import Sampling, generate_text
 from longcat_model.system import System
 
@@ -43,10 +43,10 @@ def generate(request: Request) -> str:
         raise ValueError(f"generate: text must be a number of 1 to {digits.LONGEST} digits, got {number!r}")
     out = request.out or Path("paint.png" if request.task == "paint" else "say.wav")
     if request.task == "paint":
-        write_image(out, evaluate.paint(system, tasks, [number], request.sampling, request.guidance)[0], PIXEL)
+        write(out, png(evaluate.paint(system, tasks, [number], request.sampling, request.guidance)[0], PIXEL))
     else:
         waveform = evaluate.say(system, tasks, [number], request.mode, request.sampling)[0]
-        write_speech(out, waveform, system.sizes.audio.encoder.sample_rate)
+        write(out, wav(waveform, system.sizes.audio.encoder.sample_rate))
     return str(out)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,7 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from longcat_model.files import png, wav
 from longcat_model.training.loop import Row
+
+PIXEL = 5  # screen pixels of a picture's pixel
 
 
 @dataclass(frozen=True)
@@ -61,43 +63,21 @@ def render(results: dict[str, Any], goals: dict[str, tuple[str, float]], section
         rate: sample rate of the speech, in Hz.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["png"] = image_uri
-    environment.filters["figure"] = figure_uri
-    environment.filters["wav"] = lambda speech: speech_uri(speech, rate)
+    environment.filters["png"] = lambda image: _uri("image/png", png(image, PIXEL))
+    environment.filters["figure"] = lambda figure: _uri("image/png", _figure(figure))
+    environment.filters["wav"] = lambda speech: _uri("audio/wav", wav(speech, rate))
     template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text())
     return template.render(results=results, goals=goals, sections=sections)
 
 
-def image_uri(image: Tensor, scale: int = 5) -> str:
-    """A [3, H, W] image in [0, 1] as a PNG data URI, each pixel `scale` pixels wide."""
-    from PIL import Image
-
-    pixels = (image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    buffer = io.BytesIO()
-    picture = Image.fromarray(pixels)
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "png")
-    return _uri("image/png", buffer)
-
-
-def speech_uri(speech: Tensor, rate: int) -> str:
-    """A waveform in [-1, 1] as a 16-bit WAV data URI."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((speech.clamp(-1, 1).numpy() * 32767).astype("<i2").tobytes())
-    return _uri("audio/wav", buffer)
-
-
-def figure_uri(figure: Figure) -> str:
+def _figure(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return _uri("image/png", buffer)
+    return buffer.getvalue()
 
 
-def _uri(kind: str, buffer: io.BytesIO) -> str:
-    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def loss_curves(stages: dict[str, list[Row]], metrics: Sequence[str] = ()) -> Figure:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_model import presets
+from longcat_model import files, presets
 from longcat_model.demo import digits, espeak, evaluate, language, speech
 from longcat_model.demo.evaluate import Result
 from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, picture, sections
@@ -20,7 +20,7 @@ from longcat_model.demo.report import render
 from longcat_model.demo.settings import Settings
 from longcat_model.demo.speech_judge import SpeechJudge
 from longcat_model.demo.tasks import Tasks
-from longcat_model.demo.workspace import Workspace, commit, write_text
+from longcat_model.demo.workspace import Workspace, commit
 from longcat_model.generation import Sampling
 from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
@@ -220,7 +220,7 @@ def finish(
     }
     workspace.write("report.json", summary)
     page = render(summary, goals, content, system.sizes.audio.encoder.sample_rate)
-    write_text(workspace.directory / "report.html", page)
+    files.write(workspace.directory / "report.html", page.encode())
     print(table(summary, goals))
     print(f"report: {workspace.directory / 'report.html'}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from longcat_model import files
 from longcat_model.training import checkpoint
 
 
@@ -70,18 +70,11 @@ class Workspace:
 
     def write(self, name: str, value: Any) -> None:
         """Writes JSON whole or not at all."""
-        write_text(self.directory / name, json.dumps(value, indent=1) + "\n")
+        files.write(self.directory / name, (json.dumps(value, indent=1) + "\n").encode())
 
     def _read(self, name: str) -> Any:
         path = self.directory / name
         return json.loads(path.read_text()) if path.exists() else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes under a temporary name, then renames: a reader sees the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def peak_rss_bytes() -> int:

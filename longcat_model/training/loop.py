@@ -7,7 +7,6 @@ resumed from its checkpoint has bit for bit the losses of one that was not (same
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from longcat_model import files
 from longcat_model.training import checkpoint
 from longcat_model.training.optim import adamw, learning_rate
 
@@ -128,6 +128,4 @@ def _read_rows(path: Path, before: int) -> list[Row]:
 
 def _write_rows(path: Path, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    files.write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import re
-import wave
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from longcat_model.demo.page import GOALS, psnr
-from longcat_model.demo.report import Sample, Section, bars, image_uri, loss_curves, render, spectrograms, speech_uri
-
-
-def decoded(uri: str) -> io.BytesIO:
-    return io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))
+from longcat_model.demo.report import Sample, Section, bars, loss_curves, render, spectrograms
 
 
 def test_page_is_self_contained_and_shows_every_score() -> None:
@@ -36,22 +28,6 @@ def test_page_is_self_contained_and_shows_every_score() -> None:
     assert "&lt;b&gt;4" in page and "<b>4</b>" not in page
     assert page.count("data:image/png") == 4 and page.count("data:audio/wav") == 1
     assert not re.search(r"""(src|href)=["']?(http|//|[\w./]+\.(js|css|png|wav))""", page)
-
-
-def test_image_round_trips() -> None:
-    image = torch.rand(3, 4, 8)
-    picture = np.asarray(Image.open(decoded(image_uri(image, scale=3))))
-    assert picture.shape == (12, 24, 3)
-    got = torch.from_numpy(picture[::3, ::3].copy()).permute(2, 0, 1) / 255
-    torch.testing.assert_close(got, image, rtol=0, atol=0.5 / 255 + 1e-6)
-
-
-def test_speech_round_trips() -> None:
-    speech = torch.linspace(-1.5, 1.5, 301)
-    with wave.open(decoded(speech_uri(speech, 8000))) as file:
-        assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (8000, 1, 301)
-        got = torch.from_numpy(np.frombuffer(file.readframes(301), "<i2").astype(np.float32)) / 32767
-    torch.testing.assert_close(got, speech.clamp(-1, 1), rtol=0, atol=1 / 32767)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.01])
