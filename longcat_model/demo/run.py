@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from longcat_model import files, presets
 from longcat_model.demo import digits, espeak, evaluate, language, speech
@@ -87,14 +86,8 @@ def vision(system: System, data: Data, settings: Settings, seed: int) -> Sequenc
 
 
 def audio(system: System, data: Data, settings: Settings, seed: int) -> Sequence[Stage]:
-    composer = speech.Composer(data.speech.train)
-
-    def source(step: int) -> tuple[list[Tensor], list[tuple[int, ...]]]:
-        spoken = composer.numbers(seed=seed, step=step, count=settings.clips)
-        return [number.waveform for number in spoken], [number.digits for number in spoken]
-
-    language = AnswerDecoder(system.sizes.audio.quantizer.dim, tokens=10)
-    trainee = audio_stages.AudioTrainee(system.audio, language)
+    source = speech.lessons(speech.Composer(data.speech.train), seed=seed, count=settings.clips)
+    trainee = audio_stages.AudioTrainee(system.audio, AnswerDecoder(system.sizes.audio.quantizer.dim, tokens=10))
     return audio_stages.stages(trainee, source, settings.audio)
 
 

@@ -41,7 +41,7 @@ class Settings:
     audio: AudioTraining = field(default_factory=AudioTraining)
     language: LanguageTraining = field(default_factory=LanguageTraining)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    clips: int = 32  # spoken numbers of every audio training step
+    clips: int = 16  # spoken numbers of every audio training step
     speech_takes: int = 12  # of every digit and voice, when speech is synthesized
     speech_voices: int = 20
     smoke: bool = False
