@@ -13,8 +13,8 @@ from longcat_model.training.vision_stages import Settings as VisionTraining
 class LanguageTraining:
     """The language model's part of the demo."""
 
-    pictures: int = 6000  # numbers tokenized for training
-    utterances: int = 6000
+    pictures: int = 20_000  # numbers tokenized for training
+    utterances: int = 8000
     documents: int = 64  # of every step, a quarter of each task
     row_length: int = 128  # positions
     pre_align_steps: int = 60
