@@ -39,7 +39,11 @@ def sections(
 ) -> list[Section]:
     return [
         Section("It sees", "Held-out handwriting in, text out.", [_pictures(results["see_numbers"], "reads")]),
-        Section("It paints", "Text in, image out.", [_pictures(results["paint_digits"], "looks like")]),
+        Section(
+            "It paints",
+            "Text in, image out.",
+            [_pictures(results[name], "looks like") for name in ("paint_digits", "paint_numbers")],
+        ),
         Section("It hears", "Unseen recordings in, text out.", [_speech(results["hear_numbers"], "hears")]),
         Section("It talks", "Text first, then speech.", [_speech(results["talk_serial"], "sounds like")]),
         Section(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,18 @@ from typing import Any
 import torch
 
 from longcat_model import files, presets
-from longcat_model.demo import digits, espeak, evaluate, language, speech
-from longcat_model.demo.evaluate import Result
+from longcat_model.demo import digits, language, speech
+from longcat_model.demo.data import Data, load_data
+from longcat_model.demo.evaluate import Exam, Result
 from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, picture, sections
 from longcat_model.demo.report import render
 from longcat_model.demo.settings import Settings
-from longcat_model.demo.speech_judge import SpeechJudge
 from longcat_model.demo.tasks import Tasks
 from longcat_model.demo.workspace import Workspace, commit
-from longcat_model.generation import Sampling
 from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
 from longcat_model.training import audio_stages, model_stages, vision_stages
 from longcat_model.training.loop import Row, Stage, train
-
-
-@dataclass(frozen=True)
-class Data:
-    """What is learned from and what is held out."""
-
-    scans: digits.Scans
-    held_out_scans: digits.Scans
-    speech: speech.Speech
 
 
 def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: int) -> None:
@@ -56,18 +45,6 @@ def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: 
     results = evaluate_tasks(workspace, system, data, settings, seed)
     goals = GOALS if speech_dir is None else GOALS | REAL_SPEECH_GOALS
     finish(workspace, system, data, pools, curves, results, goals)
-
-
-def load_data(directory: Path, settings: Settings, speech_dir: Path | None) -> Data:
-    """Scans from scikit-learn; speech from `speech_dir`, or synthesized under `directory`."""
-    scans, held_out = digits.load_scans()
-    if speech_dir is not None:
-        return Data(scans, held_out, speech.load(speech_dir))
-    voices = espeak.SpeechSet(voices=espeak.TRAIN_VOICES[: settings.speech_voices], takes=settings.speech_takes)
-    with language.counter("synthesize speech", "clip") as update:
-        espeak.synthesize(directory / "speech", voices, progress=update)
-    unseen = [espeak.speaker_name(voice) for voice in voices.held_out_voices]
-    return Data(scans, held_out, speech.load(directory / "speech", held_out_speakers=unseen))
 
 
 def train_tokenizers(
@@ -137,58 +114,20 @@ def train_language(
 def evaluate_tasks(
     workspace: Workspace, system: System, data: Data, settings: Settings, seed: int
 ) -> dict[str, Result]:
-    """Every task on held-out data; keys as in `GOALS`, and a few more."""
+    """Every task on held-out data; keys as in `page.GOALS`, and a few more."""
     for module in system.parts().values():
         module.eval()
-    tasks = Tasks.of(system.model.ids, system.text)
-    sizes = settings.evaluation
-    sampling = Sampling(temperature=sizes.temperature, top_p=sizes.top_p, seed=seed)
-    asked = [str(i % 10) for i in range(sizes.digits)]
-    plain = speech.Composer(data.speech.takes, speech.Variation.none())
-    numbers = digits.plain_numbers(data.held_out_scans, count=sizes.numbers, seed=seed)
-
-    def painted() -> Result:
-        judge = digits.Judge(data.scans)
-        images = evaluate.paint(system, tasks, asked, sampling, sizes.guidance)
-        return evaluate.judge_painting(images, asked, judge, judge.score(data.held_out_scans))
-
-    def said() -> dict[str, Result]:
-        judge = SpeechJudge.fit(data.speech.train)
-        takes = data.speech.takes
-        own = judge.accuracy([clip.waveform for clip in takes], [clip.digit for clip in takes])
-        return {
-            f"talk_{mode}": evaluate.judge_speech(evaluate.say(system, tasks, asked, mode, sampling), asked, judge, own)
-            for mode in ("serial", "parallel")
-        }
-
-    def heard(clips: Sequence[speech.Clip]) -> Result:
-        return evaluate.hear(system, tasks, evaluate.single_clips(clips, sizes.digits, seed))
-
-    steps: dict[str, Callable[[], dict[str, Result]]] = {
-        "see": lambda: {
-            "see_digits": evaluate.see(system, tasks, digits.single_digits(data.held_out_scans)),
-            "see_numbers": evaluate.see(system, tasks, numbers),
-        },
-        "paint": lambda: {"paint_digits": painted()},
-        "hear": lambda: (
-            {
-                "hear_digits": heard(data.speech.takes),
-                "hear_numbers": evaluate.hear(system, tasks, plain.numbers(seed=seed, step=0, count=sizes.numbers)),
-            }
-            | ({"hear_new_voices": heard(data.speech.speakers)} if data.speech.speakers else {})
-        ),
-        "talk": said,
-    }
+    exam = Exam(system, data, settings.evaluation, seed)
     results: dict[str, Result] = {}
-    for name, step in steps.items():
+    for name, task in (("see", exam.see), ("paint", exam.paint), ("hear", exam.hear), ("talk", exam.talk)):
         print(f"evaluate: {name}", flush=True)
-        found = workspace.once(f"evaluate_{name}", partial(_as_dicts, step))
+        found = workspace.once(f"evaluate_{name}", partial(_as_dicts, task))
         results |= {key: Result(**fields) for key, fields in found.items()}
     return results
 
 
-def _as_dicts(step: Callable[[], dict[str, Result]]) -> dict[str, Any]:
-    return {name: result.as_dict() for name, result in step().items()}
+def _as_dicts(task: Callable[[], dict[str, Result]]) -> dict[str, Any]:
+    return {name: result.as_dict() for name, result in task().items()}
 
 
 def finish(
