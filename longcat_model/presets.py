@@ -63,7 +63,7 @@ def demo() -> c.Model:
             ),
             quantizer=c.Quantizer(sizes=visual_sizes, dim=32, decay=0.95),
             decoder=c.PixelDecoder(width=64, depth=2, heads=4, mlp_width=192),
-            refiner=c.Refiner(width=64, depth=2, heads=4, steps=8, temperature=0.5),
+            refiner=c.Refiner(width=64, depth=2, heads=4, steps=8, temperature=0.3),
         ),
         audio=c.AudioTokenizer(
             encoder=c.AudioEncoder(

@@ -51,7 +51,11 @@ def sections(
         ),
         picture_levels(system, scans),
         speech_levels(system, clips),
-        Section("Losses", "Every stage of training, smoothed.", figures=[loss_curves(curves)]),
+        Section(
+            "Losses",
+            "Every stage of training, smoothed.",
+            figures=[loss_curves(curves, ("text_loss", "visual_loss", "audio_loss"))],
+        ),
         codebook_use(system, pools),
         expert_routing(system, pools),
     ]

@@ -108,7 +108,7 @@ def bars(values: dict[str, Sequence[float]], *, title: str, x: str, y: str) -> F
         axis.bar(np.arange(len(heights)) + (i - (len(values) - 1) / 2) * width, heights, width, label=name)
     axis.set(title=title, xlabel=x, ylabel=y)
     axis.set_xticks(range(max(len(heights) for heights in values.values())))
-    axis.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 

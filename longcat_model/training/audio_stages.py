@@ -37,7 +37,7 @@ class AudioTraining:
 
     warm_up_steps: int = 200
     joint_steps: int = 450
-    flow_steps: int = 300
+    flow_steps: int = 220
     learning_rate: float = 2e-3
     mel_weight: float = 1.0
     commitment_weight: float = 0.25
