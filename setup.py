@@ -23,6 +23,8 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
         cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
+        if cmake is None or ninja is None:
+            raise RuntimeError("longcat-kernels: cmake and ninja must be installed (or leave pip its build isolation)")
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": ninja,
@@ -36,4 +38,7 @@ class CMakeBuild(build_ext):
         subprocess.check_call([cmake, "--build", build])
 
 
-setup(ext_modules=[Extension("longcat_kernels._C", sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
+# CMake knows the sources; here they are what a source distribution must carry.
+SOURCES = ["CMakeLists.txt", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())]
+MODULE = Extension("longcat_kernels._C", sources=[], depends=SOURCES, optional=True)
+setup(ext_modules=[MODULE], cmdclass={"build_ext": CMakeBuild})

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +38,102 @@ def test_refuses_an_instruction_set_that_is_not_there() -> None:
 def test_refuses_what_is_no_tensor() -> None:
     with pytest.raises(TypeError, match="incompatible function arguments"):
         native.module().rvq_encode([1.0], [], None, torch.float32, None, None, None, None, threads=1)
+
+
+def rvq_arguments() -> dict[str, Any]:
+    """A good call of the compiled rvq_encode: 6 rows of 4, two levels."""
+    return {
+        "x": torch.randn(6, 4),
+        "codebooks": [torch.randn(5, 4), torch.randn(3, 4)],
+        "mask": torch.ones(6, dtype=torch.bool),
+        "residual_dtype": torch.float32,
+        "quantized": torch.empty(6, 4),
+        "residual": torch.empty(6, 4),
+        "losses": torch.empty(2),
+        "codes": torch.empty(6, 2, dtype=torch.int64),
+        "threads": 2,
+    }
+
+
+def ema_arguments() -> dict[str, Any]:
+    """A good call of the compiled ema_update: 6 rows of 4, 5 entries."""
+    return {
+        "embed": torch.randn(5, 4),
+        "embed_ema": torch.randn(5, 4),
+        "cluster_size_ema": torch.ones(5),
+        "vectors": torch.randn(6, 4),
+        "codes": torch.zeros(6, dtype=torch.int64),
+        "decay": 0.9,
+        "eps": 1e-5,
+        "restart_threshold": 1.0,
+        "seed": 0,
+        "restarted": torch.empty((), dtype=torch.int64),
+        "threads": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x", torch.tensor(1.0)),
+        ("x", torch.ones(6, 4, dtype=torch.int64)),
+        ("x", torch.ones(6, 4, device="meta")),
+        ("x", torch.ones(6, 0)),
+        ("codebooks", [torch.ones(0, 4)] * 2),
+        ("codebooks", [torch.ones(4)] * 2),
+        ("codebooks", [torch.ones(5, 3)] * 2),
+        ("codebooks", [torch.ones(4, 5).T] * 2),
+        ("codebooks", [torch.ones(5, 4)] * 3),
+        ("mask", torch.ones(5, dtype=torch.bool)),
+        ("mask", torch.ones(12, dtype=torch.bool)[::2]),
+        ("mask", torch.ones(6)),
+        ("residual_dtype", torch.int64),
+        ("quantized", torch.empty(6, 4, dtype=torch.float16)),
+        ("quantized", torch.empty(4, 6).T),
+        ("residual", torch.empty(5, 4)),
+        ("losses", torch.empty(1)),
+        ("codes", torch.empty(6, 1, dtype=torch.int64)),
+        ("codes", torch.empty(6, 2)),
+        ("threads", 0),
+    ],
+)
+def test_rvq_encode_refuses_what_would_lead_it_astray(name: str, value: Any) -> None:
+    """The module trusts no caller: a wrong buffer is an error, never a wild read or write."""
+    native.module().rvq_encode(**rvq_arguments())
+    with pytest.raises(ValueError, match="rvq_encode: "):
+        native.module().rvq_encode(**{**rvq_arguments(), name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("embed", torch.ones(4)),
+        ("embed", torch.ones(5, 3)),
+        ("embed_ema", torch.ones(4, 4)),
+        ("embed_ema", torch.ones(4, 5).T),
+        ("cluster_size_ema", torch.ones(4)),
+        ("vectors", torch.ones(6)),
+        ("vectors", torch.ones(6, 3)),
+        ("vectors", torch.ones(4, 6).T),
+        ("vectors", torch.ones(6, 4, dtype=torch.int64)),
+        ("vectors", torch.ones(6, 4, device="meta")),
+        ("codes", torch.zeros(5, dtype=torch.int64)),
+        ("codes", torch.zeros(12, dtype=torch.int64)[::2]),
+        ("codes", torch.full((6,), 5)),
+        ("codes", torch.full((6,), 2**62)),
+        ("restarted", torch.empty(0, dtype=torch.int64)),
+        ("restarted", torch.empty(())),
+        ("threads", 0),
+    ],
+)
+def test_ema_update_refuses_what_would_lead_it_astray(name: str, value: Any) -> None:
+    native.module().ema_update(**ema_arguments())
+    with pytest.raises(ValueError, match="ema_update: "):
+        native.module().ema_update(**{**ema_arguments(), name: value})
+
+
+def test_more_threads_than_any_machine_has_cost_no_memory() -> None:
+    native.module().rvq_encode(**{**rvq_arguments(), "threads": 2**31 - 1})
 
 
 def test_one_openmp_runtime_serves_torch_and_the_module() -> None:
@@ -76,7 +174,7 @@ def test_without_the_module_ops_run_and_say_so_once(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the build reads."""
-    copy = tmp_path_factory.mktemp("source")
+    copy = tmp_path_factory.mktemp("a source")
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
     shutil.copytree(ROOT / "csrc", copy / "csrc")
@@ -93,6 +191,15 @@ def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+def test_a_source_distribution_carries_all_that_a_build_reads(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert needed | {"setup.py", "CMakeLists.txt", "pyproject.toml"} <= inside
 
 
 def test_a_machine_without_a_compiler_leaves_the_module_out_and_says_so(source: Path) -> None:

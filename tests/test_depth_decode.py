@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from torch._dynamo.testing import CompileCounter
 
 from longcat_kernels import depth_decode
 from longcat_kernels.modules import DepthTransformer
@@ -134,3 +135,17 @@ def test_refuses_forced_codes_that_no_level_has(code: int, level: int) -> None:
     prefix[1, level] = code
     with pytest.raises(ValueError, match=rf"depth_decode: prefix must be in \[0, .\) at level {level}, got {code}"):
         depth_decode(hidden(3), module.weights(tables), prefix=prefix)
+
+
+def test_one_compiled_graph_serves_every_step_seed_and_top_k() -> None:
+    module, tables = head()
+    weights, counter = module.weights([table.detach() for table in tables]), CompileCounter()
+    torch._dynamo.reset()
+
+    def draw(h: torch.Tensor, number: int) -> Any:
+        return depth_decode(h, weights, step=number, seed=number, top_k=number).codes
+
+    compiled = torch.compile(draw, fullgraph=True, backend=counter)
+    for number in range(2, 8):
+        assert torch.equal(compiled(hidden(3), number), draw(hidden(3), number))
+    assert counter.frame_count == 2  # one for numbers as constants, one for numbers as such

@@ -136,6 +136,9 @@ def test_loads_a_released_state_dict_strictly() -> None:
     ("change", "message"),
     [
         ({"heads": 3}, "heads must divide dim 8, got 3"),
+        ({"heads": 0}, "heads must divide dim 8, got 0"),
+        ({"sizes": ()}, r"sizes must be one or more numbers of at least 1, got \[\]"),
+        ({"sizes": (3, 0)}, r"sizes must be one or more numbers of at least 1, got \[3, 0\]"),
         ({"sizes": (5, 5, 5)}, r"ffn_scale \* dim must be a multiple of 3 levels, got 32"),
     ],
 )

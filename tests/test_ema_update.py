@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vector_quantize_pytorch import VectorQuantize
 
-from longcat_kernels import ema_update
+from longcat_kernels import ema_update, rvq_encode
 from longcat_kernels.ops.ema_update import IMPLS
 from longcat_kernels.reference import ema_update as spec
 
@@ -88,6 +88,25 @@ def test_an_entry_with_nothing_to_divide_by_keeps_its_codeword(backend: str) -> 
     rule = {"decay": 0.0, "eps": 0.0, "restart_threshold": 0.0}
     ema_update(embed, sums, sizes, torch.full((4, 3), 7.0), torch.zeros(4, dtype=torch.int64), **rule, backend=backend)
     assert embed[0].tolist() == [7.0] * 3 and embed[1].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_that_saved_the_codebook_refuses_it_changed(backend: str) -> None:
+    case = spec.Case(20, 4, 8)
+    good = spec.inputs(case)
+    x = torch.randn(20, 4, requires_grad=True)
+    losses = rvq_encode(x, [good["embed"]]).losses
+    ema_update(**good, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [0, 50])
+def test_the_kernel_takes_the_codes_of_one_level_as_they_lie(rows: int) -> None:
+    case = spec.Case(rows, 4, 8)
+    codes_NL = torch.stack([spec.inputs(case)["codes"]] * 3, 1)
+    for got, want in zip(updated(case, "cpu", codes=codes_NL[:, 1]), updated(case, "cpu"), strict=True):
+        assert torch.equal(got, want)
 
 
 @settings(max_examples=25, deadline=None)

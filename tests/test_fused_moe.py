@@ -159,3 +159,15 @@ def test_nobody_reads_the_weight_of_an_ignored_slot() -> None:
     clean = fused_moe(**a)
     a["weights"] = a["weights"].masked_fill(a["ids"] < 0, torch.nan)
     assert (a["ids"] < 0).any() and torch.equal(fused_moe(**a), clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_router_stays_in_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module, x = MoE(hidden=8, width=4, real=4, zero=2, top_k=3, scale=6.0), torch.randn(9, 8).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        routed = module(x)
+    assert torch.equal(routed.router_logits, module.router(x)) and routed.router_logits.dtype == torch.float32
+    assert routed.output.dtype == dtype
+    routed.output.float().sum().backward()
+    assert module.gate_up.grad is not None and module.gate_up.grad.dtype == torch.float32

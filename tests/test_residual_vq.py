@@ -29,6 +29,20 @@ def trained(shared: bool = False, batches: int = 12) -> ResidualVQ:
 
 
 @pytest.mark.parametrize("shared", [False, True])
+def test_a_batch_without_rows_is_a_batch(shared: bool) -> None:
+    for module in (ResidualVQ([4, 4], 8, shared=shared), trained(shared, batches=1)):
+        assert module(torch.zeros(0, 8)).codes.shape == (0, len(module.sizes))
+
+
+def test_a_refused_mask_leaves_the_module_as_it_was() -> None:
+    module = ResidualVQ([4, 4], 8)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=r"mask must be torch.bool \[2, 3\], got torch.bool \[3\]"):
+        module(torch.randn(2, 3, 8), torch.ones(3, dtype=torch.bool))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("shared", [False, True])
 def test_fits_unseen_data_better_with_every_level(shared: bool) -> None:
     x = clusters(300, seed=1000)
     encoding = trained(shared).encode(x)

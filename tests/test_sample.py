@@ -112,12 +112,23 @@ def test_noise_is_standard_gumbel() -> None:
         ({"top_k": -1}, r"top_k must be >= 0 \(0 keeps all\), got -1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1\.1"),
+        ({"seed": 2**63}, r"seed must be an int in \[-2\^63, 2\^63 - 2\] or a tensor, got 9223372036854775808"),
+        ({"seed": 1.5}, r"seed must be an int in \[-2\^63, 2\^63 - 2\] or a tensor, got 1\.5"),
+        ({"seed": torch.zeros(2, device="meta").long()}, "seed must be on cpu, got meta"),
+        ({"step": -1}, r"step must be in \[0, 2\^64\), got -1"),
+        ({"step": 2**64}, r"step must be in \[0, 2\^64\), got 18446744073709551616"),
+        ({"level": 2**32}, r"level must be in \[0, 2\^32\), got 4294967296"),
         ({"seed": torch.zeros(3)}, r"seed must be an int or int64 \[2\], got torch\.float32 \[3\]"),
     ],
 )
 def test_refuses(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"sample: {message}"):
         sample(torch.zeros(2, 4), **options)
+
+
+def test_refuses_logits_that_are_no_floats() -> None:
+    with pytest.raises(ValueError, match=r"sample: logits must be floating point, got torch\.int64"):
+        sample(torch.zeros(2, 4, dtype=torch.int64))
 
 
 def test_refuses_logits_without_classes() -> None:

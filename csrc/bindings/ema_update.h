@@ -14,18 +14,22 @@ inline void bind_ema_update(pybind11::module_& m) {
            const TensorView& vectors, const TensorView& codes, double decay, double eps, double restart_threshold,
            int64_t seed, const TensorView& restarted, int threads) {
             EmaUpdate p{};
-            for (const TensorView* view : {&embed, &embed_ema, &cluster_size_ema, &codes})
-                LC_CHECK(view->is_contiguous(), "ema_update: codebook, statistics and codes must be contiguous");
-            LC_CHECK(threads >= 1, "ema_update: threads must be at least 1");
-            p.rows = vectors.shape.at(0), p.dim = embed.shape.at(1), p.entries = embed.shape.at(0);
-            LC_CHECK(p.dim <= 1 || p.rows == 0 || vectors.strides.at(1) == 1,
+            p.vectors = vectors.matrix("ema_update: vectors", vectors.dtype), p.dtype = vectors.dtype;
+            p.rows = vectors.shape[0], p.dim = vectors.shape[1], p.row_stride = vectors.strides[0];
+            LC_CHECK(p.dim <= 1 || p.rows == 0 || vectors.strides[1] == 1,
                      "ema_update: vectors must have adjacent elements");
-            p.vectors = vectors.data, p.dtype = vectors.dtype, p.row_stride = vectors.strides.at(0);
-            p.codes = codes.as<int64_t>(DType::int64);
-            p.decay = decay, p.eps = eps, p.restart_threshold = restart_threshold, p.seed = seed, p.threads = threads;
-            p.embed = embed.as<float>(DType::float32), p.embed_ema = embed_ema.as<float>(DType::float32);
-            p.cluster_size_ema = cluster_size_ema.as<float>(DType::float32);
-            int64_t* result = restarted.as<int64_t>(DType::int64);
+            LC_CHECK(is_float(p.dtype), "ema_update: vectors must be float32, bfloat16 or float16");
+            LC_CHECK(threads >= 1, "ema_update: threads must be at least 1");
+            embed.matrix("ema_update: embed", DType::float32);
+            p.entries = embed.shape[0];
+            p.embed = embed.whole<float>("ema_update: embed", DType::float32, {p.entries, p.dim});
+            p.embed_ema = embed_ema.whole<float>("ema_update: embed_ema", DType::float32, {p.entries, p.dim});
+            p.cluster_size_ema =
+                cluster_size_ema.whole<float>("ema_update: cluster_size_ema", DType::float32, {p.entries});
+            p.codes = codes.whole<int64_t>("ema_update: codes", DType::int64, {p.rows});
+            p.decay = decay, p.eps = eps, p.restart_threshold = restart_threshold, p.seed = seed;
+            p.threads = at_most_threads(threads);
+            auto* result = restarted.whole<int64_t>("ema_update: restarted", DType::int64, {});
             py::gil_scoped_release unlocked;
             *result = ema_update(p);
         },

@@ -16,20 +16,25 @@ inline void bind_rvq_encode(pybind11::module_& m) {
            DType residual_dtype, const TensorView& quantized, const TensorView& residual, const TensorView& losses,
            const TensorView& codes, int threads, const std::string& isa) {
             RvqEncode p{};
-            p.rows = x.shape.at(0), p.dim = x.shape.at(1);
-            p.x = x.data, p.dtype = x.dtype;
-            p.row_stride = x.strides.at(0), p.column_stride = x.strides.at(1);
+            p.x = x.matrix("rvq_encode: x", x.dtype), p.dtype = x.dtype;
+            p.rows = x.shape[0], p.dim = x.shape[1], p.row_stride = x.strides[0], p.column_stride = x.strides[1];
+            LC_CHECK(p.dim >= 1, "rvq_encode: x must have at least one column");
             for (const TensorView& book : codebooks) {
-                LC_CHECK(book.shape.at(1) == p.dim && (p.dim == 1 || book.strides.at(1) == 1),
-                         "rvq_encode: codebooks must be as wide as x is, with adjacent elements");
-                p.levels.push_back({book.as<float>(DType::float32), book.shape[0], book.strides[0]});
+                const auto* words = book.matrix<float>("rvq_encode: codebooks", DType::float32);
+                LC_CHECK(book.shape[0] >= 1 && book.shape[1] == p.dim && (p.dim == 1 || book.strides[1] == 1),
+                         "rvq_encode: codebooks must have rows, as wide as x, with adjacent elements");
+                p.levels.push_back({words, book.shape[0], book.strides[0]});
             }
-            LC_CHECK(!mask || mask->is_contiguous(), "rvq_encode: mask must be contiguous");
+            LC_CHECK(is_float(p.dtype) && is_float(residual_dtype),
+                     "rvq_encode: x and residual_dtype must be float32, bfloat16 or float16");
             LC_CHECK(threads >= 1, "rvq_encode: threads must be at least 1");
-            p.mask = mask ? mask->as<bool>(DType::boolean) : nullptr;
-            p.residual_dtype = residual_dtype, p.threads = threads, p.isa = isa_named(isa);
-            p.quantized = quantized.data, p.residual = residual.as<float>(DType::float32);
-            p.losses = losses.as<float>(DType::float32), p.codes = codes.as<int64_t>(DType::int64);
+            const int64_t levels = int64_t(p.levels.size());
+            p.mask = mask ? mask->whole<bool>("rvq_encode: mask", DType::boolean, {p.rows}) : nullptr;
+            p.residual_dtype = residual_dtype, p.threads = at_most_threads(threads), p.isa = isa_named(isa);
+            p.quantized = quantized.whole("rvq_encode: quantized", p.dtype, {p.rows, p.dim});
+            p.residual = residual.whole<float>("rvq_encode: residual", DType::float32, {p.rows, p.dim});
+            p.losses = losses.whole<float>("rvq_encode: losses", DType::float32, {levels});
+            p.codes = codes.whole<int64_t>("rvq_encode: codes", DType::int64, {p.rows, levels});
             py::gil_scoped_release unlocked;
             rvq_encode(p);
         },

@@ -5,7 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -22,17 +24,37 @@ struct TensorView {
     bool is_contiguous() const {
         int64_t expected = 1;
         for (size_t axis = shape.size(); axis-- > 0; expected *= shape[axis])
-            if (shape[axis] != 1 && strides[axis] != expected) return expected == 0;
+            if (shape[axis] != 1 && strides[axis] != expected) return is_empty();
         return true;
     }
 
-    // The elements, after a check of their type.
-    template <class T>
-    T* as(DType expected) const {
-        LC_CHECK(dtype == expected && device == "cpu", "tensor has the wrong dtype or device");
+    bool is_empty() const { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
+
+    // The elements of a contiguous tensor, after a check that it is one of this type and shape: a kernel trusts both.
+    template <class T = void>
+    T* whole(const char* name, DType expected, std::initializer_list<int64_t> sides) const {
+        require(
+            name,
+            dtype == expected && is_contiguous() && std::equal(shape.begin(), shape.end(), sides.begin(), sides.end()),
+            "contiguous, of the dtype and the shape that the other arguments give");
         return static_cast<T*>(data);
     }
+
+    // The elements of a matrix, after a check that it is one of this type.
+    template <class T = void>
+    T* matrix(const char* name, DType expected) const {
+        require(name, dtype == expected && shape.size() == 2, "a matrix of the right dtype");
+        return static_cast<T*>(data);
+    }
+
+  private:
+    void require(const char* name, bool condition, const char* rule) const {
+        LC_CHECK(condition && device == "cpu", std::string(name) + " must be on the CPU and " + rule);
+    }
 };
+
+// More threads than this help nobody and cost memory each; results do not depend on the number.
+inline int at_most_threads(int wanted) { return std::min(wanted, 1024); }
 
 inline DType dtype_named(const std::string& name) {
     if (name == "torch.float32") return DType::float32;

@@ -34,7 +34,8 @@ class DepthTransformer(nn.Module):
         eps: of every norm.
 
     Raises:
-        ValueError: `heads` does not divide `dim`, or L does not divide ffn_scale * dim.
+        ValueError: no level or one without an entry, `heads` does not divide `dim`, or L does not divide ffn_scale *
+            dim.
 
     Example:
         >>> model = DepthTransformer(hidden=8, dim=4, heads=2, layers=1, ffn_scale=4, sizes=(5, 3))
@@ -49,7 +50,9 @@ class DepthTransformer(nn.Module):
         self, hidden: int, dim: int, heads: int, layers: int, ffn_scale: int, sizes: Sequence[int], *, eps: float = 1e-6
     ) -> None:
         super().__init__()
-        if dim % heads:
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"DepthTransformer: sizes must be one or more numbers of at least 1, got {list(sizes)}")
+        if heads < 1 or dim % heads:
             raise ValueError(f"DepthTransformer: heads must divide dim {dim}, got {heads}")
         levels, ffn_width = len(sizes), ffn_scale * dim
         if ffn_width % levels:

@@ -36,7 +36,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> logits [T, E + Z] float32."""
-        return functional.linear(x.float(), self.classifier.weight.float())
+        # Autocast would round the logits, and with them the choice of experts.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            return functional.linear(x.float(), self.classifier.weight.float())
 
 
 class MoE(nn.Module):
@@ -73,7 +75,8 @@ class MoE(nn.Module):
         logits_TE = self.router(x_TD)
         bias_E = self.router.e_score_correction_bias
         weights_Tk, ids_Tk = moe_route(logits_TE, self.top_k, n_real=self.real, bias=bias_E.float(), scale=self.scale)
-        out_TD = fused_moe(x_TD, self.gate_up, self.down, ids_Tk, weights_Tk)
+        # Under autocast x may be narrower than the parameters.
+        out_TD = fused_moe(x_TD, self.gate_up.to(x.dtype), self.down.to(x.dtype), ids_Tk, weights_Tk)
         return Routed(out_TD.view(x.shape), logits_TE, ids_Tk)
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from longcat_kernels.ops.ema_update import ema_update
 from longcat_kernels.ops.rvq_decode import rvq_decode
-from longcat_kernels.ops.rvq_encode import RVQEncoding, rvq_encode
+from longcat_kernels.ops.rvq_encode import RVQEncoding, check_mask, rvq_encode
 
 KMEANS_STEPS = 8  # of the first batch; later batches go on by moving averages
 # Rules of `ema_update` that make it k-means: without memory and smoothing an entry becomes the mean of its rows.
@@ -101,6 +101,8 @@ class ResidualVQ(nn.Module):
         """
         if not self.training:
             return self.encode(x, mask=mask)
+        if mask is not None:
+            check_mask(mask, x)  # before anything moves
         seed = int(self.step) << 16
         if not self.initialized:
             self._initialize(x.detach(), mask, seed)

@@ -100,7 +100,10 @@ def _check_weights(weights: DepthWeights, like: Tensor) -> None:
             shape = [dim, dim] if is_square else [levels, width, dim] if is_up else [dim]
             _check_tensor(f"layers.{name}", tensor, [levels, dim, width] if name == "down" else shape, like)
     for table, head_weight, head_bias in zip(weights.tables, weights.head_weights, weights.head_biases, strict=True):
-        classes = table.shape[0]
+        classes = table.shape[0] if table.ndim == 2 else 0
+        if classes < 2:
+            rule = f"[C + 1, {hidden}] with C at least 1"
+            raise ValueError(f"depth_decode: weights.tables must be {rule}, got {list(table.shape)}")
         _check_tensor("tables", table, [classes, hidden], like)
         _check_tensor("head_weights", head_weight, [classes, dim], like)
         _check_tensor("head_biases", head_bias, [classes], like)
@@ -121,7 +124,9 @@ def _check_tensor(name: str, tensor: Tensor, shape: list[int], like: Tensor) -> 
 def _check(
     hidden_TH: Tensor, weights: DepthWeights, seeds_T: Tensor, prefix_TP: Tensor | None, guidance: float | None
 ) -> None:
-    dim, width = weights.hidden_proj.shape
+    found_proj = list(weights.hidden_proj.shape)
+    check(len(found_proj) == 2, lambda: f"depth_decode: weights.hidden_proj must be [D, H], got {found_proj}")
+    dim, width = found_proj
     check(
         hidden_TH.ndim == 2 and hidden_TH.shape[1] == width and hidden_TH.dtype.is_floating_point,
         lambda: (
@@ -142,6 +147,8 @@ def _check(
             len(found) == 2 and found[0] == rows and found[1] <= levels and prefix_TP.dtype == torch.int64,
             lambda: f"depth_decode: prefix must be int64 [{rows}, P] with P <= {levels}, got {prefix_TP.dtype} {found}",
         )
+        device = prefix_TP.device
+        check(device == hidden_TH.device, lambda: f"depth_decode: prefix must be on {hidden_TH.device}, got {device}")
 
 
 def _allocate(
@@ -191,7 +198,7 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 _op = register(
     "depth_decode(Tensor hidden, Tensor[] tensors, Tensor seeds, Tensor? prefix, int levels, int heads, float eps, "
-    "float temperature, int top_k, float top_p, int step, float? guidance, str end, str backend) "
+    "float temperature, SymInt top_k, float top_p, SymInt step, float? guidance, str end, str backend) "
     "-> (Tensor logprobs, Tensor embedding, Tensor codes)",
     _run,
     _allocate,

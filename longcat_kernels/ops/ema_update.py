@@ -56,6 +56,7 @@ def ema_update(
     Raises:
         ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
     """
+    check(-(2**63) <= seed < 2**63, lambda: f"ema_update: seed must be in [-2^63, 2^63), got {seed}")
     restarted: Tensor = _op(
         embed, embed_ema, cluster_size_ema, vectors, codes, decay, eps, restart_threshold, seed, backend
     )
@@ -125,6 +126,8 @@ def _run(
         largest, entries = int(codes_N.amax()), embed_KD.shape[0]
         check(largest < entries, lambda: f"ema_update: codes must be below {entries}, got {largest}")
     choose("ema_update", IMPLS, backend, *inputs).run(*inputs, restarted)
+    for tensor in inputs[:3]:  # a kernel writes behind autograd's back: a backward that saved them must refuse, not err
+        torch.autograd.graph.increment_version(tensor)
     return restarted
 
 
@@ -137,18 +140,19 @@ _op = register(
 
 
 def _why_not_cpu(*inputs: Any) -> str | None:
-    embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N = inputs[:5]
+    embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND = inputs[:4]
     if embed_KD.device.type != "cpu":
         return f"takes tensors on the CPU, got {embed_KD.device}"
-    if not all(tensor.is_contiguous() for tensor in (embed_KD, embed_ema_KD, cluster_size_ema_K, codes_N)):
-        return "needs a contiguous codebook, statistics and codes"
+    if not all(tensor.is_contiguous() for tensor in (embed_KD, embed_ema_KD, cluster_size_ema_K)):
+        return "needs a contiguous codebook and statistics"
     if vectors_ND.stride(1) != 1:
         return "needs vectors whose rows have adjacent elements"
     return native.why_not()
 
 
 def _cpu(*arguments: Any) -> None:
-    native.module().ema_update(*arguments, threads=torch.get_num_threads())
+    *tensors, codes_N = arguments[:5]
+    native.module().ema_update(*tensors, codes_N.contiguous(), *arguments[5:], threads=torch.get_num_threads())
 
 
 IMPLS: dict[str, Impl] = {

@@ -64,8 +64,8 @@ def _check(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, 
     wanted = [found[0], dim, found[1] // 2]
     check(list(down_EDF.shape) == wanted, lambda: f"fused_moe: down must be {wanted}, got {list(down_EDF.shape)}")
     check(
-        ids_Tk.ndim == 2 and ids_Tk.shape[0] == rows and ids_Tk.dtype == torch.int64,
-        lambda: f"fused_moe: ids must be int64 [{rows}, k], got {ids_Tk.dtype} {list(ids_Tk.shape)}",
+        ids_Tk.ndim == 2 and ids_Tk.shape[0] == rows and ids_Tk.shape[1] >= 1 and ids_Tk.dtype == torch.int64,
+        lambda: f"fused_moe: ids must be int64 [{rows}, k] with k >= 1, got {ids_Tk.dtype} {list(ids_Tk.shape)}",
     )
     check(
         weights_Tk.shape == ids_Tk.shape and weights_Tk.dtype.is_floating_point,

@@ -120,11 +120,13 @@ def _check_like(name: str, tensor: Tensor, word_VD: Tensor) -> None:
     )
 
 
-def _check_places(name: str, places: Tensor | None, wanted: list[int]) -> None:
+def _check_places(name: str, places: Tensor | None, wanted: list[int], device: torch.device) -> None:
     if places is not None:
         found = f"{places.dtype} {list(places.shape)}"
         is_right = places.dtype == torch.int64 and list(places.shape) == wanted
         check(is_right, lambda: f"ngram_embedding: {name} must be int64 {wanted}, got {found}")
+        on = places.device
+        check(on == device, lambda: f"ngram_embedding: {name} must be on {device} as word is, got {on}")
 
 
 def _allocate(
@@ -139,8 +141,9 @@ def _allocate(
 ) -> Tensor:
     rule = spec.Rule.of(numbers)
     _check(ids_BS, word_VD, tables, projections, rule)
-    _check_places("documents", documents_BS, list(ids_BS.shape))
-    _check_places("history", history_BP, [ids_BS.shape[0], rule.neighbors - 1])
+    _check_places("ids", ids_BS, list(ids_BS.shape), word_VD.device)
+    _check_places("documents", documents_BS, list(ids_BS.shape), word_VD.device)
+    _check_places("history", history_BP, [ids_BS.shape[0], rule.neighbors - 1], word_VD.device)
     return torch.empty(*ids_BS.shape, word_VD.shape[1], dtype=word_VD.dtype, device=word_VD.device)
 
 

@@ -45,6 +45,7 @@ def rvq_decode(
     check(codes.dtype == torch.int64, lambda: f"rvq_decode: codes must be int64, got {codes.dtype}")
     found = codes.shape[-1] if codes.ndim else 0
     if levels is None and isinstance(codebooks, Tensor):
+        check(found >= 1, lambda: f"rvq_decode: codes must be [..., L] with L at least 1, got {list(codes.shape)}")
         levels = found
     books = level_codebooks("rvq_decode", codebooks, levels)
     fits = found == len(books) if levels is None else found >= len(books)
@@ -55,7 +56,7 @@ def rvq_decode(
 
 
 def _allocate(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor:
-    width = codebooks[0].shape[-1]
+    width = codebooks[0].shape[-1] if codebooks[0].ndim else 0
     for codebook_KD in codebooks:
         check_codebook("rvq_decode", codebook_KD, width, codes_TL.device)
     return torch.empty(codes_TL.shape[0], width, dtype=torch.float32, device=codes_TL.device)

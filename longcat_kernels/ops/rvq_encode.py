@@ -69,8 +69,7 @@ def rvq_encode(
     )
     shape = list(x.shape[:-1])
     if mask is not None:
-        found = f"{mask.dtype} {list(mask.shape)}"
-        check(found == f"torch.bool {shape}", lambda: f"rvq_encode: mask must be torch.bool {shape}, got {found}")
+        check_mask(mask, x)
         mask = mask.reshape(-1)
     quantized, residual, losses, codes = _op(x.reshape(-1, x.shape[-1]), books, mask, residual_dtype, backend)
     return RVQEncoding(codes.view(*shape, len(books)), quantized.view(x.shape), residual.view(x.shape), losses)
@@ -87,6 +86,16 @@ def level_codebooks(op: str, codebooks: Sequence[Tensor] | Tensor, levels: int |
     used = count if levels is None else levels
     check(1 <= used <= count, lambda: f"{op}: levels must be between 1 and {count}, got {levels}")
     return list(codebooks[:used])
+
+
+def check_mask(mask: Tensor, x: Tensor) -> None:
+    """Raises ValueError unless `mask` is bool, of the leading shape of x [..., D], and where x is."""
+    shape = list(x.shape[:-1])
+    check(
+        mask.dtype == torch.bool and list(mask.shape) == shape,
+        lambda: f"rvq_encode: mask must be torch.bool {shape}, got {mask.dtype} {list(mask.shape)}",
+    )
+    check(mask.device == x.device, lambda: f"rvq_encode: mask must be on {x.device}, got {mask.device}")
 
 
 def check_codebook(op: str, codebook: Tensor, width: int, device: torch.device) -> None:

@@ -248,6 +248,14 @@ REFUSALS = (
     Refusal("hidden must be [T, 8] floating point, got torch.float32 [8]", lambda a: {"hidden": torch.ones(8)}),
     Refusal("hidden must be [T, 8] floating point, got torch.float32 [2, 7]", lambda a: {"hidden": torch.ones(2, 7)}),
     Refusal("weights must have 1 to 32 levels, got 0", lambda a: {"weights": a["weights"]._replace(tables=[])}),
+    Refusal(
+        "weights.hidden_proj must be [D, H], got [3]",
+        lambda a: {"weights": a["weights"]._replace(hidden_proj=torch.ones(3))},
+    ),
+    Refusal(
+        "weights.tables must be [C + 1, 8] with C at least 1, got [1, 8]",
+        lambda a: {"weights": a["weights"]._replace(tables=[torch.ones(1, 8)] * 2)},
+    ),
     Refusal("weights must have heads that divide 4, got 3", lambda a: {"weights": a["weights"]._replace(heads=3)}),
     Refusal(
         "weights.head_biases must have 2 tensors, one a level, got 1",
@@ -261,6 +269,12 @@ REFUSALS = (
     Refusal("top_k must be >= 0 (0 keeps all), got -2", lambda a: {"top_k": -2}),
     Refusal("top_p must be in (0, 1], got 0", lambda a: {"top_p": 0.0}),
     Refusal("seed must be an int or int64 [0], got torch.float32 [0]", lambda a: {"seed": torch.ones(0)}),
+    Refusal("seed must be an int in [-2^63, 2^63 - 1] or a tensor, got 9223372036854775808", lambda a: {"seed": 2**63}),
+    Refusal("seed must be an int in [-2^63, 2^63 - 1] or a tensor, got 1.5", lambda a: {"seed": 1.5}),
+    Refusal("seed must be on cpu, got meta", lambda a: {"seed": torch.ones(0, dtype=torch.int64, device="meta")}),
+    Refusal(
+        "prefix must be on cpu, got meta", lambda a: {"prefix": torch.ones(0, 1, dtype=torch.int64, device="meta")}
+    ),
     Refusal("step must be in [0, 2^63), got -1", lambda a: {"step": -1}),
     Refusal("end must be mask, level0 or allow, got 'stop'", lambda a: {"end": "stop"}),
     Refusal("guidance must have rows in pairs, got 3 rows", lambda a: {"guidance": 2.0, "hidden": torch.ones(3, 8)}),

@@ -234,7 +234,8 @@ REFUSALS = (
     Refusal("gate_up must be [E, 2 F, 8] with E >= 1, got [2, 7, 8]", lambda a: {"gate_up": torch.ones(2, 7, 8)}),
     Refusal("down must be [2, 8, 4], got [3, 8, 4]", lambda a: {"down": torch.ones(3, 8, 4)}),
     Refusal("down must have the dtype of x, torch.float32, got torch.float64", lambda a: {"down": a["down"].double()}),
-    Refusal("ids must be int64 [0, k], got torch.int32 [0, 2]", lambda a: {"ids": a["ids"].int()}),
+    Refusal("ids must be int64 [0, k] with k >= 1, got torch.int32 [0, 2]", lambda a: {"ids": a["ids"].int()}),
+    Refusal("ids must be int64 [0, k] with k >= 1, got torch.int64 [0, 0]", lambda a: {"ids": a["ids"][:, :0]}),
     Refusal("weights must be floating point [0, 2], got torch.float32 [0, 3]", lambda a: {"weights": torch.ones(0, 3)}),
     Refusal("backend must be one of auto, ", lambda a: {"backend": "gpu"}),
 )

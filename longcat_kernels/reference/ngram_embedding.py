@@ -259,6 +259,8 @@ REFUSALS = (
         lambda a: {"tables": [torch.ones(5, 2).double()] * 4},
     ),
     Refusal("documents must be int64 [0, 4], got torch.int64 [0, 3]", lambda a: {"documents": a["ids"][:, :3]}),
+    Refusal("ids must be on cpu as word is, got meta", lambda a: {"ids": a["ids"].to("meta")}),
+    Refusal("documents must be on cpu as word is, got meta", lambda a: {"documents": a["ids"].to("meta")}),
     Refusal("history must be int64 [0, 2], got torch.int64 [0, 3]", lambda a: {"history": a["ids"][:, :3]}),
     Refusal("backend must be one of auto, ", lambda a: {"backend": "gpu"}),
 )

@@ -68,6 +68,11 @@ REFUSALS = (
     Refusal("codes must be int64, got torch.int32", lambda a: {"codes": a["codes"].int()}),
     Refusal("codes must be [..., 2], got [0, 3]", lambda a: {"codes": a["codes"].new_zeros(0, 3)}),
     Refusal("codes must be [..., 2], got []", lambda a: {"codes": a["codes"].sum()}),
+    Refusal(
+        "codes must be [..., L] with L at least 1, got []",
+        lambda a: {"codes": a["codes"].sum(), "codebooks": torch.ones(4, 8)},
+    ),
+    Refusal("codebooks must be [K, 0] with K at least 1, got []", lambda a: {"codebooks": [torch.ones(())] * 2}),
     Refusal("codes must be below 4 at level 1, got 4", lambda a: {"codes": torch.tensor([[3, 4]])}),
     Refusal(
         "codebooks must be [K, 8] with K at least 1, got [4, 7]",

@@ -177,6 +177,7 @@ REFUSALS = (
     Refusal("levels must be between 1 and 2, got 3", lambda a: {"levels": 3}),
     Refusal("levels must be at least 1 with one shared codebook, got None", lambda a: {"codebooks": a["codebooks"][0]}),
     Refusal("mask must be torch.bool [0], got torch.bool [3]", lambda a: {"mask": torch.ones(3, dtype=torch.bool)}),
+    Refusal("mask must be on cpu, got meta", lambda a: {"mask": torch.ones(0, dtype=torch.bool, device="meta")}),
     Refusal(
         "residual_dtype must be float32, bfloat16 or float16, got torch.float64",
         lambda a: {"residual_dtype": torch.float64},

@@ -53,6 +53,11 @@ def sample(
     """
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"sample: logits must be [T, V] with V >= 1, got {list(logits.shape)}")
+    if not logits.is_floating_point():
+        raise ValueError(f"sample: logits must be floating point, got {logits.dtype}")
+    for name, number, bits in (("step", step, 64), ("level", level, 32)):
+        if not 0 <= number < 2**bits:
+            raise ValueError(f"sample: {name} must be in [0, 2^{bits}), got {number}")
     check_sampling("sample", temperature, top_k, top_p)
     seeds_T = row_seeds("sample", seed, logits.shape[0], logits.device)
     noise_TV = gumbel(seeds_T, step, [(level, logits.shape[1])])[0] if temperature > 0 else None
@@ -72,9 +77,13 @@ def check_sampling(op: str, temperature: float, top_k: int, top_p: float) -> Non
 def row_seeds(op: str, seed: int | Tensor, rows: int, device: torch.device) -> Tensor:
     """[T] int64: seed + r, or the given tensor."""
     if not isinstance(seed, Tensor):
+        if not isinstance(seed, int) or not -(2**63) <= seed <= 2**63 - max(1, rows):
+            raise ValueError(f"{op}: seed must be an int in [-2^63, 2^63 - {max(1, rows)}] or a tensor, got {seed}")
         return torch.arange(rows, device=device) + seed
     if seed.shape != (rows,) or seed.dtype != torch.int64:
         raise ValueError(f"{op}: seed must be an int or int64 [{rows}], got {seed.dtype} {list(seed.shape)}")
+    if seed.device != device:
+        raise ValueError(f"{op}: seed must be on {device}, got {seed.device}")
     return seed
 
 

@@ -10,6 +10,11 @@ namespace longcat {
 
 enum class DType { float32, bfloat16, float16, int64, boolean, other };
 
+// What `dispatch_float` takes: to be checked before a parallel region, out of which no exception may leave.
+inline bool is_float(DType dtype) {
+    return dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::float16;
+}
+
 struct BFloat16 {
     uint16_t bits;
 };
