@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_no_file_catches_everything(file: Path) -> None:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None and ast.unparse(node.type) not in ("Exception", "BaseException"), node.lineno
+
+
+def test_every_data_file_is_packaged() -> None:
+    """A wheel takes only the data files that pyproject.toml names."""
+    (table,) = re.findall(
+        r"^\[tool\.setuptools\.package-data\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    named = {f"{package}/{pattern}" for package, pattern in re.findall(r'"([\w.]+)" = \["\*(\.\w+)"\]', table)}
+    listed = subprocess.run(["git", "ls-files", *OWN], capture_output=True, text=True, check=False, cwd=ROOT).stdout
+    data = [Path(name) for name in listed.splitlines() if not name.endswith(".py")]
+    assert {f"{'.'.join(file.parent.parts)}/{file.suffix}" for file in data} <= named
 
 
 def test_native_code_sees_no_torch_header() -> None:
