@@ -42,7 +42,8 @@ class Train:
 
     DATA is JSON lines; a line is one document, a list of parts in order. A part is one of
     {"text": "...", "loss": true}, {"image": "file.png"}, {"paint": "file.png"}, {"hear": "file.wav"},
-    {"say": "file.wav", "transcript": "..."}. Paths are relative to DATA.
+    {"say": "file.wav", "transcript": "..."}. Paths are relative to DATA. The same command given again goes on from the
+    last checkpoint.
     """
 
     data: tyro.conf.Positional[Path]
@@ -96,8 +97,8 @@ class Generate:
     """File to write: paint.png or say.wav by default."""
     mode: Literal["serial", "parallel"] = "serial"
     """say: the whole transcript before the speech, or both together."""
-    temperature: float = 0.5
-    """Of codes and text; 0 takes the most likely one."""
+    temperature: float | None = None
+    """0 takes the most likely one. By default 0 to see and hear, 0.5 for the codes of paint and say."""
     top_k: int = 0
     """Sample among the K most likely; 0: all."""
     top_p: float = 0.9
@@ -111,7 +112,10 @@ class Generate:
         from longcat_model.demo.generate import Request, generate
         from longcat_model.generation import Sampling
 
-        sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 0.5 if self.task in ("paint", "say") else 0.0
+        sampling = Sampling(temperature=temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
         request = Request(
             task=self.task,
             subject=self.subject,
@@ -150,11 +154,12 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(Command, args=arguments, prog="longcat", description=__doc__)
     try:
         command()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"longcat: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nlongcat: interrupted; give the same command again to go on from the last checkpoint", file=sys.stderr)
+        again = "; give the same command again to go on" if isinstance(command, Demo | Train) else ""
+        print(f"\nlongcat: interrupted{again}", file=sys.stderr)
         return 130
     return 0
 

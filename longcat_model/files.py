@@ -14,8 +14,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 
-def read_image(path: Path, cell: int) -> Tensor:
+def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
     """RGB [3, H, W] in [0, 1]; sides are resampled (bicubic) to the nearest multiple of `cell` pixels.
+
+    Args:
+        height: pixels that the picture is scaled to first, in proportion; None: it keeps its size.
 
     Raises:
         ValueError: the file is missing or no image.
@@ -23,11 +26,12 @@ def read_image(path: Path, cell: int) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = file.convert("RGB")
-    except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError, OSError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"image: path must name a readable image, got {path}: {error}") from error
-    width, height = (max(cell, round(side / cell) * cell) for side in picture.size)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    scale = 1 if height is None else height / picture.height
+    wide, high = (max(cell, round(side * scale / cell) * cell) for side in picture.size)
+    if picture.size != (wide, high):
+        picture = picture.resize((wide, high), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 

@@ -12,6 +12,8 @@ from longcat_model import presets
 from longcat_model.cli import main
 from longcat_model.files import png, wav, write
 from longcat_model.system import System
+from longcat_model.tokenizers.vision import VisionTokenizer
+from longcat_model.training import finetune
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,18 @@ def test_generate_writes_what_it_says(system: Path, media: Path, capsys: pytest.
         assert main(["generate", task, str(media / name), "--run", str(system)]) == 0
 
 
+def test_a_picture_is_read_at_the_height_of_the_demos(
+    system: Path, media: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `generate paint` writes, `generate see` reads: painted pixels are 8 screen pixels wide."""
+    shapes = []
+    encode = VisionTokenizer.encode
+    monkeypatch.setattr(VisionTokenizer, "encode", lambda self, x: shapes.append(x[0].shape) or encode(self, x))
+    assert main(["generate", "paint", "407", "--run", str(system), "--out", str(media / "b.png")]) == 0
+    assert main(["generate", "see", str(media / "b.png"), "--run", str(system)]) == 0
+    assert shapes == [(3, 16, 48)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,6 +137,40 @@ def test_train_learns_its_documents(system: Path, media: Path, capsys: pytest.Ca
     assert System.load(media / "out").sizes == presets.tiny()
 
 
+def test_train_goes_on_with_the_same_training_only(
+    system: Path, media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_arguments(system, media, ['[{"text": "good", "loss": true}]'])
+    assert main([*arguments, "--steps", "2"]) == 0
+    first = capsys.readouterr().out
+    assert main([*arguments, "--steps", "2"]) == 0
+    assert capsys.readouterr().out == first
+    assert main([*arguments, "--steps", "3"]) == 2
+    assert "holds a training with other steps; choose another directory" in capsys.readouterr().err
+    train_arguments(system, media, ['[{"text": "food", "loss": true}]'])
+    assert main([*arguments, "--steps", "2"]) == 2
+    assert "holds a training with other documents" in capsys.readouterr().err
+
+
+def test_a_training_that_diverges_ends_in_one_line(
+    system: Path, media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = train_arguments(system, media, ['[{"text": "good", "loss": true}]'])
+    assert main([*arguments, "--steps", "20", "--learning-rate", "1e30"]) == 2
+    assert "loss must be finite" in capsys.readouterr().err
+
+
+def test_speech_to_learn_lags_at_random(system: Path, media: Path) -> None:
+    (media / "data.jsonl").write_text('[{"say": "a.wav", "transcript": "abc"}]\n' * 12)
+    settings = finetune.Settings(steps=1, rows=1, row_length=40, learning_rate=0.1, seed=0)
+    loaded = System.load(system)
+    documents = finetune.read_documents(media / "data.jsonl", loaded, settings)
+    begin = [int((document.inputs.marker >= 0).nonzero()) - 1 for document in documents]
+    assert min(begin) == 1 and max(begin) > 1
+    again = finetune.read_documents(media / "data.jsonl", loaded, settings)
+    assert [int((document.inputs.marker >= 0).nonzero()) - 1 for document in again] == begin
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -133,12 +181,14 @@ def test_train_learns_its_documents(system: Path, media: Path, capsys: pytest.Ca
         ('[{"text": "a", "transcript": "b"}]', "line 2: a part must be one of"),
         ('[{"image": "none.png"}]', "line 2: image: path must name a readable image"),
         ('[{"say": "a.wav"}]', "line 2: say needs a transcript"),
+        ('[{"image": "large.png"}]', "line 2: image must fit a row of 96 positions, got 256"),
         (json.dumps([{"text": "a" * 200}]), "line 2: document must fit a row of 96 positions, got 202"),
     ],
 )
 def test_train_names_the_bad_line(
     system: Path, media: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
+    write(media / "large.png", png(torch.zeros(3, 128, 128)))
     arguments = train_arguments(system, media, ['[{"text": "good", "loss": true}]', line])
     assert main([*arguments, "--steps", "1"]) == 2
     assert message in capsys.readouterr().err

@@ -30,6 +30,14 @@ def test_image_sides_become_multiples_of_the_cell(
     torch.testing.assert_close(image, torch.full_like(image, 128 / 255))
 
 
+def test_image_is_scaled_to_a_height_in_proportion(tmp_path: Path) -> None:
+    image = torch.rand(3, 2, 6).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    write(tmp_path / "a.png", png(image, scale=8))
+    assert read_image(tmp_path / "a.png", 8).shape == (3, 128, 384)
+    small = read_image(tmp_path / "a.png", 8, height=16)
+    assert small.shape == image.shape and float((small - image).abs().mean()) < 0.05
+
+
 def test_speech_round_trips_and_resamples(tmp_path: Path) -> None:
     tone = torch.sin(2 * np.pi * 440 * torch.arange(8000) / 16_000)
     write(tmp_path / "a.wav", wav(0.5 * tone, 16_000))

@@ -53,7 +53,7 @@ def generate(request: Request) -> str:
 def _read(system: System, tasks: Tasks, request: Request) -> str:
     path = Path(request.subject)
     if request.task == "see":
-        image = read_image(path, system.vision.sizes.cell)
+        image = read_image(path, system.vision.sizes.cell, digits.SIDE)  # as high as what it was trained on
         prompt = tasks.see_prompt(system.vision.encode([image])[0])
     else:
         waveform = read_speech(path, system.sizes.audio.encoder.sample_rate)
