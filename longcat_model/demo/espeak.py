@@ -12,6 +12,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import signal
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def synthesize(
     report(done, total)
     if not todo:
         return
-    with _processes().Pool(workers, maxtasksperchild=1) as pool:
+    with _processes().Pool(workers, _leave_interrupts_to_the_caller, maxtasksperchild=1) as pool:
         for count in pool.imap_unordered(_speak_voice, todo):
             done += count
             report(done, total)
@@ -141,6 +142,10 @@ def _processes() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # its imports take a voice longer than to speak
     return context
+
+
+def _leave_interrupts_to_the_caller() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _clips(directory: Path, voice: str, takes: int) -> list[tuple[int, int, Path]]:

@@ -95,7 +95,9 @@ def commit() -> str | None:
 
 
 def _remove_run(directory: Path) -> None:
-    # Only a directory that this class made is ever deleted.
-    if any(directory.iterdir()) and not (directory / "settings.json").exists():
+    # Only a directory that this class made is ever deleted; others may well have a settings.json, too.
+    names = {path.name for path in directory.iterdir()}
+    made_here = {"settings.json", "seconds.json"} <= names or names <= {"settings.json", "speech"}
+    if not made_here:
         raise ValueError(f"demo: --fresh must name an earlier run, but {directory} holds other files")
     shutil.rmtree(directory)

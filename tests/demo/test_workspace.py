@@ -53,4 +53,13 @@ def test_fresh_deletes_no_foreign_directory(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds other files"):
         Workspace(tmp_path, {}, fresh=True)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds other files"):
+        Workspace(tmp_path, {}, fresh=True)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_fresh_starts_over_what_was_cut_off_at_once(tmp_path: Path) -> None:
+    (tmp_path / "run" / "speech").mkdir(parents=True)
+    (tmp_path / "run" / "settings.json").write_text('{"steps": 1}')
+    assert Workspace(tmp_path / "run", {"steps": 2}, fresh=True).settings == {"steps": 2}
