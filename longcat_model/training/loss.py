@@ -54,7 +54,7 @@ def loss(
         metrics: detached scalars. Per modality present in the targets `<m>_loss` (mean cross entropy of a label) and
             `<m>_accuracy`, per level `<m>_loss_<l>`; `hidden_z`, `router_z`, `balance` unweighted.
     """
-    weights = weights or LossWeights()
+    weights, batch = weights or LossWeights(), batch.to(model.embed_tokens.weight.device)
     output = model(batch.inputs)
     hidden_ND = output.hidden.flatten(0, 1)
     text, visual, audio = (x.flatten(0, 1) for x in (batch.targets.text, batch.targets.visual, batch.targets.audio))

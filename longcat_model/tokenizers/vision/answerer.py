@@ -67,6 +67,7 @@ class Answerer(nn.Module):
 
     def loss(self, features: Tensor, layout: Layout, answers: Tensor) -> tuple[Tensor, Tensor]:
         """-log P(A | z, Q), mean over symbols, and the share of answers [Q] right in every symbol (teacher-forced)."""
+        answers = answers.to(features.device)
         logits = self(features, layout, answers)
         loss = cross_entropy(logits.flatten(0, -2), answers.flatten(), ignore_index=IGNORED)
         right = (logits.argmax(-1) == answers) | (answers == IGNORED)

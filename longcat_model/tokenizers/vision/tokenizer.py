@@ -45,9 +45,15 @@ class VisionTokenizer(nn.Module):
     def levels(self) -> int:
         return len(self.sizes.quantizer.sizes)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are: images and codes are brought there."""
+        return self.encoder.visual_model.patch_embed.proj.weight.device
+
     def patches(self, images: Sequence[Tensor]) -> tuple[Tensor, Layout]:
         """Packed patches of images [3, height, width] and their layout; ValueError for sides no multiple of a cell."""
-        return patchify(images, self.sizes.encoder.patch, self.sizes.encoder.merge)
+        sizes = self.sizes.encoder
+        return patchify([image.to(self.device) for image in images], sizes.patch, sizes.merge)
 
     def features(self, images: Sequence[Tensor]) -> Features:
         """Continuous features of images, with gradient."""
@@ -94,8 +100,8 @@ class VisionTokenizer(nn.Module):
         if not codes:
             return []
         self._check(codes, levels)
-        layout = Layout.of([(x.shape[0], x.shape[1]) for x in codes], self.sizes.encoder.merge, codes[0].device)
-        codewords_MD = self.quantizer.decode(torch.cat([x.flatten(0, 1) for x in codes]), levels)
+        layout = Layout.of([(x.shape[0], x.shape[1]) for x in codes], self.sizes.encoder.merge, self.device)
+        codewords_MD = self.quantizer.decode(torch.cat([x.flatten(0, 1) for x in codes]).to(self.device), levels)
         patches_TP = self.decoder(codewords_MD, layout).clamp(0, 1)
         if refine:
             patches_TP = self.refiner.sample(patches_TP, codewords_MD, layout, seed).clamp(0, 1)
