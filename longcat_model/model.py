@@ -43,7 +43,7 @@ class PreBuffer(nn.Module):
 
 
 class LongcatNext(nn.Module):
-    """The language model of all modalities; `longcat_model.released` maps its state dict to the released names."""
+    """The language model of all modalities; most of its parts have the released parameter names within."""
 
     def __init__(self, sizes: config.Model) -> None:
         super().__init__()

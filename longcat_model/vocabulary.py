@@ -49,7 +49,7 @@ class Vocabulary:
 
     @property
     def rows(self) -> int:
-        """Rows of the joint embedding, the last level's extra row included."""
+        """Rows of the joint embedding, the last level's extra row included; the released table has 970 more, unused."""
         return self.text_rows + sum(self.audio_sizes) + sum(self.visual_sizes) + 1
 
     def _special(self, index: int) -> int:

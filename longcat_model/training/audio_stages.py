@@ -5,7 +5,8 @@
    stands for Whisper's own training on transcripts.
 2. `joint`: quantizer on, all three losses. Each clip keeps a random number of levels, so that every prefix of levels
    reconstructs and the first carries what was said.
-3. `flow`: everything else frozen, the refiner learns to turn the decoder's coarse mel into the true one.
+3. `flow`: everything else frozen, the refiner learns to turn the decoder's coarse mel into the true one. The report
+   moves to 24 kHz audio here and makes the decoder a diffusion transformer; this one stays at the encoder's rate.
 
 Dimension key
     B clips    M mels    S mel frames    T positions    L quantizer levels    Q codeword width    A answer tokens

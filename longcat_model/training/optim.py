@@ -10,7 +10,10 @@ from torch import nn
 
 
 def adamw(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW(0.9, 0.95); the released fine-tuning settings, with norms and biases not decayed."""
+    """AdamW with the betas of the released fine-tuning code; norms and biases are not decayed.
+
+    That code differs in the rest: eps 1e-16, no decay, a constant rate, and embeddings at 5.33 times that rate.
+    """
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},

@@ -32,7 +32,7 @@ class Settings:
     """Length and width of each stage, and the weights of equations (5) and (6), which the report leaves open."""
 
     sae_steps: int = 500
-    one_size_share: float = 0.5  # of the encoder's steps, on images of one size as in the report; then of any size
+    one_size_share: float = 0.5  # of the encoder's steps, on images of one size, then of any: the report's two phases
     quantizer_steps: int = 300
     decoder_steps: int = 250
     refiner_steps: int = 200
@@ -201,7 +201,7 @@ def _prefixes(codes_ML: Tensor, layout: Layout, whole_share: float) -> Tensor:
 
 def _closeness(images: Sequence[Tensor], references: Sequence[Tensor]) -> dict[str, Tensor]:
     """Metrics of the first images of a batch: enough for a curve."""
-    images, references = images[:LOGGED_IMAGES], references[:LOGGED_IMAGES]
+    images, references = ([x.cpu() for x in of[:LOGGED_IMAGES]] for of in (images, references))
     return {"psnr": torch.tensor(psnr(images, references)), "ssim": torch.tensor(ssim(images, references))}
 
 

@@ -1,9 +1,10 @@
-"""Decoder from quantized vectors to a coarse log-mel, symmetric to the encoder (spec 3.4).
+"""Decoder from quantized vectors to a coarse log-mel, symmetric to the encoder (report section 2.3).
 
 The released decoder lifts 12.5 Hz to 50 Hz by a transposed convolution of kernel 3 and stride 4: 4 T - 1 frames, every
 fourth fed by the bias alone. Here kernel and stride are equal, so T positions give exactly pool T frames and every
 frame sees a position; the last convolution then doubles the rate, to the front end's own frames. Normalisation is a
-frame's own (LayerNorm), not over time (GroupNorm), which would let padding and batch mates change a clip.
+frame's own (LayerNorm), not over time (GroupNorm), which would let padding and batch mates change a clip. Attention
+sees the whole clip, where the released layers are causal.
 
 Dimension key
     B clips    T positions    P decoder frames (pool T)    S mel frames (2 P)    D decoder width    M mels

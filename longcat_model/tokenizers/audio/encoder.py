@@ -1,4 +1,4 @@
-"""Whisper encoder over clips of unequal length, and the gated pooling that brings 50 Hz to 12.5 Hz (spec 3.2, 3.3).
+"""Whisper encoder over clips of unequal length, and the released model's gated pooling of its 50 Hz to 12.5 Hz.
 
 Dimension key
     B clips    M mels    S mel frames    P encoder frames (S / 2)    T positions (P / pool)    D encoder width

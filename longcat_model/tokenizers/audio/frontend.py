@@ -1,4 +1,4 @@
-"""Log-mel front end of Whisper (spec 3.1): centred Hann STFT, Slaney mels, log10, a floor below the loudest.
+"""Log-mel front end of Whisper: centred Hann STFT, Slaney mels, log10, a floor below the loudest.
 
 Dimension key
     B clips    N samples    F spectrum bins    M mels    S mel frames

@@ -1,9 +1,10 @@
-"""Flow-matching refinement of the coarse mel (spec 3.5).
+"""Flow-matching refinement of the coarse mel, with the released model's path, times, guidance and steps.
 
 Linear path y = (1 - (1 - s) t) z + t x1 with target velocity x1 - (1 - s) z, times on the cosine schedule, the
 condition dropped at random in training for classifier-free guidance v = (1 + g) v(mu) - g v(0), Euler steps at
 inference. Here x1 is what the coarse mel lacks (the true mel minus it) rather than the whole mel: a small estimator
-that trains for minutes then starts from the coarse mel instead of having to learn to repeat it.
+that trains for minutes then starts from the coarse mel instead of having to learn to repeat it. The released estimator
+also has a prenet before it, attends in chunks of 100 frames, and reads the decoder's hidden states instead of its mel.
 
 Dimension key
     B clips    M mels    S mel frames    D estimator width

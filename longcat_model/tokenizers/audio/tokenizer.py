@@ -1,4 +1,4 @@
-"""The audio tokenizer: waveforms to codes at 12.5 Hz and back (report section 2.3, spec section 3).
+"""The audio tokenizer: waveforms to codes at 12.5 Hz and back (report section 2.3).
 
 Dimension key
     B clips    N samples    M mels    S mel frames    T positions    L quantizer levels    Q codeword width

@@ -1,8 +1,8 @@
 """Semantic-and-aligned encoder (SAE): the Qwen2.5-VL vision tower over packed images, at any size.
 
 The modules are transformers' own, so its state dict loads unchanged; the forward here runs them over segments grouped
-by length, where the original loops over windows. The tower's merger (RMSNorm, merge of 2 x 2 patches, MLP) is the
-bridge of LongCat-Next (section 2.2 of its released code's geometry) and gives one feature vector a position.
+by length, where the original loops over windows. The tower's merger (RMSNorm, merge of 2 x 2 patches, MLP) has the
+shape of the released bridge and gives one feature vector a position.
 
 Dimension key
     T patches    M positions (T / merge^2)    D tower width    Z bridge width    P numbers of a patch

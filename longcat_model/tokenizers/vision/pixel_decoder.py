@@ -1,7 +1,9 @@
 """Pixel decoder: summed codewords to an image in one pass (section 2.2.4 of the LongCat-Next report).
 
-post_quant_conv, an un-merger that restores the patch grid, a ViT with 2-D rotary positions, and a head to pixels, as in
-the released decoder; the head gives the one frame that the released code keeps of its temporal patch.
+post_quant_conv, an un-merger that restores the patch grid, a ViT with 2-D rotary positions, and a head to pixels, in
+the order of the released decoder. Not all is alike: patches turn with the places where their pixels go (the released
+code counts them in raster order), scores are scaled once (there twice), keys have a bias, and the head gives the one
+frame that the released code keeps of its temporal patch.
 
 Dimension key
     M positions    T patches (M * merge^2)    D decoder width    P numbers of a patch
