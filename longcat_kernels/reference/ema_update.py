@@ -36,7 +36,7 @@ def ema_update(
 ) -> tuple[Tensor]:
     """Writes the first three in place; gives the number of restarted entries, int64 []."""
     used_N = codes_N >= 0
-    counts_K = torch.bincount(codes_N[used_N], minlength=embed_KD.shape[0])
+    counts_K = torch.bincount(codes_N[used_N], minlength=embed_KD.shape[0]).double()  # else 1 - g turns float32
     sums_KD = torch.zeros_like(embed_KD, dtype=torch.float64)
     sums_KD.index_add_(0, codes_N[used_N], vectors_ND[used_N].double())
     cluster_size_ema_K.copy_((decay * cluster_size_ema_K.double() + (1 - decay) * counts_K).float())
