@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 RUN = Path("runs/demo")
+DESCRIPTION = "LongCat-Next, one model that sees, paints, hears and talks: train it, use it, look inside."
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,11 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; what a user can cause ends in one line on standard error and exit status 2."""
-    command = tyro.cli(Command, args=arguments, prog="longcat", description=__doc__)
+    command = tyro.cli(Command, args=arguments, prog="longcat", description=DESCRIPTION)
     try:
+        seed = getattr(command, "seed", 0)
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"seed must be in [0, 2^31), got {seed}")
         command()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"longcat: {error}", file=sys.stderr)
