@@ -34,7 +34,9 @@ class CMakeBuild(build_ext):
             "LONGCAT_VERSION": self.distribution.get_version(),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines])
+        configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines]
+        if subprocess.call(configure) != 0:  # perhaps a cache of a tree since moved, or of a compiler since removed
+            subprocess.check_call([*configure, "--fresh"])
         subprocess.check_call([cmake, "--build", build])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,16 @@ def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def configured(source: Path, **environment: str) -> str | None:
+    """The compiler that a build of sources without a line of code settles on."""
+    for file in (source / "csrc").rglob("*.cpp"):
+        file.write_text("")
+    assert build(source, **environment).returncode == 0
+    cache = next((source / "build").rglob("CMakeCache.txt")).read_text()
+    found = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.*)$", cache, re.MULTILINE)
+    return found and found[1]
+
+
 def test_a_source_distribution_carries_all_that_a_build_reads(source: Path, tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=source, capture_output=True, check=True)
@@ -211,6 +222,16 @@ def test_a_machine_without_a_compiler_leaves_the_module_out_and_says_so(source: 
     assert not list((source / "out").rglob("*.so"))
     # A compiler installed later must be found.
     assert "CMAKE_CXX_COMPILER-NOTFOUND" not in next((source / "build").rglob("CMakeCache.txt")).read_text()
+
+
+def test_a_moved_tree_and_a_removed_compiler_do_not_trouble_the_next_build(source: Path, tmp_path: Path) -> None:
+    tree, moved, compiler = tmp_path / "tree", tmp_path / "moved", tmp_path / "c++"
+    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("build"))
+    compiler.symlink_to(shutil.which(os.environ.get("CXX", "c++")) or "c++")
+    assert configured(tree, CXX=str(compiler)) == str(compiler)
+    compiler.unlink()
+    shutil.copytree(tree, moved)
+    assert configured(moved) not in (None, str(compiler))
 
 
 def test_an_error_in_the_sources_fails_the_build(source: Path) -> None:
