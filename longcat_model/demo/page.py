@@ -23,7 +23,10 @@ GOALS = {
     "see_numbers": ("numbers of one to three digits from held-out scans, every digit right", 0.85),
     "paint_digits": ("painted digits recognised by a classifier trained on real scans", 0.90),
     "hear_digits": ("spoken digits of unseen takes transcribed right", 0.95),
-    "talk_serial": ("spoken digits recognised by a classifier trained on recordings; text first, then speech", 0.85),
+    "talk_serial": (
+        "spoken digits recognised by a classifier trained on clips of the data set; text first, then speech",
+        0.85,
+    ),
     "talk_parallel": ("the same, text and speech together", 0.85),
 }
 REAL_SPEECH_GOALS = {"hear_digits": ("spoken digits of unseen takes, real recordings, transcribed right", 0.90)}
@@ -44,7 +47,7 @@ def sections(
             "Text in, image out.",
             [_pictures(results[name], "looks like") for name in ("paint_digits", "paint_numbers")],
         ),
-        Section("It hears", "Unseen recordings in, text out.", [_speech(results["hear_numbers"], "hears")]),
+        Section("It hears", "Unseen takes in, text out.", [_speech(results["hear_numbers"], "hears")]),
         Section("It talks", "Text first, then speech.", [_speech(results["talk_serial"], "sounds like")]),
         Section(
             "It talks in parallel", "Text and speech together.", [_speech(results["talk_parallel"], "sounds like")]

@@ -28,6 +28,9 @@ def test_page_is_self_contained_and_shows_every_score() -> None:
     assert "&lt;b&gt;4" in page and "<b>4</b>" not in page
     assert page.count("data:image/png") == 4 and page.count("data:audio/wav") == 1
     assert not re.search(r"""(src|href)=["']?(http|//|[\w./]+\.(js|css|png|wav))""", page)
+    assert "speech is\ndigits synthesized by espeak-ng" in page
+    results["settings"]["speech_dir"] = "recordings"  # type: ignore[index]
+    assert "speech is\nreal recordings" in render(results, GOALS, [], 16_000)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.01])
