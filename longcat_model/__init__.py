@@ -1,0 +1,1 @@
+"""The whole of LongCat-Next: tokenizers, language model, training, generation, and a demo. Begin with `model.py`."""

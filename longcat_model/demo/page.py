@@ -15,6 +15,7 @@ from longcat_model.demo.report import Sample, Section, bars, loss_curves, overvi
 from longcat_model.demo.speech import Clip
 from longcat_model.demo.tasks import Tasks
 from longcat_model.system import System
+from longcat_model.tokenizers.vision.metrics import psnr
 from longcat_model.training.balance import MODALITIES, expert_usage
 from longcat_model.training.loop import Row
 
@@ -99,15 +100,10 @@ def picture_levels(system: System, scans: digits.Scans, count: int = 6) -> Secti
         images = system.vision.decode(codes, levels=levels)
         shown = zip(images, numbers.images, strict=True)
         rows.append(
-            [Sample(f"{name},", f"{psnr(image, original):.1f} dB", None, image=image) for image, original in shown]
+            [Sample(f"{name},", f"{psnr([image], [original]):.1f} dB", None, image=image) for image, original in shown]
         )
     text = "Held-out pictures, then rebuilt from the first levels of their codes (peak signal-to-noise ratio)."
     return Section("Images through the tokenizer", text, rows)
-
-
-def psnr(image: Tensor, original: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [0, 1]."""
-    return float(-10 * torch.log10((image - original).square().mean().clamp_min(1e-10)))
 
 
 def speech_levels(system: System, clips: Sequence[Clip], count: int = 3) -> Section:
