@@ -121,6 +121,8 @@ def test_refuses_waveforms_levels_and_widths(tokenizer: AudioTokenizer) -> None:
         tokenizer.encode([torch.zeros(2, 100)])
     with pytest.raises(ValueError, match=r"levels must lie in \[1, 4\], got 5"):
         tokenizer.decode([torch.zeros(1, 4, dtype=torch.int64)], levels=5)
+    with pytest.raises(ValueError, match=r"clips must last at most 2 s at once, got 2\.08 s \(cut it"):
+        tokenizer.features(tokenizer.mels([torch.ones(32_001)]))
     with pytest.raises(ValueError, match=r"quantizer.dim must equal encoder.width \* pool = 128, got 64"):
         AudioTokenizer(replace(SIZES, quantizer=replace(SIZES.quantizer, dim=64)))
 

@@ -7,7 +7,7 @@ Dimension key
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from longcat_model.tokenizers.audio.frontend import LogMel
 from longcat_model.tokenizers.audio.refiner import MelRefiner
 from longcat_model.tokenizers.audio.vocoder import GriffinLim, Vocoder
 
+_Count = TypeVar("_Count", int, Tensor)
 _BATCH = 32  # clips of similar length encoded or decoded at once
 
 
@@ -77,12 +78,22 @@ class AudioTokenizer(nn.Module):
         batch, positions = batch.to(device), positions.to(device)
         return Mels(self.front_end(batch, positions * step), positions)
 
-    def frames(self, positions: Tensor) -> Tensor:
+    def frames(self, positions: _Count) -> _Count:
         """Mel frames of so many positions."""
         return positions * (2 * self.sizes.pool)
 
     def features(self, mels: Mels) -> Tensor:
-        """Pooled encoder output [B, T, Q], before quantization; meaningless beyond a clip's positions."""
+        """Pooled encoder output [B, T, Q], before quantization; meaningless beyond a clip's positions.
+
+        Raises:
+            ValueError: a clip is longer than a chunk.
+        """
+        positions = mels.log_mel.shape[2] // self.frames(1)
+        if positions > self.positions_per_chunk:
+            longest, found = (n / self.sizes.frame_hz for n in (self.positions_per_chunk, positions))
+            raise ValueError(
+                f"AudioTokenizer: clips must last at most {longest:g} s at once, got {found:g} s (cut it like encode)"
+            )
         return self.pool(self.encoder(mels.log_mel, self.frames(mels.positions)))
 
     @torch.no_grad()
