@@ -161,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"longcat: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"longcat: {error}; this command needs: pip install 'longcat-kernels[demo]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         again = "; give the same command again to go on" if isinstance(command, Demo | Train) else ""
         print(f"\nlongcat: interrupted{again}", file=sys.stderr)

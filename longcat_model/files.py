@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
-    """RGB [3, H, W] in [0, 1]; sides are resampled (bicubic) to the nearest multiple of `cell` pixels.
+    """RGB [3, H, W] in [0, 1], what is transparent white; sides are resampled (bicubic) to the nearest multiple of `cell` pixels.
 
     Args:
         height: pixels that the picture is scaled to first, in proportion; None: it keeps its size.
@@ -25,7 +25,9 @@ def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            picture = file.convert("RGB")
+            opaque = Image.new("RGBA", file.size, "white")
+            opaque.alpha_composite(file.convert("RGBA"))
+            picture = opaque.convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"image: path must name a readable image, got {path}: {error}") from error
     scale = 1 if height is None else height / picture.height

@@ -6,7 +6,11 @@ from longcat_model import config as c
 
 
 def longcat_next() -> c.Model:
-    """The released 74 B model (`reference` sizes; the refiners' widths are those of the external decoder files)."""
+    """The sizes of the released LongCat-Next: 74 B parameters with its tokenizers.
+
+    The pixel decoder, which the released checkpoint keeps in a file of its own, counts here too, and both refiners are
+    this project's own architecture at the released widths, so a total over all parts is larger.
+    """
     visual_sizes = (16_384,) * 8
     audio_sizes = (8192, 4096, 2048, 1024, 1024, 1024, 1024, 1024)
     return c.Model(

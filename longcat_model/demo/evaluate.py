@@ -5,12 +5,14 @@ Results are plain data that a checkpoint can hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from longcat_model.demo import digits
 from longcat_model.demo.data import Data
@@ -24,6 +26,7 @@ from longcat_model.system import System
 
 LONGEST_ANSWER = 8  # ids of a transcription
 LONGEST_SPEECH = 40  # frames: 3.2 s
+PART = 50  # numbers painted or said at once
 SHOWN = 12  # samples kept of every task
 
 
@@ -109,7 +112,7 @@ class Exam:
         own = judge.score(self.data.held_out_scans)
 
         def judged(numbers: list[str]) -> Result:
-            images = paint(self.system, numbers, self.sampling, self.sizes.guidance)
+            images = self._in_parts("paint", numbers, partial(paint, self.system, guidance=self.sizes.guidance))
             return Result(numbers, judge.read(images), own, images=images[:SHOWN])
 
         return {"paint_digits": judged(self.asked), "paint_numbers": judged(whole_numbers(self.sizes.digits))}
@@ -121,14 +124,24 @@ class Exam:
         own = judge.accuracy([clip.waveform for clip in takes], [clip.digit for clip in takes])
 
         def judged(mode: str) -> Result:
-            waveforms = say(self.system, self.asked, mode, self.sampling)
+            waveforms = self._in_parts(f"talk {mode}", self.asked, partial(say, self.system, mode=mode))
             heard = [str(digit) for digit in judge.recognise(waveforms)]
             return Result(self.asked, heard, own, speech=waveforms[:SHOWN])
 
         return {"talk_serial": judged("serial"), "talk_parallel": judged("parallel")}
 
+    def _in_parts(self, name: str, numbers: Sequence[str], make: Callable[..., list[Tensor]]) -> list[Tensor]:
+        """What `make` gives for `numbers`, a part at a time under a progress bar; number i draws with seed + i."""
+        made: list[Tensor] = []
+        with tqdm(total=len(numbers), desc=f"evaluate {name}", unit="number") as bar:
+            for start in range(0, len(numbers), PART):
+                part = numbers[start : start + PART]
+                made += make(part, sampling=replace(self.sampling, seed=self.seed + start))
+                bar.update(len(part))
+        return made
 
-def paint(system: System, numbers: Sequence[str], sampling: Sampling, guidance: float) -> list[Tensor]:
+
+def paint(system: System, numbers: Sequence[str], *, sampling: Sampling, guidance: float) -> list[Tensor]:
     """Pictures of numbers, each [3, H, W] in [0, 1]."""
     tasks = Tasks.of(system.model.ids, system.text)
     height, width = (side // system.vision.sizes.cell for side in (digits.SIDE, digits.SIDE))
@@ -148,7 +161,7 @@ def paint(system: System, numbers: Sequence[str], sampling: Sampling, guidance: 
     return system.vision.decode([codes[i] for i in range(len(numbers))], seed=sampling.seed)
 
 
-def say(system: System, numbers: Sequence[str], mode: str, sampling: Sampling) -> list[Tensor]:
+def say(system: System, numbers: Sequence[str], *, mode: str, sampling: Sampling) -> list[Tensor]:
     """Speech for numbers, each [samples]; `mode` is serial or parallel."""
     tasks = Tasks.of(system.model.ids, system.text)
     prompts = [tasks.say_prompt(number) for number in numbers]

@@ -43,9 +43,11 @@ def generate(request: Request) -> str:
         raise ValueError(f"generate: text must be a number of 1 to {digits.LONGEST} digits, got {number!r}")
     out = request.out or Path("paint.png" if request.task == "paint" else "say.wav")
     if request.task == "paint":
-        write(out, png(evaluate.paint(system, [number], request.sampling, request.guidance)[0], PIXEL))
+        write(
+            out, png(evaluate.paint(system, [number], sampling=request.sampling, guidance=request.guidance)[0], PIXEL)
+        )
     else:
-        waveform = evaluate.say(system, [number], request.mode, request.sampling)[0]
+        waveform = evaluate.say(system, [number], mode=request.mode, sampling=request.sampling)[0]
         write(out, wav(waveform, system.sizes.audio.encoder.sample_rate))
     return str(out)
 

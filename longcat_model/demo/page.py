@@ -19,7 +19,9 @@ from longcat_model.tokenizers.vision.metrics import psnr
 from longcat_model.training.balance import MODALITIES, expert_usage
 from longcat_model.training.loop import Row
 
-GOALS = {
+Goals = dict[str, tuple[str, float | None]]  # score name -> what it measures, what it must reach (None: shown only)
+
+GOALS: Goals = {
     "see_digits": ("single digits from held-out scans read right", 0.95),
     "see_numbers": ("numbers of one to three digits from held-out scans, every digit right", 0.85),
     "paint_digits": ("painted digits recognised by a classifier trained on real scans", 0.90),
@@ -30,7 +32,12 @@ GOALS = {
     ),
     "talk_parallel": ("the same, text and speech together", 0.85),
 }
-REAL_SPEECH_GOALS = {"hear_digits": ("spoken digits of unseen takes, real recordings, transcribed right", 0.90)}
+REAL_SPEECH_GOALS: Goals = {"hear_digits": ("spoken digits of unseen takes, real recordings, transcribed right", 0.90)}
+SHOWN_TOO: Goals = {
+    "paint_numbers": ("painted numbers of two and three digits, every digit recognised", None),
+    "hear_numbers": ("numbers of one to three digits composed of unseen takes, every digit right", None),
+    "hear_new_voices": ("digits spoken by voices never heard in training", None),
+}
 
 
 def sections(
@@ -67,12 +74,17 @@ def sections(
 
 def _pictures(result: Result, verb: str) -> list[Sample]:
     shown = zip(result.expected, result.got, result.right, result.images, strict=False)
-    return [Sample(f"{want}: {verb}", got, right, image=image) for want, got, right, image in shown]
+    return [Sample(f"{want}: {verb}", _printable(got), right, image=image) for want, got, right, image in shown]
 
 
 def _speech(result: Result, verb: str) -> list[Sample]:
     shown = zip(result.expected, result.got, result.right, result.speech, strict=False)
-    return [Sample(f"{want}: {verb}", got, right, speech=speech) for want, got, right, speech in shown]
+    return [Sample(f"{want}: {verb}", _printable(got), right, speech=speech) for want, got, right, speech in shown]
+
+
+def _printable(text: str) -> str:
+    """An untrained model may answer with control characters."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def picture(results: dict[str, Result], count: int = 6) -> Figure:

@@ -53,12 +53,14 @@ class Section:
     figures: Sequence[Figure] = ()
 
 
-def render(results: dict[str, Any], goals: dict[str, tuple[str, float]], sections: Sequence[Section], rate: int) -> str:
+def render(
+    results: dict[str, Any], goals: dict[str, tuple[str, float | None]], sections: Sequence[Section], rate: int
+) -> str:
     """The page as text.
 
     Args:
         results: the content of `report.json`.
-        goals: score name -> what it measures, what it must reach at default settings.
+        goals: score name -> what it measures, what it must reach at default settings (None: no goal).
         sections: in order.
         rate: sample rate of the speech, in Hz.
     """

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from longcat_model import files, presets
+from longcat_model import config, files, presets
 from longcat_model.demo import digits, language, speech
 from longcat_model.demo.data import Data, load_data
 from longcat_model.demo.evaluate import Exam, Result
-from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, picture, sections
+from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, SHOWN_TOO, Goals, picture, sections
 from longcat_model.demo.report import render
 from longcat_model.demo.settings import Settings
 from longcat_model.demo.tasks import Tasks
-from longcat_model.demo.workspace import Workspace, commit
+from longcat_model.demo.workspace import Workspace
 from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
 from longcat_model.training import audio_stages, model_stages, vision_stages
@@ -32,18 +32,22 @@ def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: 
         ValueError: `out` holds a run with other settings, or `speech_dir` is no data set of spoken digits.
     """
     settings = Settings.small() if smoke else Settings()
+    sizes = presets.demo()
     described = dataclasses.asdict(settings) | {"seed": seed, "speech_dir": str(speech_dir) if speech_dir else None}
-    workspace = Workspace(out, described, fresh=fresh)
+    workspace = Workspace(out, described | {"model": config.to_dict(sizes)}, fresh=fresh)
+    workspace.commits()
     with workspace.timed("data"):
         data = load_data(workspace.directory, settings, speech_dir)
     torch.manual_seed(seed)
-    system = System.create(presets.demo())
+    system = System.create(sizes)
     curves = train_tokenizers(workspace, system, data, settings, seed)
     pools = tokenize(workspace, system, data, settings, seed)
     curves |= train_language(workspace, system, pools, settings, seed)
-    system.save(workspace.directory)
+    with workspace.timed("save"):
+        system.save(workspace.directory)
     results = evaluate_tasks(workspace, system, data, settings, seed)
-    goals = GOALS if speech_dir is None else GOALS | REAL_SPEECH_GOALS
+    goals = GOALS | ({} if speech_dir is None else REAL_SPEECH_GOALS)
+    goals |= {name: goal for name, goal in SHOWN_TOO.items() if name in results}
     finish(workspace, system, data, pools, curves, results, goals)
 
 
@@ -137,18 +141,20 @@ def finish(
     pools: dict[str, language.Pool],
     curves: dict[str, list[Row]],
     results: dict[str, Result],
-    goals: dict[str, tuple[str, float]],
+    goals: Goals,
 ) -> None:
     """Writes report.json and report.html, prints the table and the report's path."""
-    scores = {name: {"value": r.value, "n": len(r.expected), "judge": r.judge} for name, r in results.items()}
     with workspace.timed("report"):
         content = sections(system, data.held_out_scans, data.speech.takes, pools, curves, results)
         picture(results).savefig(workspace.directory / "report.png", dpi=110, bbox_inches="tight")
-    summary: dict[str, Any] = scores | {
+    began, *later = workspace.commits()
+    summary: dict[str, Any] = {
+        **{name: {"value": r.value, "n": len(r.expected), "judge": r.judge} for name, r in results.items()},
         "seconds": workspace.seconds(),
         "peak_rss_bytes": workspace.peak_rss_bytes(),
         "settings": workspace.settings,
-        "commit": commit(),
+        "commit": began,
+        "commits_that_resumed": later,
     }
     workspace.write("report.json", summary)
     page = render(summary, goals, content, system.sizes.audio.encoder.sample_rate)
@@ -157,13 +163,14 @@ def finish(
     print(f"report: {workspace.directory / 'report.html'}")
 
 
-def table(summary: dict[str, Any], goals: dict[str, tuple[str, float]]) -> str:
+def table(summary: dict[str, Any], goals: Goals) -> str:
     """The scores beside their goals, as text."""
-    lines = [f"{'task':<14} {'score':>7} {'goal':>6} {'n':>5} {'judge':>7}  judged by"]
+    lines = [f"{'task':<15} {'score':>7} {'goal':>6} {'n':>5} {'judge':>7}  judged by"]
     for name, (what, goal) in goals.items():
         score = summary[name]
+        wanted = "" if goal is None else f"{goal:.0%}"
         judge = "" if score["judge"] is None else f"{score['judge']:.1%}"
-        lines.append(f"{name:<14} {score['value']:>7.1%} {goal:>6.0%} {score['n']:>5} {judge:>7}  {what}")
+        lines.append(f"{name:<15} {score['value']:>7.1%} {wanted:>6} {score['n']:>5} {judge:>7}  {what}")
     minutes = sum(summary["seconds"].values()) / 60
     lines.append(f"{minutes:.1f} minutes, peak memory {summary['peak_rss_bytes'] / 1e9:.2f} GB")
     if summary["settings"]["smoke"]:

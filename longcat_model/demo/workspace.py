@@ -33,6 +33,7 @@ class Workspace:
         found = self._read("settings.json")
         if found is None:
             self.write("settings.json", self.settings)
+            self.write("commits.json", [commit()])
         elif found != self.settings:
             changed = sorted(k for k in {*found, *self.settings} if found.get(k) != self.settings.get(k))
             raise ValueError(
@@ -61,6 +62,14 @@ class Workspace:
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
             self.write("seconds.json", seconds)
             self.write("peak_rss_bytes.json", max(peak_rss_bytes(), self._read("peak_rss_bytes.json") or 0))
+
+    def commits(self) -> list[str | None]:
+        """The commit that began the run, then any later one that went on with it."""
+        known: list[str | None] = self._read("commits.json") or []
+        if commit() not in known:
+            known.append(commit())
+            self.write("commits.json", known)
+        return known
 
     def seconds(self) -> dict[str, float]:
         return dict(self._read("seconds.json") or {})

@@ -49,7 +49,7 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings) -> No
         learning_rate=settings.learning_rate,
         name="finetune",
     )
-    rows = train(stage, out, seed=settings.seed)
+    rows = train(stage, out, seed=settings.seed, save_every=50)
     system.save(out)
     print(f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f} over {len(rows)} steps; system: {out}")
 
