@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
-    """RGB [3, H, W] in [0, 1], what is transparent white; sides are resampled (bicubic) to the nearest multiple of `cell` pixels.
+    """RGB [3, H, W] in [0, 1], transparent parts white, sides resampled (bicubic) to the nearest multiple of `cell`.
 
     Args:
         height: pixels that the picture is scaled to first, in proportion; None: it keeps its size.
