@@ -18,7 +18,7 @@ class LanguageTraining:
     documents: int = 64  # of every step, a quarter of each task
     row_length: int = 128  # positions
     pre_align_steps: int = 60
-    joint_steps: int = 900
+    joint_steps: int = 1100
     pre_align_rate: float = 2e-3
     joint_rate: float = 2e-3
     weights: LossWeights = field(default_factory=LossWeights)
