@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,7 +142,9 @@ def test_the_first_levels_alone_decode(tokenizer: VisionTokenizer) -> None:
     assert tokenizer.encode([]) == [] and tokenizer.decode([]) == []
 
 
-def test_an_untrained_refiner_changes_nothing(tokenizer: VisionTokenizer) -> None:
+@pytest.mark.parametrize("steps", [2, 28])
+def test_an_untrained_refiner_changes_nothing(tokenizer: VisionTokenizer, steps: int) -> None:
+    tokenizer.refiner.sizes = replace(SIZES.refiner, steps=steps)
     codes = tokenizer.encode(images_of([(2, 2)]))
     coarse, refined = (tokenizer.decode(codes, refine=refine)[0] for refine in (False, True))
     torch.testing.assert_close(coarse, refined, atol=1e-5, rtol=1e-5)

@@ -63,7 +63,8 @@ class Refiner(nn.Module):
         for block in self.blocks:
             x_TD = block(x_TD, segments, rope, time_TD)
         image_TP = coarse + self.head(self.norm_out(x_TD))
-        return (image_TP - noisy) / (1 - time).clamp_min(LEAST_REMAINING)[layout.image, None]
+        least = min(LEAST_REMAINING, 1 / self.sizes.steps)  # so that the last step of sampling goes the whole way
+        return (image_TP - noisy) / (1 - time).clamp_min(least)[layout.image, None]
 
     def loss(self, images: Tensor, coarse: Tensor, codewords: Tensor, layout: Layout) -> Tensor:
         """Flow-matching loss at one random time an image, from torch's global generator; arguments as in `sample`."""
