@@ -173,3 +173,30 @@ def test_refuses(sizes: list[int], dim: int, shared: bool, message: str) -> None
     with pytest.raises(ValueError) as caught:
         ResidualVQ(sizes, dim, shared=shared)
     assert str(caught.value) == f"ResidualVQ: {message}"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_kept_levels_sum_the_codewords_that_were_chosen(shared: bool, training: bool) -> None:
+    torch.manual_seed(0)
+    quantizer = ResidualVQ([8] * 3, 4, shared=shared, decay=0.5)
+    quantizer(torch.randn(64, 4))
+    quantizer.train(training)
+    before = [entries.clone() for entries in quantizer.entries()]
+    x = torch.randn(5, 6, 4, requires_grad=True)
+    mask, kept = torch.rand(5, 6) < 0.8, torch.randint(1, 4, (5,))
+    encoding = quantizer(x, mask=mask, kept=kept[:, None])
+    assert training != all(torch.equal(a, b) for a, b in zip(before, quantizer.entries(), strict=True))
+    want = torch.zeros(5, 6, 4)
+    for row in range(5):
+        for level in range(int(kept[row])):
+            want[row] += before[level][encoding.codes[row, :, level].clamp(min=0)]
+    torch.testing.assert_close(encoding.quantized, want * mask[..., None])
+    (gradient,) = torch.autograd.grad(encoding.quantized.sum(), x)
+    assert torch.equal(gradient, mask[..., None].float().expand_as(x))
+
+
+def test_refuses_kept_levels_that_are_no_integers() -> None:
+    quantizer = ResidualVQ([8], 4).eval()
+    with pytest.raises(ValueError, match=r"kept must hold integers, got torch\.float32"):
+        quantizer(torch.randn(2, 4), kept=torch.ones(2))

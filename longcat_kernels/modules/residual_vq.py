@@ -91,16 +91,18 @@ class ResidualVQ(nn.Module):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self.register_load_state_dict_pre_hook(_released_is_initialized)  # type: ignore[no-untyped-call]
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> RVQEncoding:
+    def forward(self, x: Tensor, mask: Tensor | None = None, kept: Tensor | None = None) -> RVQEncoding:
         """Encodes x; in training mode first initialises the codebooks if need be, and afterwards updates them.
 
         Args:
             x: [..., dim], float32, bfloat16 or float16; the gradient is that of `rvq_encode`. Rows with NaN or infinity
                 are encoded as `rvq_encode` says, and move no codebook.
             mask: bool, the leading shape of x; False rows are neither encoded nor counted.
+            kept: integers in 1..L, broadcast to the leading shape of x: quantizer dropout (SoundStream, section III-C).
+                `quantized` then sums only so many first levels of a row; all else stays as it is without.
         """
         if not self.training:
-            return self.encode(x, mask=mask)
+            return _drop_levels(self.encode(x, mask=mask), x, self.entries(), kept)
         if mask is not None:
             check_mask(mask, x)  # before anything moves
         seed = int(self.step) << 16
@@ -112,7 +114,7 @@ class ResidualVQ(nn.Module):
         encoding = rvq_encode(x, entries, mask=mask, residual_dtype=self.residual_dtype)
         self._update(x.detach(), encoding, seed)
         self.step += 1
-        return encoding
+        return _drop_levels(encoding, x, entries, kept)
 
     def encode(self, x: Tensor, levels: int | None = None, mask: Tensor | None = None) -> RVQEncoding:
         """Encodes x [..., dim] by the first `levels` levels; changes nothing."""
@@ -204,3 +206,15 @@ def _released_is_initialized(module: nn.Module, state: dict[str, Any], prefix: s
     if f"{prefix}codebooks.0.embed" in state:
         state.setdefault(f"{prefix}initialized", torch.tensor(True))
         state.setdefault(f"{prefix}step", torch.tensor(0))
+
+
+def _drop_levels(encoding: RVQEncoding, x: Tensor, entries: list[Tensor], kept: Tensor | None) -> RVQEncoding:
+    if kept is None:
+        return encoding
+    if kept.is_floating_point() or kept.dtype == torch.bool:
+        raise ValueError(f"ResidualVQ: kept must hold integers, got {kept.dtype}")
+    levels = torch.arange(len(entries), device=x.device)
+    codes = encoding.codes.masked_fill(levels >= kept[..., None], -1)
+    quantized = rvq_decode(codes, entries).to(x.dtype)
+    straight_through = torch.where(codes[..., :1] >= 0, x + (quantized - x).detach(), 0)
+    return encoding._replace(quantized=straight_through)

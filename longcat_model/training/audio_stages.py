@@ -114,14 +114,13 @@ def joint(trainee: AudioTrainee, source: Source, settings: AudioTraining) -> Sta
     def loss(batch: AudioBatch) -> tuple[Tensor, dict[str, Tensor]]:
         features_BTQ = tokenizer.features(batch.mels)
         mask_BT = length_mask(batch.mels.positions, features_BTQ.shape[1])
-        coded = tokenizer.quantizer(features_BTQ, mask=mask_BT)
-        kept_BTL = drop_levels(coded.codes, settings.full_share)
-        quantized_BTQ = features_BTQ + (tokenizer.quantizer.decode(kept_BTL) - features_BTQ).detach()
+        kept_B = draw_kept(len(mask_BT), len(tokenizer.quantizer.sizes), settings.full_share)
+        coded = tokenizer.quantizer(features_BTQ, mask=mask_BT, kept=kept_B.to(mask_BT.device)[:, None])
         terms = {
-            "mel": settings.mel_weight * _mel_loss(tokenizer, quantized_BTQ, batch),
+            "mel": settings.mel_weight * _mel_loss(tokenizer, coded.quantized, batch),
             "commitment": settings.commitment_weight * coded.losses.mean(),
         }
-        return _sum(terms | trainee.answer_loss(settings, quantized_BTQ, batch))
+        return _sum(terms | trainee.answer_loss(settings, coded.quantized, batch))
 
     return Stage(
         name="audio_joint",
@@ -158,12 +157,9 @@ def flow(trainee: AudioTrainee, source: Source, settings: AudioTraining) -> Stag
     )
 
 
-def drop_levels(codes_BTL: Tensor, full_share: float) -> Tensor:
-    """Codes with -1 in every level beyond the ones a clip keeps: all of them, or 1 to L, drawn per clip."""
-    batch, levels = codes_BTL.shape[0], codes_BTL.shape[2]
-    kept_B = torch.randint(1, levels + 1, (batch,)).masked_fill(torch.rand(batch) < full_share, levels)
-    dropped_BL = torch.arange(levels) >= kept_B[:, None]
-    return codes_BTL.masked_fill(dropped_BL[:, None].to(codes_BTL.device), -1)
+def draw_kept(clips: int, levels: int, full_share: float) -> Tensor:
+    """How many levels each clip keeps, int64 [clips]: all of them with probability `full_share`, else 1 to `levels`."""
+    return torch.randint(1, levels + 1, (clips,)).masked_fill(torch.rand(clips) < full_share, levels)
 
 
 def _mel_loss(tokenizer: AudioTokenizer, features_BTQ: Tensor, batch: AudioBatch) -> Tensor:

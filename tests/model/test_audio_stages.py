@@ -14,7 +14,7 @@ from torch import Tensor
 from longcat_model import presets
 from longcat_model.tokenizers.audio import AudioTokenizer
 from longcat_model.tokenizers.audio.answers import IGNORED, AnswerDecoder
-from longcat_model.training.audio_stages import AudioTrainee, AudioTraining, drop_levels, stages
+from longcat_model.training.audio_stages import AudioTrainee, AudioTraining, draw_kept, stages
 from longcat_model.training.loop import train
 
 SETTINGS = AudioTraining(warm_up_steps=25, joint_steps=25, flow_steps=25, learning_rate=3e-3)
@@ -83,13 +83,18 @@ def test_batches_are_a_function_of_the_step() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), st.floats(0, 1), st.integers(0, 100))
-def test_dropped_levels_are_a_suffix(batch: int, positions: int, levels: int, full: float, seed: int) -> None:
+@given(st.integers(1, 50), st.integers(1, 8), st.integers(0, 100))
+def test_kept_levels_are_in_range(clips: int, levels: int, seed: int) -> None:
     torch.manual_seed(seed)
-    kept = drop_levels(torch.zeros(batch, positions, levels, dtype=torch.int64), full) == 0
-    assert bool(kept[..., 0].all())
-    assert torch.equal(kept, kept.cummin(2).values)
-    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    kept = draw_kept(clips, levels, 0.5)
+    assert kept.shape == (clips,) and 1 <= int(kept.min()) <= int(kept.max()) <= levels
+    assert bool((draw_kept(clips, levels, 1.0) == levels).all())
+
+
+def test_half_the_clips_keep_all_levels() -> None:
+    torch.manual_seed(0)
+    counts = torch.bincount(draw_kept(8000, 4, 0.5), minlength=5).tolist()
+    assert counts[0] == 0 and all(abs(count - 1000) < 150 for count in counts[1:4]) and abs(counts[4] - 5000) < 250
 
 
 def test_answers_do_not_feel_padding_and_greedy_equals_teacher_forcing() -> None:

@@ -206,7 +206,8 @@ def test_refuses_ids_and_codes_of_another_modality(model: LongcatNext) -> None:
 @pytest.mark.parametrize("preset", [presets.longcat_next, presets.demo, presets.tiny])
 def test_every_preset_builds(preset: Callable[[], config.Model]) -> None:
     with torch.device("meta"):
-        LongcatNext(preset())
+        model = LongcatNext(preset())
+    assert model.embed_tokens.num_embeddings == model.ids.rows
 
 
 RELEASED_COUNTS = {  # parameters of the released checkpoint, by family
