@@ -134,7 +134,11 @@ def test_ema_update_refuses_what_would_lead_it_astray(name: str, value: Any) -> 
 
 
 def test_more_threads_than_any_machine_has_cost_no_memory() -> None:
-    native.module().rvq_encode(**{**rvq_arguments(), "threads": 2**31 - 1})
+    few, other = rvq_arguments(), rvq_arguments()
+    many = {**other, "x": few["x"], "codebooks": few["codebooks"]}
+    native.module().rvq_encode(**few)
+    native.module().rvq_encode(**{**many, "threads": 2**31 - 1})
+    assert torch.equal(few["codes"], many["codes"]) and torch.equal(few["residual"], many["residual"])
 
 
 def test_one_openmp_runtime_serves_torch_and_the_module() -> None:
