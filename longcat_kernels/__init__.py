@@ -14,12 +14,14 @@ from longcat_kernels.ops.moe_route import moe_route
 from longcat_kernels.ops.ngram_embedding import ngram_embedding
 from longcat_kernels.ops.rvq_decode import rvq_decode
 from longcat_kernels.ops.rvq_encode import RVQEncoding, rvq_encode
+from longcat_kernels.prepared import PreparedCodebook
 from longcat_kernels.reference.depth_decode import DepthDecoding, DepthWeights
 from longcat_kernels.reference.sampling import sample
 
 __all__ = [
     "DepthDecoding",
     "DepthWeights",
+    "PreparedCodebook",
     "RVQEncoding",
     "depth_decode",
     "ema_update",

@@ -51,11 +51,12 @@ def test_gradients_equal_the_truth(op: Op, backend: str, case: Any, poisoned: No
 
 @every(lambda spec: spec.EDGE)
 def test_same_inputs_give_the_same_bits_with_one_thread_and_two(op: Op, backend: str, case: Any, threads: Any) -> None:
+    """A kernel's bits do not depend on the threads; the reference has torch's matrix products, whose bits may."""
     _, call = arguments_or_skip(op, backend, case)
-    threads(1)
-    first = [*call.run(backend), *call.gradients(op, backend)]
-    for count in (1, 2):
-        threads(count)
+    for before, after in ((1, 1), (2, 2)) if backend == "reference" else ((1, 1), (1, 2)):
+        threads(before)
+        first = [*call.run(backend), *call.gradients(op, backend)]
+        threads(after)
         again = [*call.run(backend), *call.gradients(op, backend)]
         assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(first, again, strict=True))
 

@@ -24,9 +24,11 @@ MAY_IMPORT = {
     "backends": set(),
     "library": set(),
     "native": set(),
+    "layouts": set(),
+    "prepared": {"native", "layouts"},
     "reference": {"spec"},
     "testing": {"spec"},
-    "ops": {"backends", "library", "native", "reference", "spec"},
+    "ops": {"backends", "library", "native", "prepared", "reference", "spec"},
     "modules": {"ops", "reference"},  # the latter for types of arguments
 }
 

@@ -1,6 +1,8 @@
 // Arguments of ema_update from Python.
 #pragma once
 
+#include <optional>
+
 #include "bindings/tensor_view.h"
 #include "longcat/ema_update.h"
 
@@ -11,9 +13,11 @@ inline void bind_ema_update(pybind11::module_& m) {
     m.def(
         "ema_update",
         [](const TensorView& embed, const TensorView& embed_ema, const TensorView& cluster_size_ema,
-           const TensorView& vectors, const TensorView& codes, double decay, double eps, double restart_threshold,
-           int64_t seed, const TensorView& restarted, int threads) {
+           const std::optional<TensorView>& packed, const TensorView& vectors, const TensorView& codes, double decay,
+           double eps, double restart_threshold, double restart_fraction, double restart_count, int64_t seed,
+           const TensorView& restarted, int threads) {
             EmaUpdate p{};
+            (void)packed;
             p.vectors = vectors.matrix("ema_update: vectors", vectors.dtype), p.dtype = vectors.dtype;
             p.rows = vectors.shape[0], p.dim = vectors.shape[1], p.row_stride = vectors.strides[0];
             LC_CHECK(p.dim <= 1 || p.rows == 0 || vectors.strides[1] == 1,
@@ -28,14 +32,15 @@ inline void bind_ema_update(pybind11::module_& m) {
                 cluster_size_ema.whole<float>("ema_update: cluster_size_ema", DType::float32, {p.entries});
             p.codes = codes.whole<int64_t>("ema_update: codes", DType::int64, {p.rows});
             p.decay = decay, p.eps = eps, p.restart_threshold = restart_threshold, p.seed = seed;
+            p.restart_fraction = restart_fraction, p.restart_count = restart_count;
             p.threads = at_most_threads(threads);
             auto* result = restarted.whole<int64_t>("ema_update: restarted", DType::int64, {});
             py::gil_scoped_release unlocked;
             *result = ema_update(p);
         },
-        py::arg("embed"), py::arg("embed_ema"), py::arg("cluster_size_ema"), py::arg("vectors"), py::arg("codes"),
-        py::arg("decay"), py::arg("eps"), py::arg("restart_threshold"), py::arg("seed"), py::arg("restarted"),
-        py::kw_only(), py::arg("threads"));
+        py::arg("embed"), py::arg("embed_ema"), py::arg("cluster_size_ema"), py::arg("packed"), py::arg("vectors"),
+        py::arg("codes"), py::arg("decay"), py::arg("eps"), py::arg("restart_threshold"), py::arg("restart_fraction"),
+        py::arg("restart_count"), py::arg("seed"), py::arg("restarted"), py::kw_only(), py::arg("threads"));
 }
 
 }  // namespace longcat

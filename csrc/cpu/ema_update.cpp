@@ -59,10 +59,13 @@ void move_entry(const EmaUpdate& p, const Groups& groups, int64_t k, double size
 }
 
 template <class T>
-void restart_entry(const EmaUpdate& p, int64_t k, int64_t row) {
+void restart_entry(const EmaUpdate& p, int64_t k, int64_t row, double count) {
     const T* vector = static_cast<const T*>(p.vectors) + row * p.row_stride;
-    for (int64_t d = 0; d < p.dim; ++d) p.embed[k * p.dim + d] = p.embed_ema[k * p.dim + d] = to_float(vector[d]);
-    p.cluster_size_ema[k] = 1;
+    for (int64_t d = 0; d < p.dim; ++d) {
+        p.embed[k * p.dim + d] = to_float(vector[d]);
+        p.embed_ema[k * p.dim + d] = float(double(to_float(vector[d])) * count);
+    }
+    p.cluster_size_ema[k] = float(count);
 }
 
 // Moves the counts; gives their sum.
@@ -82,9 +85,12 @@ double move_counts(const EmaUpdate& p, const Groups& groups) {
 int64_t ema_update(const EmaUpdate& p) {
     const Groups groups(p);
     const double total = move_counts(p, groups), smoothed = total + double(p.entries) * p.eps;
+    const double mean = total / double(p.entries);
+    const double threshold = std::max(p.restart_threshold, p.restart_fraction * mean);
+    const double count = p.restart_count > 0 ? p.restart_count : double(float(mean));
     std::vector<int64_t> restarted;
     for (int64_t k = 0; k < p.entries && !groups.order.empty(); ++k)
-        if (double(p.cluster_size_ema[k]) < p.restart_threshold) restarted.push_back(k);
+        if (double(p.cluster_size_ema[k]) < threshold) restarted.push_back(k);
     const std::vector<int64_t> rows = restart_rows(p, restarted.size());
     dispatch_float(p.dtype, "ema_update: vectors", [&](auto type) {
         using T = decltype(type);
@@ -95,7 +101,7 @@ int64_t ema_update(const EmaUpdate& p) {
             for (int64_t k = 0; k < p.entries; ++k)
                 move_entry<T>(p, groups, k, total * (double(p.cluster_size_ema[k]) + p.eps) / smoothed, sum.data());
         }
-        for (size_t i = 0; i < restarted.size(); ++i) restart_entry<T>(p, restarted[i], rows[i % rows.size()]);
+        for (size_t i = 0; i < restarted.size(); ++i) restart_entry<T>(p, restarted[i], rows[i % rows.size()], count);
     });
     return int64_t(restarted.size());
 }

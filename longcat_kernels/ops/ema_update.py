@@ -15,6 +15,7 @@ from longcat_kernels import native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import DTYPES
+from longcat_kernels.prepared import PreparedCodebook
 from longcat_kernels.reference import ema_update as spec
 from longcat_kernels.spec import Op
 
@@ -29,7 +30,10 @@ def ema_update(
     decay: float = 0.99,
     eps: float = 1e-5,
     restart_threshold: float = 1.0,
+    restart_fraction: float = 0.0,
+    restart_count: float = 1.0,
     seed: int = 0,
+    prepared: PreparedCodebook | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Moves a codebook towards the rows assigned to its entries, and restarts entries that are hardly used.
@@ -44,21 +48,44 @@ def ema_update(
         codes: [N] int64; a negative code leaves its row out.
         decay: share of the old statistics that is kept, in [0, 1].
         eps: Laplace smoothing of the counts, in rows.
-        restart_threshold: entries whose moving count falls below it restart from a row of this batch; 0 turns it off.
+        restart_threshold: entries whose moving count falls below it restart from a row of this batch (RQ-VAE's rule,
+            with 1); 0 turns it off.
+        restart_fraction: so do entries whose moving count falls below this fraction of the mean count (Moshi's rule,
+            with 0.1), however many rows a batch has; 0 turns it off.
+        restart_count: moving count that a restarted entry gets; 0 stands for the mean count.
         seed: picks the rows; the rule is `reference.ema_update.restart_rows`. Distinct rows while there are enough.
+        prepared: the prepared form of `embed`; follows it in the same pass.
         backend: "auto" or the name of an implementation.
 
     Returns:
         How many entries restarted, int64 []. Without a usable row the statistics only decay and none restarts.
 
-    Mutates: embed, embed_ema, cluster_size_ema. A restarted entry has its row as both sums, and a count of 1.
+    Mutates: embed, embed_ema, cluster_size_ema, and `prepared`. A restarted entry has its row as codeword, and as its
+    moving sum that row times its new count.
 
     Raises:
         ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
     """
     check(-(2**63) <= seed < 2**63, lambda: f"ema_update: seed must be in [-2^63, 2^63), got {seed}")
+    packed = None
+    if prepared is not None:
+        same = prepared.words.data_ptr() == embed.data_ptr() and prepared.words.shape == embed.shape
+        check(same, lambda: "ema_update: prepared must be the prepared form of embed, got one of another tensor")
+        packed = prepared.packed
     restarted: Tensor = _op(
-        embed, embed_ema, cluster_size_ema, vectors, codes, decay, eps, restart_threshold, seed, backend
+        embed,
+        embed_ema,
+        cluster_size_ema,
+        packed,
+        vectors,
+        codes,
+        decay,
+        eps,
+        restart_threshold,
+        restart_fraction,
+        restart_count,
+        seed,
+        backend,
     )
     return restarted
 
@@ -94,17 +121,21 @@ def _allocate(
     embed_KD: Tensor,
     embed_ema_KD: Tensor,
     cluster_size_ema_K: Tensor,
+    packed: Tensor | None,
     vectors_ND: Tensor,
     codes_N: Tensor,
     decay: float,
     eps: float,
     restart_threshold: float,
+    restart_fraction: float,
+    restart_count: float,
     seed: int,
     backend: str,
 ) -> Tensor:
     _check(embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N)
     check(0 <= decay <= 1, lambda: f"ema_update: decay must be in [0, 1], got {decay}")
-    check(eps >= 0, lambda: f"ema_update: eps must be at least 0, got {eps}")
+    for name, value in (("eps", eps), ("restart_fraction", restart_fraction), ("restart_count", restart_count)):
+        check(value >= 0, lambda name=name, value=value: f"ema_update: {name} must be at least 0, got {value}")
     return torch.empty((), dtype=torch.int64, device=embed_KD.device)
 
 
@@ -112,15 +143,19 @@ def _run(
     embed_KD: Tensor,
     embed_ema_KD: Tensor,
     cluster_size_ema_K: Tensor,
+    packed: Tensor | None,
     vectors_ND: Tensor,
     codes_N: Tensor,
     decay: float,
     eps: float,
     restart_threshold: float,
+    restart_fraction: float,
+    restart_count: float,
     seed: int,
     backend: str,
 ) -> Tensor:
-    inputs = (embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N, decay, eps, restart_threshold, seed)
+    rule = (decay, eps, restart_threshold, restart_fraction, restart_count, seed)
+    inputs = (embed_KD, embed_ema_KD, cluster_size_ema_K, packed, vectors_ND, codes_N, *rule)
     restarted = _allocate(*inputs, backend)
     if codes_N.device.type == "cpu" and codes_N.numel():
         largest, entries = int(codes_N.amax()), embed_KD.shape[0]
@@ -132,15 +167,16 @@ def _run(
 
 
 _op = register(
-    "ema_update(Tensor(a!) embed, Tensor(b!) embed_ema, Tensor(c!) cluster_size_ema, Tensor vectors, Tensor codes, "
-    "float decay, float eps, float restart_threshold, SymInt seed, str backend) -> Tensor",
+    "ema_update(Tensor(a!) embed, Tensor(b!) embed_ema, Tensor(c!) cluster_size_ema, Tensor(d!)? packed, "
+    "Tensor vectors, Tensor codes, float decay, float eps, float restart_threshold, float restart_fraction, "
+    "float restart_count, SymInt seed, str backend) -> Tensor",
     _run,
     _allocate,
 )
 
 
 def _why_not_cpu(*inputs: Any) -> str | None:
-    embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND = inputs[:4]
+    embed_KD, embed_ema_KD, cluster_size_ema_K, _packed, vectors_ND = inputs[:5]
     if embed_KD.device.type != "cpu":
         return f"takes tensors on the CPU, got {embed_KD.device}"
     if not all(tensor.is_contiguous() for tensor in (embed_KD, embed_ema_KD, cluster_size_ema_K)):
@@ -151,8 +187,8 @@ def _why_not_cpu(*inputs: Any) -> str | None:
 
 
 def _cpu(*arguments: Any) -> None:
-    *tensors, codes_N = arguments[:5]
-    native.module().ema_update(*tensors, codes_N.contiguous(), *arguments[5:], threads=torch.get_num_threads())
+    *tensors, codes_N = arguments[:6]
+    native.module().ema_update(*tensors, codes_N.contiguous(), *arguments[6:], threads=torch.get_num_threads())
 
 
 IMPLS: dict[str, Impl] = {

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
-from longcat_kernels.ops.rvq_encode import check_codebook, level_codebooks
+from longcat_kernels.ops.rvq_encode import Codebook, check_codebook, level_codebooks, words_of
+from longcat_kernels.prepared import PreparedCodebook
 from longcat_kernels.reference import rvq_decode as spec
 from longcat_kernels.spec import Op
 
 
 def rvq_decode(
-    codes: Tensor, codebooks: Sequence[Tensor] | Tensor, *, levels: int | None = None, backend: str = "auto"
+    codes: Tensor, codebooks: Sequence[Codebook] | Codebook, *, levels: int | None = None, backend: str = "auto"
 ) -> Tensor:
     """Sums the codewords that each row's codes name, in float32, from the first level to the last.
 
@@ -28,7 +29,7 @@ def rvq_decode(
 
     Args:
         codes: [..., L] int64; a negative code adds nothing.
-        codebooks: L tensors [K_l, D] float32, or one that all levels share.
+        codebooks: L codebooks [K_l, D] float32, or one that all levels share: tensors or `PreparedCodebook`s.
         levels: use only the first `levels` codes of each row.
         backend: "auto" or the name of an implementation.
 
@@ -44,10 +45,10 @@ def rvq_decode(
     """
     check(codes.dtype == torch.int64, lambda: f"rvq_decode: codes must be int64, got {codes.dtype}")
     found = codes.shape[-1] if codes.ndim else 0
-    if levels is None and isinstance(codebooks, Tensor):
+    if levels is None and isinstance(codebooks, (Tensor, PreparedCodebook)):
         check(found >= 1, lambda: f"rvq_decode: codes must be [..., L] with L at least 1, got {list(codes.shape)}")
         levels = found
-    books = level_codebooks("rvq_decode", codebooks, levels)
+    books = words_of(level_codebooks("rvq_decode", codebooks, levels))
     fits = found == len(books) if levels is None else found >= len(books)
     check(fits, lambda: f"rvq_decode: codes must be [..., {len(books)}], got {list(codes.shape)}")
     rows_TL = codes[..., : len(books)].reshape(-1, len(books))

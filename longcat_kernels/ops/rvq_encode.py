@@ -7,7 +7,7 @@ Dimension key
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from torch import Tensor
 from longcat_kernels import native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
+from longcat_kernels.prepared import PreparedCodebook
 from longcat_kernels.reference import rvq_encode as spec
 from longcat_kernels.spec import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Codebook: TypeAlias = Tensor | PreparedCodebook
 
 
 class RVQEncoding(NamedTuple):
@@ -32,10 +34,11 @@ class RVQEncoding(NamedTuple):
 
 def rvq_encode(
     x: Tensor,
-    codebooks: Sequence[Tensor] | Tensor,
+    codebooks: Sequence[Codebook] | Codebook,
     *,
     levels: int | None = None,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     residual_dtype: torch.dtype = torch.float32,
     backend: str = "auto",
 ) -> RVQEncoding:
@@ -48,9 +51,11 @@ def rvq_encode(
     Args:
         x: [..., D], float32, bfloat16 or float16, any strides. A row with NaN or infinity gets code 0 at every level,
             shows in its own residual and in the losses, and changes no other row.
-        codebooks: L tensors [K_l, D] float32, or one that all levels share.
+        codebooks: L codebooks [K_l, D] float32, or one that all levels share: tensors, or `PreparedCodebook`s, which
+            spare every call the packing. Non-contiguous tensors are taken, more slowly.
         levels: use only the first `levels` codebooks; required with a shared one.
         mask: bool, the leading shape of x; rows where it is False get code -1, zero quantized and residual, no loss.
+        lengths: integers [B] in place of a mask, x being [B, S, D]: of sequence b only the first lengths[b] rows count.
         residual_dtype: the residual is rounded to it before and after each level; bfloat16 in the released audio
             tokenizer.
         backend: "auto" or the name of an implementation.
@@ -68,16 +73,49 @@ def rvq_encode(
         x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"rvq_encode: x must be [..., D], D at least 1, got {list(x.shape)}"
     )
     shape = list(x.shape[:-1])
+    if lengths is not None:
+        check(mask is None, lambda: "rvq_encode: mask and lengths must not both be given")
+        mask = _mask_of(lengths, x)
     if mask is not None:
         check_mask(mask, x)
         mask = mask.reshape(-1)
-    quantized, residual, losses, codes = _op(x.reshape(-1, x.shape[-1]), books, mask, residual_dtype, backend)
+    packed, gram = _prepared(books)
+    outputs = _op(x.reshape(-1, x.shape[-1]), words_of(books), packed, gram, mask, residual_dtype, backend)
+    quantized, residual, losses, codes = outputs
     return RVQEncoding(codes.view(*shape, len(books)), quantized.view(x.shape), residual.view(x.shape), losses)
 
 
-def level_codebooks(op: str, codebooks: Sequence[Tensor] | Tensor, levels: int | None) -> list[Tensor]:
+def words_of(codebooks: Sequence[Codebook]) -> list[Tensor]:
+    """The codewords alone."""
+    return [book.words if isinstance(book, PreparedCodebook) else book for book in codebooks]
+
+
+def _prepared(codebooks: list[Codebook]) -> tuple[list[Tensor], Tensor | None]:
+    """Packed forms, one a level or none at all, and the products of a shared codebook's words, where all have them."""
+    prepared = [book.refresh() for book in codebooks if isinstance(book, PreparedCodebook)]
+    if len(prepared) < len(codebooks):
+        return [], None
+    packed = [book.packed for book in prepared if book.packed is not None]
+    shared = all(book is prepared[0] for book in prepared)
+    return packed if len(packed) == len(prepared) else [], prepared[0].gram if shared else None
+
+
+def _mask_of(lengths: Tensor, x: Tensor) -> Tensor:
+    fits = x.ndim == 3 and list(lengths.shape) == [x.shape[0]]
+    check(
+        fits and not lengths.is_floating_point() and lengths.dtype != torch.bool,
+        lambda: (
+            f"rvq_encode: lengths must be integers [B] with x [B, S, D], got {lengths.dtype} "
+            f"{list(lengths.shape)} with x {list(x.shape)}"
+        ),
+    )
+    check(lengths.device == x.device, lambda: f"rvq_encode: lengths must be on {x.device}, got {lengths.device}")
+    return torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+
+
+def level_codebooks(op: str, codebooks: Sequence[Codebook] | Codebook, levels: int | None) -> list[Codebook]:
     """One codebook a level; a shared one stands there `levels` times."""
-    if isinstance(codebooks, Tensor):
+    if isinstance(codebooks, (Tensor, PreparedCodebook)):
         if levels is None or levels < 1:
             raise ValueError(f"{op}: levels must be at least 1 with one shared codebook, got {levels}")
         return [codebooks] * levels
@@ -118,7 +156,13 @@ def _check(x_TD: Tensor, codebooks: list[Tensor], residual_dtype: torch.dtype) -
 
 
 def _allocate(
-    x_TD: Tensor, codebooks: list[Tensor], mask_T: Tensor | None, residual_dtype: torch.dtype, backend: str
+    x_TD: Tensor,
+    codebooks: list[Tensor],
+    packed: list[Tensor],
+    gram: Tensor | None,
+    mask_T: Tensor | None,
+    residual_dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x_TD, codebooks, residual_dtype)
     rows, levels = x_TD.shape[0], len(codebooks)
@@ -131,18 +175,25 @@ def _allocate(
 
 
 def _run(
-    x_TD: Tensor, codebooks: list[Tensor], mask_T: Tensor | None, residual_dtype: torch.dtype, backend: str
+    x_TD: Tensor,
+    codebooks: list[Tensor],
+    packed: list[Tensor],
+    gram: Tensor | None,
+    mask_T: Tensor | None,
+    residual_dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = (x_TD, codebooks, mask_T, residual_dtype)
+    inputs = (x_TD, codebooks, packed, gram, mask_T, residual_dtype)
     outputs = _allocate(*inputs, backend)
     choose("rvq_encode", IMPLS, backend, *inputs).run(*inputs, *outputs)
     return outputs
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, codebooks, _mask, ctx.residual_dtype, _backend = inputs
+    x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, _backend = inputs
     _quantized, residual_TD, _losses, codes_TL = output
     ctx.mark_non_differentiable(codes_TL, residual_TD)
+    ctx.packed = len(_packed)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_TD, codes_TL, *codebooks)
 
@@ -152,7 +203,7 @@ def _backward(
 ) -> tuple[Any, ...]:
     x_TD, codes_TL, *codebooks = ctx.saved_tensors
     grad_x_TD = _op_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, ctx.residual_dtype)
-    return grad_x_TD, [None] * len(codebooks), None, None, None
+    return grad_x_TD, [None] * len(codebooks), [None] * ctx.packed, None, None, None, None
 
 
 def _allocate_backward(
@@ -194,7 +245,8 @@ _op_backward = register(
     _allocate_backward,
 )
 _op = register(
-    "rvq_encode(Tensor x, Tensor[] codebooks, Tensor? mask, ScalarType residual_dtype, str backend) "
+    "rvq_encode(Tensor x, Tensor[] codebooks, Tensor[] packed, Tensor? gram, Tensor? mask, "
+    "ScalarType residual_dtype, str backend) "
     "-> (Tensor quantized, Tensor residual, Tensor losses, Tensor codes)",
     _run,
     _allocate,
@@ -203,9 +255,7 @@ _op = register(
 )
 
 
-def _why_not_cpu(
-    x_TD: Tensor, codebooks: list[Tensor], mask_T: Tensor | None, residual_dtype: torch.dtype
-) -> str | None:
+def _why_not_cpu(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
     if x_TD.device.type != "cpu":
         return f"takes tensors on the CPU, got {x_TD.device}"
     if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
@@ -213,7 +263,14 @@ def _why_not_cpu(
     return native.why_not()
 
 
-def _cpu(x_TD: Tensor, codebooks: list[Tensor], mask_T: Tensor | None, *rest: Any) -> None:
+def _cpu(
+    x_TD: Tensor,
+    codebooks: list[Tensor],
+    packed: list[Tensor],
+    gram: Tensor | None,
+    mask_T: Tensor | None,
+    *rest: Any,
+) -> None:
     mask_T = None if mask_T is None else mask_T.contiguous()
     native.module().rvq_encode(x_TD, codebooks, mask_T, *rest, threads=torch.get_num_threads())
 

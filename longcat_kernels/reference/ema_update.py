@@ -3,7 +3,7 @@
     N_k <- g N_k + (1 - g) |S_k|            S_k: rows whose code is k
     m_k <- g m_k + (1 - g) sum of S_k
     e_k <- m_k / (n (N_k + eps) / (n + K eps))            n = sum of N_k
-    where N_k < threshold:  e_k, m_k <- a row of this batch,  N_k <- 1
+    where N_k < max(threshold, fraction n / K):  e_k <- a row of this batch,  N_k <- count (0: n / K),  m_k <- N_k e_k
 
 Sums and quotients are float64, rounded to float32 once. Which row an entry restarts from is defined by `restart_rows`,
 so that every implementation and every process of a data-parallel run chooses the same one.
@@ -27,14 +27,20 @@ def ema_update(
     embed_KD: Tensor,
     embed_ema_KD: Tensor,
     cluster_size_ema_K: Tensor,
+    packed: Tensor | None,
     vectors_ND: Tensor,
     codes_N: Tensor,
     decay: float,
     eps: float,
     restart_threshold: float,
+    restart_fraction: float,
+    restart_count: float,
     seed: int,
 ) -> tuple[Tensor]:
-    """Writes the first three in place; gives the number of restarted entries, int64 []."""
+    """Writes the first three in place; gives the number of restarted entries, int64 [].
+
+    `packed` is the kernels' own form of the codebook: the definition leaves it alone.
+    """
     used_N = codes_N >= 0
     counts_K = torch.bincount(codes_N[used_N], minlength=embed_KD.shape[0]).double()  # else 1 - g turns float32
     sums_KD = torch.zeros_like(embed_KD, dtype=torch.float64)
@@ -47,11 +53,15 @@ def ema_update(
     embed_KD.copy_(torch.where(sizes_K1 > 0, embed_ema_KD / sizes_K1, embed_KD))
 
     rows = restart_rows(used_N.nonzero()[:, 0], seed)
-    restarted_R = (cluster_size_ema_K < restart_threshold).nonzero()[:, 0]
+    mean = total / embed_KD.shape[0]
+    threshold = (restart_fraction * mean).clamp(min=restart_threshold)
+    restarted_R = (cluster_size_ema_K.double() < threshold).nonzero()[:, 0]
     restarted_R = restarted_R if rows.numel() else restarted_R[:0]
     chosen_R = rows[torch.arange(restarted_R.numel(), device=rows.device) % max(1, rows.numel())]
-    embed_KD[restarted_R] = embed_ema_KD[restarted_R] = vectors_ND[chosen_R].to(embed_KD.dtype)
-    cluster_size_ema_K[restarted_R] = 1
+    count = mean.to(cluster_size_ema_K.dtype) if restart_count == 0 else mean.new_tensor(restart_count)
+    cluster_size_ema_K[restarted_R] = count.to(cluster_size_ema_K.dtype)
+    embed_KD[restarted_R] = vectors_ND[chosen_R].to(embed_KD.dtype)
+    embed_ema_KD[restarted_R] = (vectors_ND[chosen_R].double() * count).to(embed_ema_KD.dtype)
     return (torch.tensor(restarted_R.numel(), device=embed_KD.device),)
 
 
@@ -85,6 +95,8 @@ class Case:
     ignored: float = 0.0  # share of codes that are -1
     decay: float = 0.99
     seed: int = 0
+    restart_fraction: float = 0.0
+    restart_count: float = 1.0
 
 
 EDGE = (
@@ -94,6 +106,8 @@ EDGE = (
     Case(100, 9, 12, torch.bfloat16, used=0.4, ignored=0.3, seed=2**40 + 5),
     Case(64, 24, 16, torch.float16, restart_threshold=0.0, decay=0.5),
     Case(12, 8, 6, ignored=1.0),
+    Case(90, 8, 30, used=0.5, restart_threshold=0.0, restart_fraction=0.8, restart_count=0.0),
+    Case(90, 8, 30, used=0.5, restart_fraction=0.1, restart_count=2.5),
     Case(300, 16, 40, used=0.5, seed=7),
 )
 MODEL = (Case(4096, 256, 4096), Case(16384, 3584, 16384, torch.bfloat16), Case(6000, 5120, 8192, torch.bfloat16))
@@ -114,6 +128,8 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         "codes": codes.to(device),
         "decay": case.decay,
         "restart_threshold": case.restart_threshold,
+        "restart_fraction": case.restart_fraction,
+        "restart_count": case.restart_count,
         "seed": case.seed,
     }
 
@@ -143,5 +159,7 @@ REFUSALS = (
     Refusal("seed must be in [-2^63, 2^63), got 9223372036854775808", lambda a: {"seed": 2**63}),
     Refusal("decay must be in [0, 1], got 1.5", lambda a: {"decay": 1.5}),
     Refusal("eps must be at least 0, got -1.0", lambda a: {"eps": -1.0}),
+    Refusal("restart_fraction must be at least 0, got -0.5", lambda a: {"restart_fraction": -0.5}),
+    Refusal("restart_count must be at least 0, got -1.0", lambda a: {"restart_count": -1.0}),
     Refusal("backend must be one of auto, ", lambda a: {"backend": "gpu"}),
 )

@@ -24,9 +24,17 @@ _SCORES = 1 << 20  # float64 scores held at a time: 8 MB
 
 
 def rvq_encode(
-    x_TD: Tensor, codebooks: list[Tensor], mask_T: Tensor | None, residual_dtype: torch.dtype
+    x_TD: Tensor,
+    codebooks: list[Tensor],
+    packed: list[Tensor],
+    gram: Tensor | None,
+    mask_T: Tensor | None,
+    residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """quantized [T, D], residual [T, D], losses [L] and codes [T, L]; see the public function for their meaning."""
+    """quantized [T, D], residual [T, D], losses [L] and codes [T, L]; see the public function for their meaning.
+
+    `packed` and `gram` only make kernels faster: the definition does not look at them.
+    """
     kept_T1 = torch.ones_like(x_TD[:, :1], dtype=torch.bool) if mask_T is None else mask_T[:, None]
     # Zero, with the gradient of x: carries the straight-through and the commitment gradients.
     wanted = x_TD.requires_grad and torch.is_grad_enabled()

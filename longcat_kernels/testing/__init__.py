@@ -42,10 +42,8 @@ class Call:
         return list(torch.autograd.grad(results, leaves, [_ramp(result) for result in results]))
 
     def _written(self, arguments: tuple[Any, ...]) -> list[Tensor]:
-        schema = self.overload._schema.arguments
-        return [
-            a for a, s in zip(arguments, schema, strict=False) if s.alias_info is not None and s.alias_info.is_write
-        ]
+        pairs = zip(arguments, self.overload._schema.arguments, strict=False)
+        return [a for a, s in pairs if a is not None and s.alias_info is not None and s.alias_info.is_write]
 
 
 def record(op: Op, arguments: dict[str, Any]) -> Call:

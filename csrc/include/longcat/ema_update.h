@@ -15,7 +15,7 @@ struct EmaUpdate {
     DType dtype;
     int64_t row_stride;
     const int64_t* codes;  // [rows], below `entries`; negative: left out
-    double decay, eps, restart_threshold;
+    double decay, eps, restart_threshold, restart_fraction, restart_count;
     int64_t seed;
     int threads;
 
