@@ -25,7 +25,7 @@ enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 #define LC_BOTH __host__ __device__ __forceinline__
 #define LC_DEVICE __device__ __forceinline__
 #define LC_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
-#define LC_PARAMS const __grid_constant__
+#define LC_PARAMS(Type) const __grid_constant__ Type
 #define LC_SHARED __shared__
 #define LC_UNROLL _Pragma("unroll")
 
@@ -61,7 +61,7 @@ LC_DEVICE float value_of_half(u16 bits) {
 #define LC_BOTH inline
 #define LC_DEVICE inline
 #define LC_KERNEL(threads) extern "C" void
-#define LC_PARAMS const
+#define LC_PARAMS(Type) const Type&
 #define LC_SHARED static
 #define LC_UNROLL
 

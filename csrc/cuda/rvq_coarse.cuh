@@ -34,15 +34,13 @@ LC_DEVICE void store_rows(Nearest (&state)[2], const RvqCoarse& p, i64 first, in
     }
 }
 
-constexpr u32 kPlainThreads = 256, kPlainRows = 128;
-
 }  // namespace longcat::cuda
 
 // A warp takes sixteen rows, spread over its lanes as tensor cores spread them.
-LC_KERNEL(longcat::cuda::kPlainThreads) rvq_coarse_plain(LC_PARAMS longcat::cuda::RvqCoarse p) {
+LC_KERNEL(longcat::cuda::kPlainThreads) rvq_coarse_plain(LC_PARAMS(longcat::cuda::RvqCoarse) p) {
     using namespace longcat::cuda;
     const Schedule::Unit unit = p.schedule.unit(int(block_index()));
-    const i64 first = i64(unit.row_block) * kPlainRows + thread_index() / kWarp * 16 + lane_index() / 4;
+    const i64 first = i64(unit.row_block) * kTileRows + thread_index() / kWarp * 16 + lane_index() / 4;
     Nearest state[2];
     RowBound row[2];
     start_rows(state, row, p.rows, first);

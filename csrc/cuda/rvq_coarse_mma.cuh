@@ -9,12 +9,6 @@
 
 namespace longcat::cuda {
 
-// For the launcher too.
-constexpr u32 kMmaThreads = 256, kMmaStages = 3, kMmaLists = 2;
-constexpr int kMmaWords = 128;
-constexpr u32 kMmaOperandBytes = kTileRows * kTileDepth * 2;  // of rows, and of as many words
-constexpr u32 kMmaSharedBytes = 1024 + kMmaStages * 2 * kMmaOperandBytes;
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
 // Sixteen bytes to shared memory; zeros where `exists` is false.
@@ -79,7 +73,7 @@ LC_DEVICE void multiply_stage(float (&sums)[2][32], u32 stage, u32 first_row, u3
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
 
-LC_KERNEL(longcat::cuda::kMmaThreads) rvq_coarse_mma(LC_PARAMS longcat::cuda::RvqCoarse p) {
+LC_KERNEL(longcat::cuda::kMmaThreads) rvq_coarse_mma(LC_PARAMS(longcat::cuda::RvqCoarse) p) {
     using namespace longcat::cuda;
     extern __shared__ u8 dynamic[];
     const u32 memory = (u32(__cvta_generic_to_shared(dynamic)) + 1023) & ~1023u;

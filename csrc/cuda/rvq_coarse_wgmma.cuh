@@ -15,12 +15,6 @@
 
 namespace longcat::cuda {
 
-// For the launcher too.
-constexpr u32 kWgmmaThreads = 384, kWgmmaStages = 4, kWgmmaCluster = 2;
-constexpr u32 kWgmmaRowBytes = kTileRows * kTileDepth * 2, kWgmmaWordBytes = kTileWords * kTileDepth * 2;
-constexpr u32 kWgmmaStageBytes = kWgmmaRowBytes + kWgmmaWordBytes;
-constexpr u32 kWgmmaSharedBytes = 1024 + kWgmmaStages * (kWgmmaStageBytes + 16);
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 struct Stages {
@@ -209,7 +203,7 @@ LC_DEVICE void consume(const RvqCoarse& p, const Walk& walk, const Stages& stage
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 extern "C" __global__ void __cluster_dims__(longcat::cuda::kWgmmaCluster, 1, 1)
-    __launch_bounds__(longcat::cuda::kWgmmaThreads, 1) rvq_coarse_wgmma(LC_PARAMS longcat::cuda::RvqCoarse p) {
+    __launch_bounds__(longcat::cuda::kWgmmaThreads, 1) rvq_coarse_wgmma(LC_PARAMS(longcat::cuda::RvqCoarse) p) {
     using namespace longcat::cuda;
     extern __shared__ u8 dynamic[];
     const u32 start = (u32(__cvta_generic_to_shared(dynamic)) + 1023) & ~1023u;

@@ -13,8 +13,6 @@
 
 namespace longcat::cuda {
 
-constexpr u32 kRowThreads = 128;
-
 // Centres, scales and rounds row `t` of rows.residual for a codebook, and bounds what that costs; a block a row. Every
 // thread has written the elements it reads here.
 LC_DEVICE void prepare_row(const Rows& rows, const Codebook& next, i64 t) {
@@ -119,7 +117,7 @@ LC_DEVICE int nearest_entry(const RvqFinish& p, i64 t) {
 }  // namespace longcat::cuda
 
 // Rounds x into the residual and prepares it for the first level.
-LC_KERNEL(longcat::cuda::kRowThreads) rvq_prepare(LC_PARAMS longcat::cuda::RvqPrepare p) {
+LC_KERNEL(longcat::cuda::kRowThreads) rvq_prepare(LC_PARAMS(longcat::cuda::RvqPrepare) p) {
     using namespace longcat::cuda;
     const i64 t = block_index();
     const bool masked = p.mask != nullptr && !p.mask[t];
@@ -132,7 +130,7 @@ LC_KERNEL(longcat::cuda::kRowThreads) rvq_prepare(LC_PARAMS longcat::cuda::RvqPr
 }
 
 // Exact scores, code, residual, the row of the next level.
-LC_KERNEL(longcat::cuda::kRowThreads) rvq_finish(LC_PARAMS longcat::cuda::RvqFinish p) {
+LC_KERNEL(longcat::cuda::kRowThreads) rvq_finish(LC_PARAMS(longcat::cuda::RvqFinish) p) {
     using namespace longcat::cuda;
     LC_SHARED double slots[kRowThreads / kWarp];
     const i64 t = block_index();
@@ -157,7 +155,7 @@ LC_KERNEL(longcat::cuda::kRowThreads) rvq_finish(LC_PARAMS longcat::cuda::RvqFin
 }
 
 // Mean squares over the rows that are not masked; a block a level.
-LC_KERNEL(longcat::cuda::kRowThreads) rvq_losses(LC_PARAMS longcat::cuda::RvqLosses p) {
+LC_KERNEL(longcat::cuda::kRowThreads) rvq_losses(LC_PARAMS(longcat::cuda::RvqLosses) p) {
     using namespace longcat::cuda;
     LC_SHARED double slots[kRowThreads / kWarp];
     const i64 level = block_index();

@@ -5,8 +5,6 @@
 
 namespace longcat::cuda {
 
-constexpr u32 kGatherThreads = 256;
-
 // The codeword a code names, or null: a code out of range adds nothing, as a negative one.
 LC_DEVICE const float* named_word(const LevelWords& book, i64 code) {
     return code >= 0 && code < book.entries ? book.words + code * book.stride : nullptr;
@@ -14,7 +12,7 @@ LC_DEVICE const float* named_word(const LevelWords& book, i64 code) {
 
 }  // namespace longcat::cuda
 
-LC_KERNEL(longcat::cuda::kGatherThreads) rvq_gather(LC_PARAMS longcat::cuda::RvqGather p) {
+LC_KERNEL(longcat::cuda::kGatherThreads) rvq_gather(LC_PARAMS(longcat::cuda::RvqGather) p) {
     using namespace longcat::cuda;
     const i64 t = block_index();
     const i64* codes = p.codes + t * p.row_stride;
@@ -28,7 +26,7 @@ LC_KERNEL(longcat::cuda::kGatherThreads) rvq_gather(LC_PARAMS longcat::cuda::Rvq
     store(p.out, p.type, t * p.dim + d, sum);
 }
 
-LC_KERNEL(longcat::cuda::kGatherThreads) rvq_backward(LC_PARAMS longcat::cuda::RvqBackward p) {
+LC_KERNEL(longcat::cuda::kGatherThreads) rvq_backward(LC_PARAMS(longcat::cuda::RvqBackward) p) {
     using namespace longcat::cuda;
     const i64 t = block_index();
     const int d = int(block_index_y() * kGatherThreads + thread_index());

@@ -6,12 +6,12 @@
 
 namespace longcat::cuda {
 
-constexpr int kPackThreads = 128, kPackWarps = kPackThreads / int(kWarp);
+constexpr int kPackWarps = int(kPackThreads / kWarp);
 
 }  // namespace longcat::cuda
 
 // Norms in the order of the definition, a warp a codeword; the greatest element.
-LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_norm(LC_PARAMS longcat::cuda::RvqPack p) {
+LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_norm(LC_PARAMS(longcat::cuda::RvqPack) p) {
     using namespace longcat::cuda;
     const Codebook& book = p.book;
     const int k = int(block_index()) * kPackWarps + int(thread_index() / kWarp);
@@ -29,10 +29,10 @@ LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_norm(LC_PARAMS longcat::cuda::Rv
 }
 
 // Sums of the usable codewords of one chunk; a thread a column. Column `dim` counts them.
-LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_sum(LC_PARAMS longcat::cuda::RvqPack p) {
+LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_sum(LC_PARAMS(longcat::cuda::RvqPack) p) {
     using namespace longcat::cuda;
     const Codebook& book = p.book;
-    const int d = int(block_index()) * kPackThreads + int(thread_index()), chunk = int(block_index_y());
+    const int d = int(block_index()) * int(kPackThreads) + int(thread_index()), chunk = int(block_index_y());
     if (d > book.dim) return;
     const int first = int(i64(chunk) * book.entries / p.chunks), end = int(i64(chunk + 1) * book.entries / p.chunks);
     double sum = 0;
@@ -41,10 +41,10 @@ LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_sum(LC_PARAMS longcat::cuda::Rvq
     p.sums[i64(chunk) * (book.dim + 1) + d] = sum;
 }
 
-LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_centre(LC_PARAMS longcat::cuda::RvqPack p) {
+LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_centre(LC_PARAMS(longcat::cuda::RvqPack) p) {
     using namespace longcat::cuda;
     const Codebook& book = p.book;
-    const int d = int(block_index()) * kPackThreads + int(thread_index());
+    const int d = int(block_index()) * int(kPackThreads) + int(thread_index());
     if (d >= book.dim) return;
     double sum = 0, count = 0;
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
@@ -58,7 +58,7 @@ LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_centre(LC_PARAMS longcat::cuda::
 }
 
 // Words and what bounds their rounding, a warp a codeword.
-LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_words(LC_PARAMS longcat::cuda::RvqPack p) {
+LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_words(LC_PARAMS(longcat::cuda::RvqPack) p) {
     using namespace longcat::cuda;
     const Codebook& book = p.book;
     const int k = int(block_index()) * kPackWarps + int(thread_index() / kWarp);

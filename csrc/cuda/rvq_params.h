@@ -6,6 +6,19 @@
 
 namespace longcat::cuda {
 
+// Threads of a block, and what a block of the two tensor-core screens needs.
+constexpr u32 kRowThreads = 128, kPackThreads = 128, kGatherThreads = 256, kPlainThreads = 256;
+
+constexpr u32 kMmaThreads = 256, kMmaStages = 3, kMmaLists = 2;
+constexpr int kMmaWords = 128;
+constexpr u32 kMmaOperandBytes = kTileRows * kTileDepth * 2;  // of rows, and of as many words
+constexpr u32 kMmaSharedBytes = 1024 + kMmaStages * 2 * kMmaOperandBytes;
+
+constexpr u32 kWgmmaThreads = 384, kWgmmaStages = 4, kWgmmaCluster = 2;
+constexpr u32 kWgmmaRowBytes = kTileRows * kTileDepth * 2, kWgmmaWordBytes = kTileWords * kTileDepth * 2;
+constexpr u32 kWgmmaStageBytes = kWgmmaRowBytes + kWgmmaWordBytes;
+constexpr u32 kWgmmaSharedBytes = 1024 + kWgmmaStages * (kWgmmaStageBytes + 16);
+
 // A tensor map of the copy engine, as the driver encodes it.
 struct alignas(64) TensorMap {
     u64 opaque[16];
