@@ -33,6 +33,7 @@ LC_DEVICE u32 thread_index() { return threadIdx.x; }
 LC_DEVICE u32 block_index() { return blockIdx.x; }
 LC_DEVICE u32 block_index_y() { return blockIdx.y; }
 LC_DEVICE void sync_block() { __syncthreads(); }
+LC_DEVICE void sync_warp() { __syncwarp(); }
 LC_DEVICE u32 shuffle_xor(u32 value, u32 mask) { return __shfl_xor_sync(kAllLanes, value, mask); }
 LC_DEVICE u32 shuffle_from(u32 value, u32 lane) { return __shfl_sync(kAllLanes, value, lane); }
 LC_DEVICE u32 ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
@@ -69,6 +70,7 @@ u32 thread_index();
 u32 block_index();
 u32 block_index_y();
 void sync_block();
+void sync_warp();
 u32 shuffle_xor(u32 value, u32 mask);
 u32 shuffle_from(u32 value, u32 lane);
 u32 ballot(bool vote);

@@ -160,3 +160,47 @@ def rvq_encode_backward(
     strides = (0, 0) if grad_TD is None else grad_TD.stride()
     call("emulate_rvq_encode_backward", ctypes.byref(a), grad_TD, dtype, *strides, scales_L, out_TD)
     return out_TD
+
+
+def rvq_decode(codes_TL: Tensor, codebooks: list[Tensor]) -> Tensor:
+    keep: list[Any] = []
+    a = _encode_arguments(codebooks[0].new_empty(codes_TL.shape[0], codebooks[0].shape[1]), codebooks, DTYPES[0], keep)
+    a.codes, (a.row_stride, a.column_stride) = codes_TL.data_ptr(), codes_TL.stride()
+    out_TD = torch.full((codes_TL.shape[0], codebooks[0].shape[1]), torch.nan)
+    call("emulate_rvq_decode", ctypes.byref(a), out_TD)
+    return out_TD
+
+
+def rvq_decode_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> list[Tensor]:
+    out = [torch.full((k, grad_TD.shape[1]), torch.nan, dtype=grad_TD.dtype) for k in entries]
+    call(
+        "emulate_rvq_decode_backward",
+        grad_TD,
+        DTYPES.index(grad_TD.dtype),
+        *grad_TD.shape,
+        *grad_TD.stride(),
+        codes_TL,
+        *codes_TL.stride(),
+        longs(entries),
+        len(entries),
+        addresses(out),
+    )
+    return out
+
+
+def ema_update(
+    embed_KD: Tensor,
+    embed_ema_KD: Tensor,
+    cluster_size_ema_K: Tensor,
+    packed: Tensor | None,
+    vectors_ND: Tensor,
+    codes_N: Tensor,
+    *rule: Any,
+) -> Tensor:
+    """As the schema, in place."""
+    restarted, dtype = torch.full((), -1), DTYPES.index(vectors_ND.dtype)
+    sizes = (*vectors_ND.shape, embed_KD.shape[0], dtype, *vectors_ND.stride())
+    tensors = (embed_KD, embed_ema_KD, cluster_size_ema_K, packed, vectors_ND, codes_N)
+    *floats, seed = rule
+    call("emulate_ema_update", *tensors, *map(float, floats), seed, *sizes, restarted)
+    return restarted

@@ -154,6 +154,7 @@ u32 thread_index() { return block.current; }
 u32 block_index() { return block.x; }
 u32 block_index_y() { return block.y; }
 void sync_block() { wait(block.barrier); }
+void sync_warp() { exchange(0, 0); }
 u32 shuffle_xor(u32 value, u32 mask) { return exchange(value, block.current ^ mask); }
 u32 shuffle_from(u32 value, u32 lane) { return exchange(value, lane); }
 

@@ -1,7 +1,12 @@
 // The launchers and the plain kernels on the emulated device, for ctypes. Every function gives null, or what went wrong.
+#include <algorithm>
 #include <exception>
 
+#include "cuda/ema_update.cuh"
+#include "cuda/ema_update_launch.h"
 #include "cuda/half_layout.h"
+#include "cuda/rvq_decode.cuh"
+#include "cuda/rvq_decode_launch.h"
 #include "cuda/rvq_encode.cuh"
 #include "cuda/rvq_encode_launch.h"
 #include "emulation.h"
@@ -18,7 +23,18 @@ const std::map<std::string, Kernel> kKernels = {
     LC_KERNEL_OF(rvq_prepare, RvqPrepare),      LC_KERNEL_OF(rvq_coarse_plain, RvqCoarse),
     LC_KERNEL_OF(rvq_finish, RvqFinish),        LC_KERNEL_OF(rvq_losses, RvqLosses),
     LC_KERNEL_OF(rvq_gather, RvqGather),        LC_KERNEL_OF(rvq_backward, RvqBackward),
+    LC_KERNEL_OF(sort_count, SortPass),         LC_KERNEL_OF(sort_scan, SortPass),
+    LC_KERNEL_OF(sort_scatter, SortPass),       LC_KERNEL_OF(segment_sum, SegmentSum),
+    LC_KERNEL_OF(ema_counts, EmaKernel),        LC_KERNEL_OF(ema_totals, EmaKernel),
+    LC_KERNEL_OF(ema_entries, EmaKernel),       LC_KERNEL_OF(ema_restarted, EmaKernel),
 };
+
+// A workspace of as many bytes as `run` asks for when given none, filled with 0xff; then `run` with it.
+template <class Run>
+void with_workspace(Run&& run) {
+    std::vector<char> memory(size_t(run(nullptr)) + 256, char(0xff));
+    run(reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256));
+}
 
 template <class Body>
 const char* guarded(Body&& body) {
@@ -62,18 +78,14 @@ const char* emulate_rvq_encode(const EncodeArguments* a) {
             if (a->packed != nullptr) packed.push_back(a->packed[level]);
         }
         EmulatedQueue queue(kKernels, a->multiprocessors);
-        std::vector<char> memory(size_t(longcat::cuda::rvq_encode(queue, p, packed, nullptr)) + 256, char(0xff));
-        const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256;
-        longcat::cuda::rvq_encode(queue, p, packed, reinterpret_cast<void*>(start));
+        with_workspace([&](void* memory) { return longcat::cuda::rvq_encode(queue, p, packed, memory); });
     });
 }
 
 const char* emulate_rvq_pack(const float* words, long stride, long entries, long dim, void* packed) {
     return guarded([&] {
         EmulatedQueue queue(kKernels, 4);
-        std::vector<char> memory(size_t(rvq_pack(queue, words, stride, entries, dim, nullptr, nullptr)) + 256);
-        const uintptr_t start = (reinterpret_cast<uintptr_t>(memory.data()) + 255) / 256 * 256;
-        rvq_pack(queue, words, stride, entries, dim, packed, reinterpret_cast<void*>(start));
+        with_workspace([&](void* memory) { return rvq_pack(queue, words, stride, entries, dim, packed, memory); });
     });
 }
 
@@ -88,6 +100,80 @@ const char* emulate_rvq_encode_backward(const EncodeArguments* a, const void* gr
         EmulatedQueue queue(kKernels, a->multiprocessors);
         rvq_encode_backward(queue, {&p, grad, DType(grad_dtype), grad_row_stride, grad_column_stride, scales, out});
     });
+}
+
+const char* emulate_rvq_decode(const EncodeArguments* a, float* out) {
+    return guarded([&] {
+        RvqDecode p = {a->rows, a->dim, a->levels, a->codes, a->row_stride, a->column_stride, {}, out};
+        for (long level = 0; level < a->levels; ++level)
+            p.books.push_back({a->words[level], a->entries[level], a->strides[level]});
+        EmulatedQueue queue(kKernels, a->multiprocessors);
+        rvq_decode(queue, p);
+    });
+}
+
+const char* emulate_rvq_decode_backward(const void* grad, long dtype, long rows, long dim, long row_stride,
+                                        long column_stride, const long* codes, long code_row_stride,
+                                        long code_level_stride, const long* entries, long levels, void* const* out) {
+    return guarded([&] {
+        const RvqDecodeBackward p = {rows,          dim,   grad,
+                                     DType(dtype),  row_stride, column_stride,
+                                     codes,         code_row_stride,
+                                     code_level_stride, {entries, entries + levels}, {out, out + levels}};
+        EmulatedQueue queue(kKernels, 4);
+        with_workspace([&](void* memory) { return rvq_decode_backward(queue, p, memory); });
+    });
+}
+
+const char* emulate_ema_update(float* embed, float* embed_ema, float* cluster_size_ema, void* packed,
+                               const void* vectors, const long* codes, double decay, double eps,
+                               double restart_threshold, double restart_fraction, double restart_count, long seed,
+                               long rows, long dim, long entries, long dtype, long row_stride, long column_stride,
+                               long* restarted) {
+    return guarded([&] {
+        longcat::EmaUpdate p{};
+        p.rows = rows, p.dim = dim, p.entries = entries, p.vectors = vectors, p.dtype = DType(dtype);
+        p.row_stride = row_stride, p.codes = codes, p.decay = decay, p.eps = eps, p.seed = seed;
+        p.restart_threshold = restart_threshold, p.restart_fraction = restart_fraction;
+        p.restart_count = restart_count, p.embed = embed, p.embed_ema = embed_ema;
+        p.cluster_size_ema = cluster_size_ema;
+        EmulatedQueue queue(kKernels, 4);
+        with_workspace([&](void* memory) {
+            return longcat::cuda::ema_update(queue, p, column_stride, packed, restarted, memory);
+        });
+    });
+}
+
+// For tests of tiles.h.
+long tile_offset(long row, long chunk) { return long(swizzled(u32(row), u32(chunk))); }
+
+unsigned long tile_descriptor(long address) { return wgmma_descriptor(u32(address)); }
+
+long accumulator_place(long group, long half, long i) { return accumulator_index(int(group), int(half), int(i)); }
+
+// row_block, part, first tile and end tile of each unit; the number of units.
+long schedule_units(long row_blocks, long parts, long word_tiles, long group, long* out) {
+    const Schedule schedule = {int(row_blocks), int(parts), int(word_tiles), int(group)};
+    for (int index = 0; out != nullptr && index < schedule.units(); ++index) {
+        const Schedule::Unit unit = schedule.unit(index);
+        const long values[4] = {unit.row_block, unit.part, unit.first_tile, unit.end_tile};
+        std::copy(values, values + 4, out + 4 * index);
+    }
+    return schedule.units();
+}
+
+long screen_parts(long multiprocessors, long major, long rows, long entries) {
+    return plan_screen({int(multiprocessors), int(major), 0}, rows, int(entries)).schedule.parts;
+}
+
+// Offsets of the sections of a packed codebook, then its size.
+void layout_offsets(long entries, long dim, long* out) {
+    char* const base = reinterpret_cast<char*>(4096);
+    int64_t bytes = 0;
+    const Codebook book = codebook_at(nullptr, 0, entries, dim, base, &bytes);
+    const void* sections[] = {book.halves, book.norm, book.half, book.length, book.error, book.centre, book.exponent};
+    for (const void* section : sections) *out++ = long(static_cast<const char*>(section) - base);
+    *out = long(bytes);
 }
 
 }  // extern "C"
