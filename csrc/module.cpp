@@ -1,6 +1,10 @@
 // longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
+#include "bindings/cuda.h"
 #include "bindings/ema_update.h"
+#include "bindings/ema_update_cuda.h"
+#include "bindings/rvq_decode_cuda.h"
 #include "bindings/rvq_encode.h"
+#include "bindings/rvq_encode_cuda.h"
 #include "longcat/isa.h"
 
 namespace {
@@ -30,4 +34,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info);
     longcat::bind_rvq_encode(m);
     longcat::bind_ema_update(m);
+    longcat::bind_cuda(m);
+    longcat::bind_rvq_encode_cuda(m);
+    longcat::bind_rvq_decode_cuda(m);
+    longcat::bind_ema_update_cuda(m);
 }

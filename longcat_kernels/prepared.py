@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_kernels import cuda
+
 
 class PreparedCodebook:
     """A codebook [K, D] float32 and its packed form: centred, rounded, with norms and error bounds.
@@ -59,6 +61,8 @@ class PreparedCodebook:
 
     def _pack(self) -> None:
         """Fills `packed`, and `gram` where it is wanted, in the layout of the codewords' device."""
+        if self.words.device.type == "cuda":
+            self.packed = cuda.packed(self.words.detach())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the codewords alone."""

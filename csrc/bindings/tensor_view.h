@@ -19,7 +19,8 @@ struct TensorView {
     void* data = nullptr;
     std::vector<int64_t> shape, strides;  // strides in elements
     DType dtype = DType::other;
-    std::string device;  // "cpu", "cuda"
+    std::string device;                 // "cpu", "cuda"
+    std::string wanted_device = "cpu";  // where the callee needs it
 
     bool is_contiguous() const {
         int64_t expected = 1;
@@ -49,8 +50,14 @@ struct TensorView {
 
   private:
     void require(const char* name, bool condition, const char* rule) const {
-        LC_CHECK(condition && device == "cpu", std::string(name) + " must be on the CPU and " + rule);
+        LC_CHECK(condition && device == wanted_device,
+                 std::string(name) + " must be on the " + (wanted_device == "cpu" ? "CPU" : "GPU") + " and " + rule);
     }
+};
+
+// A tensor whose elements are a CUDA device's.
+struct CudaTensorView : TensorView {
+    int device_index = 0;
 };
 
 // More threads than this help nobody and cost memory each; results do not depend on the number.
@@ -90,6 +97,21 @@ struct type_caster<longcat::TensorView> {
         value.strides = source.attr("stride")().cast<std::vector<int64_t>>();
         value.dtype = longcat::dtype_named(str(source.attr("dtype")));
         value.device = str(source.attr("device").attr("type"));
+        return true;
+    }
+};
+
+template <>
+struct type_caster<longcat::CudaTensorView> {
+    PYBIND11_TYPE_CASTER(longcat::CudaTensorView, const_name("torch.Tensor"));
+
+    bool load(handle source, bool convert) {
+        type_caster<longcat::TensorView> view;
+        if (!view.load(source, convert)) return false;
+        static_cast<longcat::TensorView&>(value) = static_cast<longcat::TensorView&>(view);
+        value.wanted_device = "cuda";
+        const object index = source.attr("device").attr("index");
+        value.device_index = index.is_none() ? 0 : index.cast<int>();
         return true;
     }
 };

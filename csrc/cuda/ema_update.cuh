@@ -5,7 +5,7 @@
 // rows are put in the order in which restarting entries take them, if any does.
 #pragma once
 
-#include "cuda/ema_update_params.h"
+#include "cuda/ema_update_params.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/rvq_pack.cuh"
 #include "cuda/segments.cuh"

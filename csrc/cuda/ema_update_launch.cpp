@@ -1,6 +1,6 @@
 #include "cuda/ema_update_launch.h"
 
-#include "cuda/ema_update_params.h"
+#include "cuda/ema_update_params.cuh"
 #include "cuda/half_layout.h"
 #include "cuda/sort_launch.h"
 

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/rvq_params.h"
+#include "cuda/rvq_params.cuh"
 #include "longcat/check.h"
 
 namespace longcat::cuda {

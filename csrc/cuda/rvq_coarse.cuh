@@ -1,7 +1,7 @@
 // The screen of rvq_encode without tensor cores, for any processor; and the epilogue that the three versions share.
 #pragma once
 
-#include "cuda/rvq_params.h"
+#include "cuda/rvq_params.cuh"
 
 namespace longcat::cuda {
 

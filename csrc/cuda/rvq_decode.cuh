@@ -1,7 +1,7 @@
 // RVQ decode on a device, and its gradient: rows sorted by code, then a block an entry.
 #pragma once
 
-#include "cuda/rvq_decode_params.h"
+#include "cuda/rvq_decode_params.cuh"
 #include "cuda/rvq_gather.cuh"
 #include "cuda/segments.cuh"
 

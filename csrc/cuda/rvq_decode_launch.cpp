@@ -1,6 +1,6 @@
 #include "cuda/rvq_decode_launch.h"
 
-#include "cuda/rvq_decode_params.h"
+#include "cuda/rvq_decode_params.cuh"
 #include "cuda/sort_launch.h"
 
 namespace longcat::cuda {

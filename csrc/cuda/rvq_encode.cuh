@@ -55,7 +55,6 @@ LC_DEVICE void mark_row(const Rows& rows, i64 t, bool masked) {
     if (thread_index() == 0) rows.kinds[t] = masked ? kMasked : bad != 0 ? kNotFinite : kOrdinary;
 }
 
-// The least score among the codewords [first, end), by its score and index; a block, each warp every fourth of them.
 struct Scored {
     double score;
     int entry;
@@ -65,25 +64,17 @@ LC_DEVICE void take_lower(Scored& best, double score, int entry) {
     if (score < best.score || (score == best.score && entry < best.entry)) best = {score, entry};
 }
 
-LC_DEVICE double exact_score(const Codebook& book, const float* row, int k) {
-    return book.norm[k] - 2 * tree_dot(row, book.words + k * book.stride, book.dim);
-}
-
-LC_DEVICE void scan_part(Scored& best, const RvqFinish& p, const float* row, int part) {
-    const int first = p.schedule.first_tile(part) * kTileWords, end = p.schedule.first_tile(part + 1) * kTileWords;
-    const int stop = end < p.book.entries ? end : p.book.entries;
-    for (int k = first + int(thread_index() / kWarp); k < stop; k += int(kRowThreads / kWarp))
-        take_lower(best, exact_score(p.book, row, k), k);
-}
-
-// Scores this warp's share of the candidates of a list, or of its whole part where a candidate fell out.
+// Scores this warp's share of a list: of the candidates, or, where one fell out, of all codewords of the list's part.
 LC_DEVICE void score_list(Scored& best, const RvqFinish& p, const float* row, const Nearest& list, float bound,
                           int part, int& turn) {
-    if (list.low[Nearest::kKept] <= bound) return scan_part(best, p, row, part);
-    LC_UNROLL for (int i = 0; i < Nearest::kKept; ++i) {
-        if (!(list.low[i] <= bound)) continue;
-        if (turn++ % int(kRowThreads / kWarp) == int(thread_index() / kWarp))
-            take_lower(best, exact_score(p.book, row, list.entry[i]), list.entry[i]);
+    const bool lost = list.low[Nearest::kKept] <= bound;
+    const int first = p.schedule.first_tile(part) * kTileWords, end = p.schedule.first_tile(part + 1) * kTileWords;
+    const int count = lost ? (end < p.book.entries ? end : p.book.entries) - first : Nearest::kKept;
+    for (int i = 0; i < count; ++i) {
+        if (!lost && !(list.low[i] <= bound)) break;  // they are in order
+        if (turn++ % int(kRowThreads / kWarp) != int(thread_index() / kWarp)) continue;
+        const int k = lost ? first + i : list.entry[i];
+        take_lower(best, p.book.norm[k] - 2 * tree_dot(row, p.book.words + k * p.book.stride, p.book.dim), k);
     }
 }
 

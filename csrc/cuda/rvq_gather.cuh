@@ -1,7 +1,7 @@
 // Sums of codewords, and the gradient through the residuals: a thread an element.
 #pragma once
 
-#include "cuda/rvq_params.h"
+#include "cuda/rvq_params.cuh"
 
 namespace longcat::cuda {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/reduce.cuh"
-#include "cuda/rvq_params.h"
+#include "cuda/rvq_params.cuh"
 
 namespace longcat::cuda {
 

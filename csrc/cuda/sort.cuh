@@ -5,7 +5,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/sort_params.h"
+#include "cuda/sort_params.cuh"
 
 namespace longcat::cuda {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "cuda/queue.h"
-#include "cuda/sort_params.h"
+#include "cuda/sort_params.cuh"
 
 namespace longcat::cuda {
 

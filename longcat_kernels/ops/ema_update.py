@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import cuda, native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import DTYPES
@@ -177,14 +177,22 @@ _op = register(
 
 
 def _why_not_cpu(*inputs: Any) -> str | None:
+    if inputs[0].device.type != "cpu":
+        return f"takes tensors on the CPU, got {inputs[0].device}"
+    return _why_not_strides(*inputs) or native.why_not()
+
+
+def _why_not_cuda(*inputs: Any) -> str | None:
+    return _why_not_strides(*inputs) or cuda.why_not("ema_update", inputs[0])
+
+
+def _why_not_strides(*inputs: Any) -> str | None:
     embed_KD, embed_ema_KD, cluster_size_ema_K, _packed, vectors_ND = inputs[:5]
-    if embed_KD.device.type != "cpu":
-        return f"takes tensors on the CPU, got {embed_KD.device}"
     if not all(tensor.is_contiguous() for tensor in (embed_KD, embed_ema_KD, cluster_size_ema_K)):
         return "needs a contiguous codebook and statistics"
     if vectors_ND.stride(1) != 1:
         return "needs vectors whose rows have adjacent elements"
-    return native.why_not()
+    return None
 
 
 def _cpu(*arguments: Any) -> None:
@@ -192,7 +200,14 @@ def _cpu(*arguments: Any) -> None:
     native.module().ema_update(*tensors, codes_N.contiguous(), *arguments[6:], threads=torch.get_num_threads())
 
 
+def _cuda(*arguments: Any) -> None:
+    *tensors, codes_N = arguments[:6]
+    context, allocate = cuda.context("ema_update", codes_N.device), cuda.allocator(codes_N.device)
+    native.module().ema_update_cuda(*context, allocate, *tensors, codes_N.contiguous(), *arguments[6:])
+
+
 IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda, _why_not_cuda),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.ema_update),
 }

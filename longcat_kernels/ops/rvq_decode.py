@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_kernels import cuda, native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
-from longcat_kernels.ops.rvq_encode import Codebook, check_codebook, level_codebooks, words_of
+from longcat_kernels.ops.rvq_encode import DTYPES, MOST_LEVELS, Codebook, check_codebook, level_codebooks, words_of
 from longcat_kernels.prepared import PreparedCodebook
 from longcat_kernels.reference import rvq_decode as spec
 from longcat_kernels.spec import Op
@@ -96,6 +97,10 @@ def _allocate_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) ->
 
 def _run_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> list[Tensor]:
     grads = _allocate_backward(grad_TD, codes_TL, entries)
+    if cuda.why_not("rvq_decode", grad_TD) is None and grad_TD.dtype in DTYPES:
+        context, allocate = cuda.context("rvq_decode", grad_TD.device), cuda.allocator(grad_TD.device)
+        native.module().rvq_decode_backward_cuda(*context, allocate, grad_TD, codes_TL, grads)
+        return grads
     for codes_T, grad_KD in zip(codes_TL.unbind(1), grads, strict=True):
         kept_T = codes_T >= 0
         grad_KD.zero_().index_put_((codes_T[kept_T],), grad_TD[kept_T], accumulate=True)
@@ -113,7 +118,21 @@ _op = register(
     backward=_backward,
 )
 
+
+def _why_not_cuda(codes_TL: Tensor, codebooks: list[Tensor]) -> str | None:
+    if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
+        return "needs codebooks whose rows have adjacent elements"
+    if len(codebooks) > MOST_LEVELS:
+        return f"takes at most {MOST_LEVELS} levels"
+    return cuda.why_not("rvq_decode", codes_TL)
+
+
+def _cuda(codes_TL: Tensor, codebooks: list[Tensor], out_TD: Tensor) -> None:
+    native.module().rvq_decode_cuda(*cuda.context("rvq_decode", codes_TL.device), codes_TL, codebooks, out_TD)
+
+
 IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda, _why_not_cuda),
     "reference": reference(spec.rvq_decode),
 }
 OP = Op("rvq_decode", rvq_decode, IMPLS, spec)

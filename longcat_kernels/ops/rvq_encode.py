@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import cuda, native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.prepared import PreparedCodebook
@@ -20,6 +20,7 @@ from longcat_kernels.reference import rvq_encode as spec
 from longcat_kernels.spec import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_LEVELS, MOST_COLUMNS = 32, 65536  # of the CUDA kernels
 Codebook: TypeAlias = Tensor | PreparedCodebook
 
 
@@ -228,6 +229,11 @@ def _run_backward(
     """Walks the residuals again from x and the codes, so that forward keeps nothing of size T x L x D."""
     out_TD = _allocate_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, residual_dtype)
     kept_T1 = codes_TL[:, :1] >= 0
+    if _why_not_cuda(x_TD, codebooks) is None:
+        scale_L = None if grad_L is None else 2 * grad_L / (kept_T1.sum() * x_TD.shape[1]).clamp(min=1)
+        arguments = (grad_TD, scale_L, x_TD, codes_TL, codebooks, residual_dtype, out_TD)
+        native.module().rvq_encode_backward_cuda(*cuda.context("rvq_encode", x_TD.device), *arguments)
+        return out_TD
     total_TD = torch.zeros_like(x_TD, dtype=torch.float32) if grad_TD is None else grad_TD.float()
     if grad_L is not None:
         scale_L = 2 * grad_L / (kept_T1.sum() * x_TD.shape[1]).clamp(min=1)
@@ -255,6 +261,27 @@ _op = register(
 )
 
 
+def _why_not_cuda(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
+    if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
+        return "needs codebooks whose rows have adjacent elements"
+    if len(codebooks) > MOST_LEVELS or x_TD.shape[1] > MOST_COLUMNS:
+        return f"takes at most {MOST_LEVELS} levels and {MOST_COLUMNS} columns"
+    return cuda.why_not("rvq_encode", x_TD)
+
+
+def _cuda(
+    x_TD: Tensor,
+    codebooks: list[Tensor],
+    packed: list[Tensor],
+    gram: Tensor | None,
+    mask_T: Tensor | None,
+    *rest: Any,
+) -> None:
+    mask_T = None if mask_T is None else mask_T.contiguous()
+    context, allocate = cuda.context("rvq_encode", x_TD.device), cuda.allocator(x_TD.device)
+    native.module().rvq_encode_cuda(*context, allocate, x_TD, codebooks, packed, mask_T, *rest)
+
+
 def _why_not_cpu(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
     if x_TD.device.type != "cpu":
         return f"takes tensors on the CPU, got {x_TD.device}"
@@ -276,6 +303,7 @@ def _cpu(
 
 
 IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda, _why_not_cuda),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_encode),
 }

@@ -144,7 +144,7 @@ const char* emulate_ema_update(float* embed, float* embed_ema, float* cluster_si
     });
 }
 
-// For tests of tiles.h.
+// For tests of tiles.cuh.
 long tile_offset(long row, long chunk) { return long(swizzled(u32(row), u32(chunk))); }
 
 unsigned long tile_descriptor(long address) { return wgmma_descriptor(u32(address)); }

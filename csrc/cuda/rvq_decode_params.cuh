@@ -1,8 +1,8 @@
 // What the kernels of rvq_decode are given.
 #pragma once
 
-#include "cuda/rvq_params.h"
-#include "cuda/sort_params.h"
+#include "cuda/rvq_params.cuh"
+#include "cuda/sort_params.cuh"
 
 namespace longcat::cuda {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/rvq_window.cuh"
-#include "cuda/tiles.h"
+#include "cuda/tiles.cuh"
 
 namespace longcat::cuda {
 

@@ -21,7 +21,7 @@ struct Schedule {
 
     LC_BOTH int units() const { return row_blocks * parts; }
 
-    LC_BOTH int first_tile(int part) const { return int(i64(part) * word_tiles / parts); }
+    LC_BOTH int first_tile(int part) const { return part * word_tiles / parts; }
 
     LC_BOTH Unit unit(int index) const {
         const int before = index / (group * parts) * group;  // row blocks of the groups before

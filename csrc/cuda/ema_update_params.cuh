@@ -1,7 +1,7 @@
 // What the kernels of ema_update are given.
 #pragma once
 
-#include "cuda/sort_params.h"
+#include "cuda/sort_params.cuh"
 
 namespace longcat::cuda {
 
