@@ -127,7 +127,9 @@ def test_every_op_is_public_and_listed() -> None:
 
 def test_one_environment_name_is_read() -> None:
     """Besides where caches stand, which is not ours to name."""
-    readers = [file for file in sorted(KERNELS.rglob("*.py")) if "environ" in file.read_text() or "getenv" in file.read_text()]
+    readers = [
+        file for file in sorted(KERNELS.rglob("*.py")) if "environ" in file.read_text() or "getenv" in file.read_text()
+    ]
     assert readers == [KERNELS / "backends.py", KERNELS / "jit.py"]
 
 

@@ -116,8 +116,7 @@ void* Module::kernel(const Launch& launch) {
     return function = found;
 }
 
-DriverQueue::DriverQueue(Module& module, uintptr_t stream)
-    : module_(module), stream_(reinterpret_cast<void*>(stream)) {
+DriverQueue::DriverQueue(Module& module, uintptr_t stream) : module_(module), stream_(reinterpret_cast<void*>(stream)) {
     check(driver().cuCtxPushCurrent_v2(module_.context_), module_.op_ + ": cuCtxPushCurrent");
 }
 

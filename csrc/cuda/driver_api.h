@@ -8,8 +8,8 @@
 namespace longcat::cuda::api {
 
 constexpr int kMultiprocessors = 16, kMajor = 75, kMinor = 76;  // CUdevice_attribute
-constexpr int kMaxDynamicShared = 8;                             // CUfunction_attribute
-constexpr unsigned kCooperative = 2, kClusterDimension = 4;      // CUlaunchAttributeID
+constexpr int kMaxDynamicShared = 8;                            // CUfunction_attribute
+constexpr unsigned kCooperative = 2, kClusterDimension = 4;     // CUlaunchAttributeID
 constexpr int kTensorFloat16 = 6, kInterleaveNone = 0, kSwizzle128 = 3, kPromotion256 = 3, kFillZero = 0;
 
 struct LaunchAttribute {

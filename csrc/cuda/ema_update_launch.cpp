@@ -32,7 +32,8 @@ int64_t ema_update(Queue& queue, const longcat::EmaUpdate& p, int64_t column_str
     const SortScratch by_code(arena, p.rows), by_turn(arena, p.rows);
     const PackScratch pack_scratch(arena, packed == nullptr ? 0 : p.entries, p.dim);
     EmaKernel k = kernel_params(p, column_stride, restarted);
-    k.starts = arena.take<i64>(p.entries + 1), k.turns = arena.take<int>(p.entries), k.totals = arena.take<EmaTotals>(1);
+    k.starts = arena.take<i64>(p.entries + 1), k.turns = arena.take<int>(p.entries),
+    k.totals = arena.take<EmaTotals>(1);
     if (workspace == nullptr) return arena.used();
 
     k.sorted = sort_by_code(queue, reinterpret_cast<const i64*>(p.codes), 1, p.rows, int(p.entries), by_code);

@@ -34,7 +34,8 @@ struct PackScratch {
     int* largest;
     int chunks;
 
-    PackScratch(Arena& arena, int64_t entries, int64_t dim) : chunks(int(entries < 128 * 64 ? (entries + 63) / 64 : 128)) {
+    PackScratch(Arena& arena, int64_t entries, int64_t dim)
+        : chunks(int(entries < 128 * 64 ? (entries + 63) / 64 : 128)) {
         sums = arena.take<double>(chunks * (dim + 1));
         largest = arena.take<int>(1);
     }

@@ -1,5 +1,5 @@
-// What a launcher needs of a device: kernels by name, in the order of a stream. The driver is one such queue, the tests'
-// emulation another.
+// What a launcher needs of a device: kernels by name, in the order of a stream. The driver is one such queue, the
+// tests' emulation another.
 #pragma once
 
 #include <cstddef>

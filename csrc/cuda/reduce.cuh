@@ -40,14 +40,14 @@ LC_DEVICE float block_max(float value, float* slots) {
     return largest;
 }
 
-// Sum of a_d b_d over one warp, in every lane, to the last bit as reference/rvq_encode.py defines it: products, exact in
-// double, zero-padded to a power of two (here at least 256, as zeros change nothing); the second half is added to the
-// first until one is left.
+// Sum of a_d b_d over one warp, in every lane, to the last bit as reference/rvq_encode.py defines it: products, exact
+// in double, zero-padded to a power of two (here at least 256, as zeros change nothing); the second half is added to
+// the first until one is left.
 //
 // Lane i holds the terms d = i + 32 j. Halving keeps terms of one residue modulo 32 together until 32 are left, which
-// the shuffles fold. Within a lane the tree T(n terms, first, stride) = T(n/2, first, 2 stride) + T(n/2, first + stride,
-// 2 stride), ending at stride n, is walked depth first: leaves of eight terms come in bit-reversed order, and partial
-// sums wait on a stack, one place a depth, as the digits of a binary counter.
+// the shuffles fold. Within a lane the tree T(n terms, first, stride) = T(n/2, first, 2 stride) + T(n/2, first +
+// stride, 2 stride), ending at stride n, is walked depth first: leaves of eight terms come in bit-reversed order, and
+// partial sums wait on a stack, one place a depth, as the digits of a binary counter.
 LC_DEVICE double tree_dot(const float* a, const float* b, int dim) {
     constexpr int kDepth = 8, kLeaf = 8;  // rows of up to 32 * 8 * 2^8 = 65536 terms
     int leaves = 1, depth = 0;

@@ -49,10 +49,9 @@ LC_KERNEL(longcat::cuda::kPlainThreads) rvq_coarse_plain(LC_PARAMS(longcat::cuda
         const int column = base + int(lane_index() % 4) * 2;
         for (int d = 0; d < p.rows.columns; ++d) {
             float a[2];
-            LC_UNROLL for (int i = 0; i < 2; ++i)
-                a[i] = first + 8 * i < p.rows.count
-                           ? value_of_half(p.rows.halves[(first + 8 * i) * p.rows.columns + d])
-                           : 0.0f;
+            LC_UNROLL for (int i = 0; i < 2; ++i) a[i] =
+                first + 8 * i < p.rows.count ? value_of_half(p.rows.halves[(first + 8 * i) * p.rows.columns + d])
+                                             : 0.0f;
             LC_UNROLL for (int i = 0; i < 8; ++i) {
                 const int k = column + (i >> 1) * 8 + (i & 1);
                 const float b = value_of_half(p.book.halves[i64(k) * p.book.columns + d]);

@@ -1,8 +1,8 @@
 // The screen of rvq_encode on tensor cores since Ampere: mma.sync, operands by cp.async and ldmatrix.
 //
-// A block takes 128 rows and sweeps one part of the codebook, 128 codewords at a time; its eight warps stand four by two
-// and have 32 rows x 64 codewords each. The two warps of the same rows write a list each. Steps of 64 elements of depth
-// flow through three stages of shared memory without a stop at the end of a tile.
+// A block takes 128 rows and sweeps one part of the codebook, 128 codewords at a time; its eight warps stand four by
+// two and have 32 rows x 64 codewords each. The two warps of the same rows write a list each. Steps of 64 elements of
+// depth flow through three stages of shared memory without a stop at the end of a tile.
 #pragma once
 
 #include "cuda/rvq_coarse.cuh"
@@ -61,9 +61,8 @@ LC_DEVICE void multiply_stage(float (&sums)[2][32], u32 stage, u32 first_row, u3
         LC_UNROLL for (u32 n = 0; n < 4; ++n)
             load_matrices(words[n], stage + kMmaOperandBytes +
                                         swizzled(first_word + n * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
-        LC_UNROLL for (u32 m = 0; m < 2; ++m)
-            LC_UNROLL for (u32 n = 0; n < 8; ++n)
-                mma(&sums[m][n * 4], rows[m], words[n / 2][n % 2 * 2], words[n / 2][n % 2 * 2 + 1]);
+        LC_UNROLL for (u32 m = 0; m < 2; ++m) LC_UNROLL for (u32 n = 0; n < 8; ++n)
+            mma(&sums[m][n * 4], rows[m], words[n / 2][n % 2 * 2], words[n / 2][n % 2 * 2 + 1]);
     }
 }
 
@@ -99,24 +98,21 @@ LC_KERNEL(longcat::cuda::kMmaThreads) rvq_coarse_mma(LC_PARAMS(longcat::cuda::Rv
         const int ahead = step + int(kMmaStages) - 1;
         if (ahead < steps) fill_stage(p, memory + next * 2 * kMmaOperandBytes, block_row, MmaStep(unit, depths, ahead));
         asm volatile("cp.async.commit_group;" ::: "memory");
-        if (step % depths == 0)
-            LC_UNROLL for (int i = 0; i < 64; ++i) sums[i / 32][i % 32] = 0;
+        if (step % depths == 0) LC_UNROLL for (int i = 0; i < 64; ++i) sums[i / 32][i % 32] = 0;
         multiply_stage(sums, memory + stage * 2 * kMmaOperandBytes, warp_row, warp_word);
         stage = stage + 1 == kMmaStages ? 0 : stage + 1;
         next = next + 1 == kMmaStages ? 0 : next + 1;
         if (step % depths != depths - 1) continue;
         const int word = MmaStep(unit, depths, step).word + int(warp_word) + int(lane_index() % 4) * 2;
-        LC_UNROLL for (int m = 0; m < 2; ++m)
-            LC_UNROLL for (int group = 0; group < 2; ++group) {
-                float product[2][8];
-                LC_UNROLL for (int i = 0; i < 16; ++i)
-                    product[i / 8][i % 8] = sums[m][accumulator_index(group, i / 8, i % 8)];
-                consider_group(state[m], row[m], product, p.book, word + group * 32);
-            }
+        LC_UNROLL for (int m = 0; m < 2; ++m) LC_UNROLL for (int group = 0; group < 2; ++group) {
+            float product[2][8];
+            LC_UNROLL for (int i = 0; i < 16; ++i) product[i / 8][i % 8] =
+                sums[m][accumulator_index(group, i / 8, i % 8)];
+            consider_group(state[m], row[m], product, p.book, word + group * 32);
+        }
     }
-    LC_UNROLL for (int m = 0; m < 2; ++m)
-        store_rows(state[m], p, block_row + warp_row + m * 16 + lane_index() / 4,
-                   unit.part * int(kMmaLists) + int(thread_index() / kWarp / 4));
+    LC_UNROLL for (int m = 0; m < 2; ++m) store_rows(state[m], p, block_row + warp_row + m * 16 + lane_index() / 4,
+                                                     unit.part * int(kMmaLists) + int(thread_index() / kWarp / 4));
 }
 
 #endif

@@ -186,10 +186,9 @@ LC_DEVICE void consume(const RvqCoarse& p, const Walk& walk, const Stages& stage
             multiply_tile(sums, stages, ring, walk.depths, warpgroup);
             LC_UNROLL for (int group = 0; group < kTileWords / 32; ++group) {
                 float product[2][8];
-                LC_UNROLL for (int i = 0; i < 16; ++i)
-                    product[i / 8][i % 8] = sums[accumulator_index(group, i / 8, i % 8)];
-                consider_group(state, row, product, p.book,
-                               tile * kTileWords + group * 32 + int(lane_index() % 4) * 2);
+                LC_UNROLL for (int i = 0; i < 16; ++i) product[i / 8][i % 8] =
+                    sums[accumulator_index(group, i / 8, i % 8)];
+                consider_group(state, row, product, p.book, tile * kTileWords + group * 32 + int(lane_index() % 4) * 2);
             }
         }
         store_rows(state, p, first, unit.part);

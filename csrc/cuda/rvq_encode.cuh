@@ -1,7 +1,8 @@
 // RVQ encode on a device: csrc/include/longcat/rvq_encode.h defines it, rvq_window.cuh says how it is fast.
 //
-// A level is two launches: rvq_coarse_* screens all rows against the codebook by a float16 product, whose epilogue keeps
-// the candidates; rvq_finish scores these exactly, takes the codeword off and prepares the rows for the next level.
+// A level is two launches: rvq_coarse_* screens all rows against the codebook by a float16 product, whose epilogue
+// keeps the candidates; rvq_finish scores these exactly, takes the codeword off and prepares the rows for the next
+// level.
 #pragma once
 
 #include "cuda/reduce.cuh"
@@ -41,8 +42,8 @@ LC_DEVICE void prepare_row(const Rows& rows, const Codebook& next, i64 t) {
     rounded2 = block_sum<kRowThreads>(rounded2, slots), error2 = block_sum<kRowThreads>(error2, slots);
     row2 = block_sum<kRowThreads>(row2, slots), centre2 = block_sum<kRowThreads>(centre2, slots);
     if (thread_index() != 0) return;
-    rows.bounds[t] = ordinary ? row_bound(rounded2, error2, row2, centre2, rows.dim, exponent, *next.exponent)
-                              : no_bound();
+    rows.bounds[t] =
+        ordinary ? row_bound(rounded2, error2, row2, centre2, rows.dim, exponent, *next.exponent) : no_bound();
 }
 
 // Marks whether row `t` has NaN or infinity; a masked row stays one. All threads of the block.
@@ -91,8 +92,7 @@ LC_DEVICE int nearest_entry(const RvqFinish& p, i64 t) {
     for (int list = 0; list < lists; ++list) {
         const Nearest& known = p.nearest[list * p.rows.count + t];
         lost |= known.low[Nearest::kKept] <= bound;
-        LC_UNROLL for (int i = 0; i < Nearest::kKept; ++i)
-            if (known.low[i] <= bound) ++near, only = known.entry[i];
+        LC_UNROLL for (int i = 0; i < Nearest::kKept; ++i) if (known.low[i] <= bound)++ near, only = known.entry[i];
     }
     if (near <= 1 && !lost) return only;  // the same in all threads
     Scored best = {double_infinity(), 0x7fffffff};

@@ -73,8 +73,8 @@ void finish_level(Queue& queue, const longcat::RvqEncode& p, const Workspace& wo
 }
 
 void prepare(Queue& queue, const longcat::RvqEncode& p, const Workspace& work, const Codebook& book) {
-    const RvqPrepare prepare = {work.rows,     book,           p.x,   type_of(p.dtype), type_of(p.residual_dtype),
-                                p.row_stride, p.column_stride, p.mask};
+    const RvqPrepare prepare = {work.rows,       book,  p.x, type_of(p.dtype), type_of(p.residual_dtype), p.row_stride,
+                                p.column_stride, p.mask};
     queue.run({"rvq_prepare", blocks_of(p.rows, 1), 1, kRowThreads}, prepare);
 }
 
@@ -119,7 +119,8 @@ ScreenPlan plan_screen(const Device& device, int64_t rows, int entries) {
     const Schedule schedule = {row_blocks, best_parts(row_blocks, tiles, workers, fewest), tiles, 4096 / block_rows};
     const unsigned units = unsigned(schedule.units());
     if (hopper)
-        return {"rvq_coarse_wgmma", 1,
+        return {"rvq_coarse_wgmma",
+                1,
                 {"rvq_coarse_wgmma", kWgmmaCluster * std::min(units, unsigned(workers)), 1, kWgmmaThreads,
                  kWgmmaSharedBytes},
                 schedule};

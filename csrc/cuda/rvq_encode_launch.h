@@ -18,8 +18,8 @@ struct ScreenPlan {
 
 ScreenPlan plan_screen(const Device& device, int64_t rows, int entries);
 
-// `packed`: each level's packed codebook, or empty; what is missing is packed in the workspace. Gives the bytes that the
-// workspace must have; with a null workspace that is all it does.
+// `packed`: each level's packed codebook, or empty; what is missing is packed in the workspace. Gives the bytes that
+// the workspace must have; with a null workspace that is all it does.
 int64_t rvq_encode(Queue& queue, const longcat::RvqEncode& p, const std::vector<void*>& packed, void* workspace);
 
 // Fills one packed codebook; as above.

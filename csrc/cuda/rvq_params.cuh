@@ -19,8 +19,8 @@ constexpr u32 kWgmmaRowBytes = kTileRows * kTileDepth * 2, kWgmmaWordBytes = kTi
 constexpr u32 kWgmmaStageBytes = kWgmmaRowBytes + kWgmmaWordBytes;
 constexpr u32 kWgmmaSharedBytes = 1024 + kWgmmaStages * (kWgmmaStageBytes + 16);
 
-// A tensor map of the copy engine, as the driver encodes it.
-struct alignas(64) TensorMap {
+// A tensor map of the copy engine, as the driver encodes it; aligned as its header has it, twice what PTX asks for.
+struct alignas(128) TensorMap {
     u64 opaque[16];
 };
 
@@ -51,9 +51,9 @@ struct Rows {
 
 struct RvqPack {
     Codebook book;
-    int chunks;       // of rows whose partial sums are kept apart
-    double* sums;     // [chunks, dim + 1]: of the usable codewords; their number
-    int* largest;     // [1]: bits of the greatest |element| of a usable codeword
+    int chunks;    // of rows whose partial sums are kept apart
+    double* sums;  // [chunks, dim + 1]: of the usable codewords; their number
+    int* largest;  // [1]: bits of the greatest |element| of a usable codeword
 };
 
 struct RvqPrepare {
@@ -115,10 +115,10 @@ struct RvqGather {
 struct RvqBackward {
     i64 rows;
     int dim, levels, type, residual_type, grad_type;
-    const void *x, *grad;        // [rows, dim]; grad may be null
+    const void *x, *grad;  // [rows, dim]; grad may be null
     i64 row_stride, column_stride, grad_row_stride, grad_column_stride;
-    const i64* codes;            // [rows, levels]
-    const float* scales;         // [levels], 2 grad_losses / count, or null
+    const i64* codes;     // [rows, levels]
+    const float* scales;  // [levels], 2 grad_losses / count, or null
     LevelWords books[kMostLevels];
     void* out;
 };

@@ -6,7 +6,8 @@
 //     s_k = |d_k|^2 / 2 - rho.d_k.
 //
 // The tensor cores give p_k, near rho^.d^_k, where rho^ and d^ are rho and d scaled by powers of two and rounded to
-// float16; a_k = |d_k|^2 / 2 - p_k is what s_k is judged by. Then |S_k / 2 - a_k| (up to the common constant) is at most
+// float16; a_k = |d_k|^2 / 2 - p_k is what s_k is judged by. Then |S_k / 2 - a_k| (up to the common constant) is at
+// most
 //
 //     E_k = |rho - rho^| |d_k|                    rounding of the row
 //         + |rho^| |d_k - d^_k|                   rounding of the codeword
@@ -36,8 +37,9 @@ struct alignas(16) RowBound {
     float scale, on_length, on_error, slack;
 };
 
-// What one sweep over codewords knows of a row: the least upper bound, the four least lower bounds with their codewords,
-// and the least lower bound left out. Some codeword that may be nearest is missing if that one is not above `bound`.
+// What one sweep over codewords knows of a row: the least upper bound, the four least lower bounds with their
+// codewords, and the least lower bound left out. Some codeword that may be nearest is missing if that one is not above
+// `bound`.
 struct Nearest {
     static constexpr int kKept = 4;
     float bound;
@@ -130,8 +132,7 @@ LC_DEVICE void merge_quad(Nearest& state) {
         Nearest other;
         other.bound = shuffle_xor(state.bound, mask);
         LC_UNROLL for (int i = 0; i <= Nearest::kKept; ++i) other.low[i] = shuffle_xor(state.low[i], mask);
-        LC_UNROLL for (int i = 0; i < Nearest::kKept; ++i)
-            other.entry[i] = int(shuffle_xor(u32(state.entry[i]), mask));
+        LC_UNROLL for (int i = 0; i < Nearest::kKept; ++i) other.entry[i] = int(shuffle_xor(u32(state.entry[i]), mask));
         merge(state, other);
     }
 }

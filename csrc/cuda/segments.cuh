@@ -7,7 +7,8 @@ namespace longcat::cuda {
 
 constexpr int kSegmentColumns = 4;  // of a thread, kSegmentThreads apart
 
-// Adds rows order[first, end) of a matrix to this thread's columns; the loads of the columns do not wait for each other.
+// Adds rows order[first, end) of a matrix to this thread's columns; the loads of the columns do not wait for each
+// other.
 LC_DEVICE void add_rows(double (&sums)[kSegmentColumns], const void* rows, int type, i64 row_stride, i64 column_stride,
                         const int* order, i64 first, i64 end, int column, int dim) {
     for (i64 place = first; place < end; ++place) {

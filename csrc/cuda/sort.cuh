@@ -1,4 +1,5 @@
-// Stable sorting of row numbers by radix, eight bits a pass: where a row goes depends only on the rows, never on timing.
+// Stable sorting of row numbers by radix, eight bits a pass: where a row goes depends only on the rows, never on
+// timing.
 //
 // A pass is three launches: sort_count, sort_scan, sort_scatter. A block has 2048 rows, each of its eight warps 256 of
 // them in turn: 32 at a time, ranked among themselves by ballots.

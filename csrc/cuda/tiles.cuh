@@ -70,6 +70,8 @@ struct Ring {
 
 // Of the accumulator of an m64nNk16 or m16n8k16 product, what element `i` of a thread's group `g` of eight of one row
 // stands for: row 8 `half` + lane / 4 of the warp's sixteen, column 32 g + 8 (i / 2) + 2 (lane % 4) + i % 2.
-LC_BOTH constexpr int accumulator_index(int group, int half, int i) { return (group * 4 + i / 2) * 4 + half * 2 + i % 2; }
+LC_BOTH constexpr int accumulator_index(int group, int half, int i) {
+    return (group * 4 + i / 2) * 4 + half * 2 + i % 2;
+}
 
 }  // namespace longcat::cuda

@@ -24,8 +24,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def library_file(*flags: str) -> Path:
     """The shared object, built where the sources have changed."""
     sources = [*sorted((ROOT / "tests/cuda").glob("*.cpp")), *sorted((ROOT / "csrc/cuda").glob("*_launch.cpp"))]
-    read = [*sources, *(ROOT / "tests/cuda").glob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "csrc").rglob("*.h")]
-    text = b"".join(str(file).encode() + file.read_bytes() for file in sorted(read)) + " ".join(flags).encode()
+    headers = [*(ROOT / "tests/cuda").glob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "csrc").rglob("*.h")]
+    text = b"".join(file.read_bytes() for file in [*sources, *sorted(headers)]) + " ".join(flags).encode()
     target = ROOT / "build" / "emulated" / f"{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -204,3 +204,10 @@ def ema_update(
     *floats, seed = rule
     call("emulate_ema_update", *tensors, *map(float, floats), seed, *sizes, restarted)
     return restarted
+
+
+def runtime(name: str) -> str | None:
+    """A library of the compiler's, by its full path."""
+    run = subprocess.run([compiler() or "c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    found = run.stdout.strip()
+    return found if os.path.isabs(found) else None

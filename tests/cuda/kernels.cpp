@@ -1,4 +1,5 @@
-// The launchers and the plain kernels on the emulated device, for ctypes. Every function gives null, or what went wrong.
+// The launchers and the plain kernels on the emulated device, for ctypes. Every function gives null, or what went
+// wrong.
 #include <algorithm>
 #include <exception>
 
@@ -18,15 +19,15 @@ using namespace longcat::cuda;
 
 #define LC_KERNEL_OF(name, Params) {#name, [](const void* p) { name(*static_cast<const Params*>(p)); }}
 const std::map<std::string, Kernel> kKernels = {
-    LC_KERNEL_OF(rvq_pack_norm, RvqPack),       LC_KERNEL_OF(rvq_pack_sum, RvqPack),
-    LC_KERNEL_OF(rvq_pack_centre, RvqPack),     LC_KERNEL_OF(rvq_pack_words, RvqPack),
-    LC_KERNEL_OF(rvq_prepare, RvqPrepare),      LC_KERNEL_OF(rvq_coarse_plain, RvqCoarse),
-    LC_KERNEL_OF(rvq_finish, RvqFinish),        LC_KERNEL_OF(rvq_losses, RvqLosses),
-    LC_KERNEL_OF(rvq_gather, RvqGather),        LC_KERNEL_OF(rvq_backward, RvqBackward),
-    LC_KERNEL_OF(sort_count, SortPass),         LC_KERNEL_OF(sort_scan, SortPass),
-    LC_KERNEL_OF(sort_scatter, SortPass),       LC_KERNEL_OF(segment_sum, SegmentSum),
-    LC_KERNEL_OF(ema_counts, EmaKernel),        LC_KERNEL_OF(ema_totals, EmaKernel),
-    LC_KERNEL_OF(ema_entries, EmaKernel),       LC_KERNEL_OF(ema_restarted, EmaKernel),
+    LC_KERNEL_OF(rvq_pack_norm, RvqPack),   LC_KERNEL_OF(rvq_pack_sum, RvqPack),
+    LC_KERNEL_OF(rvq_pack_centre, RvqPack), LC_KERNEL_OF(rvq_pack_words, RvqPack),
+    LC_KERNEL_OF(rvq_prepare, RvqPrepare),  LC_KERNEL_OF(rvq_coarse_plain, RvqCoarse),
+    LC_KERNEL_OF(rvq_finish, RvqFinish),    LC_KERNEL_OF(rvq_losses, RvqLosses),
+    LC_KERNEL_OF(rvq_gather, RvqGather),    LC_KERNEL_OF(rvq_backward, RvqBackward),
+    LC_KERNEL_OF(sort_count, SortPass),     LC_KERNEL_OF(sort_scan, SortPass),
+    LC_KERNEL_OF(sort_scatter, SortPass),   LC_KERNEL_OF(segment_sum, SegmentSum),
+    LC_KERNEL_OF(ema_counts, EmaKernel),    LC_KERNEL_OF(ema_totals, EmaKernel),
+    LC_KERNEL_OF(ema_entries, EmaKernel),   LC_KERNEL_OF(ema_restarted, EmaKernel),
 };
 
 // A workspace of as many bytes as `run` asks for when given none, filled with 0xff; then `run` with it.
@@ -89,8 +90,8 @@ const char* emulate_rvq_pack(const float* words, long stride, long entries, long
     });
 }
 
-const char* emulate_rvq_encode_backward(const EncodeArguments* a, const void* grad, int grad_dtype, long grad_row_stride,
-                                        long grad_column_stride, const float* scales, void* out) {
+const char* emulate_rvq_encode_backward(const EncodeArguments* a, const void* grad, int grad_dtype,
+                                        long grad_row_stride, long grad_column_stride, const float* scales, void* out) {
     return guarded([&] {
         longcat::RvqEncode p{};
         p.rows = a->rows, p.dim = a->dim, p.x = a->x, p.dtype = DType(a->dtype), p.row_stride = a->row_stride;
@@ -116,10 +117,17 @@ const char* emulate_rvq_decode_backward(const void* grad, long dtype, long rows,
                                         long column_stride, const long* codes, long code_row_stride,
                                         long code_level_stride, const long* entries, long levels, void* const* out) {
     return guarded([&] {
-        const RvqDecodeBackward p = {rows,          dim,   grad,
-                                     DType(dtype),  row_stride, column_stride,
-                                     codes,         code_row_stride,
-                                     code_level_stride, {entries, entries + levels}, {out, out + levels}};
+        const RvqDecodeBackward p = {rows,
+                                     dim,
+                                     grad,
+                                     DType(dtype),
+                                     row_stride,
+                                     column_stride,
+                                     codes,
+                                     code_row_stride,
+                                     code_level_stride,
+                                     {entries, entries + levels},
+                                     {out, out + levels}};
         EmulatedQueue queue(kKernels, 4);
         with_workspace([&](void* memory) { return rvq_decode_backward(queue, p, memory); });
     });
