@@ -22,7 +22,7 @@ def encode_by(isa: str, x: Tensor, codebooks: list[Tensor], threads: int = 1) ->
     """quantized, residual, losses, codes of the compiled implementation with one instruction set."""
     rows, width, levels = *x.shape, len(codebooks)
     outputs = (torch.empty_like(x), torch.empty(rows, width), torch.empty(levels), torch.empty(rows, levels).long())
-    native.module().rvq_encode(x, codebooks, None, torch.float32, *outputs, threads=threads, isa=isa)
+    native.module().rvq_encode(x, codebooks, [], None, None, torch.float32, *outputs, threads=threads, isa=isa)
     return outputs
 
 

@@ -272,7 +272,7 @@ def _cpu(
     *rest: Any,
 ) -> None:
     mask_T = None if mask_T is None else mask_T.contiguous()
-    native.module().rvq_encode(x_TD, codebooks, mask_T, *rest, threads=torch.get_num_threads())
+    native.module().rvq_encode(x_TD, codebooks, packed, gram, mask_T, *rest, threads=torch.get_num_threads())
 
 
 IMPLS: dict[str, Impl] = {

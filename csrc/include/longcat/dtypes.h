@@ -8,7 +8,7 @@
 
 namespace longcat {
 
-enum class DType { float32, bfloat16, float16, int64, boolean, other };
+enum class DType { float32, bfloat16, float16, int64, boolean, uint8, other };
 
 // What `dispatch_float` takes: to be checked before a parallel region, out of which no exception may leave.
 inline bool is_float(DType dtype) {
