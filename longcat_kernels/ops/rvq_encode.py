@@ -190,7 +190,7 @@ def _run(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, _backend = inputs
+    x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, ctx.backend = inputs
     _quantized, residual_TD, _losses, codes_TL = output
     ctx.mark_non_differentiable(codes_TL, residual_TD)
     ctx.packed = len(_packed)
@@ -202,7 +202,7 @@ def _backward(
     ctx: Any, grad_TD: Tensor | None, _residual: None, grad_L: Tensor | None, _codes: None
 ) -> tuple[Any, ...]:
     x_TD, codes_TL, *codebooks = ctx.saved_tensors
-    grad_x_TD = _op_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, ctx.residual_dtype)
+    grad_x_TD = _op_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, ctx.residual_dtype, ctx.backend)
     return grad_x_TD, [None] * len(codebooks), [None] * ctx.packed, None, None, None, None
 
 
@@ -213,6 +213,7 @@ def _allocate_backward(
     codes_TL: Tensor,
     codebooks: list[Tensor],
     residual_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
 
@@ -224,23 +225,22 @@ def _run_backward(
     codes_TL: Tensor,
     codebooks: list[Tensor],
     residual_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     """Walks the residuals again from x and the codes, so that forward keeps nothing of size T x L x D."""
-    out_TD = _allocate_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, residual_dtype)
-    kept_T1 = codes_TL[:, :1] >= 0
-    total_TD = torch.zeros_like(x_TD, dtype=torch.float32) if grad_TD is None else grad_TD.float()
+    out_TD = _allocate_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, residual_dtype, backend)
+    scale_L = None
     if grad_L is not None:
-        scale_L = 2 * grad_L / (kept_T1.sum() * x_TD.shape[1]).clamp(min=1)
-        residual_TD = x_TD.to(residual_dtype).float()
-        for level, book_KD in enumerate(codebooks):
-            residual_TD = (residual_TD - book_KD[codes_TL[:, level].clamp(min=0)]).to(residual_dtype).float()
-            total_TD = total_TD + scale_L[level] * residual_TD
-    return out_TD.copy_(torch.where(kept_T1, total_TD, 0))
+        scale_L = 2 * grad_L / ((codes_TL[:, 0] >= 0).sum() * x_TD.shape[1]).clamp(min=1)
+    inputs = (grad_TD, scale_L, x_TD, codes_TL, codebooks, residual_dtype)
+    wanted = "torch" if backend == "reference" else "auto"
+    choose("rvq_encode_backward", BACKWARD_IMPLS, wanted, *inputs).run(*inputs, out_TD)
+    return out_TD
 
 
 _op_backward = register(
     "rvq_encode_backward(Tensor? grad_quantized, Tensor? grad_losses, Tensor x, Tensor codes, Tensor[] codebooks, "
-    "ScalarType residual_dtype) -> Tensor",
+    "ScalarType residual_dtype, str backend) -> Tensor",
     _run_backward,
     _allocate_backward,
 )
@@ -275,8 +275,44 @@ def _cpu(
     native.module().rvq_encode(x_TD, codebooks, mask_T, *rest, threads=torch.get_num_threads())
 
 
+def _why_not_cpu_backward(
+    grad_TD: Tensor | None, scale_L: Tensor | None, x_TD: Tensor, codes_TL: Tensor, codebooks: list[Tensor], *_: Any
+) -> str | None:
+    return _why_not_cpu(x_TD, codebooks)
+
+
+def _cpu_backward(
+    grad_TD: Tensor | None, scale_L: Tensor | None, x_TD: Tensor, codes_TL: Tensor, *rest: Any
+) -> None:
+    native.module().rvq_encode_backward(
+        grad_TD, scale_L, x_TD, codes_TL.contiguous(), *rest, threads=torch.get_num_threads()
+    )
+
+
+def _torch_backward(
+    grad_TD: Tensor | None,
+    scale_L: Tensor | None,
+    x_TD: Tensor,
+    codes_TL: Tensor,
+    codebooks: list[Tensor],
+    residual_dtype: torch.dtype,
+    out_TD: Tensor,
+) -> None:
+    total_TD = torch.zeros_like(x_TD, dtype=torch.float32) if grad_TD is None else grad_TD.float()
+    if scale_L is not None:
+        residual_TD = x_TD.to(residual_dtype).float()
+        for level, book_KD in enumerate(codebooks):
+            residual_TD = (residual_TD - book_KD[codes_TL[:, level].clamp(min=0)]).to(residual_dtype).float()
+            total_TD = total_TD + scale_L[level] * residual_TD
+    out_TD.copy_(torch.where(codes_TL[:, :1] >= 0, total_TD, 0))
+
+
 IMPLS: dict[str, Impl] = {
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_encode),
+}
+BACKWARD_IMPLS: dict[str, Impl] = {
+    "cpu": Impl(_cpu_backward, _why_not_cpu_backward),
+    "torch": Impl(_torch_backward, lambda *inputs: None),
 }
 OP = Op("rvq_encode", rvq_encode, IMPLS, spec)
