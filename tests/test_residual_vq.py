@@ -163,8 +163,8 @@ def test_decode_of_some_levels() -> None:
 @pytest.mark.parametrize(
     ("sizes", "dim", "shared", "message"),
     [
-        ([], 8, False, "sizes must be one or more numbers of at least 1, got []"),
-        ([4, 0], 8, False, "sizes must be one or more numbers of at least 1, got [4, 0]"),
+        ([], 8, False, "sizes must be 1 to 256 numbers of at least 1, got []"),
+        ([4, 0], 8, False, "sizes must be 1 to 256 numbers of at least 1, got [4, 0]"),
         ([4, 5], 8, True, "sizes must be equal with a shared codebook, got [4, 5]"),
         ([4], 0, False, "dim must be at least 1, got 0"),
     ],
