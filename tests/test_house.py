@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "testing": {"spec"},
     "ops": {"backends", "library", "native", "prepared", "reference", "spec"},
     "modules": {"ops", "prepared", "reference"},  # the last for types of arguments
+    "integrations": {"modules", "ops"},
 }
 
 

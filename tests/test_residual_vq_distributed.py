@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longcat_kernels.integrations import vector_quantize_pytorch
 from longcat_kernels.modules import ResidualVQ, _codebook
+from longcat_kernels.modules._gather import Ranks
 
 COLLECTIVES = [
     name
@@ -33,6 +35,7 @@ class Case:
     steps: tuple[tuple[int, ...], ...]
     dtype: torch.dtype = torch.float32
     masked: bool = False
+    drop_in: bool = False  # the ResidualVQ of the integration
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -52,8 +55,12 @@ class Case:
         x, mask = self.batch(step)
         return x.split(self.steps[step])[rank], None if mask is None else mask.split(self.steps[step])[rank]
 
-    def module(self, sync: Any) -> ResidualVQ:
+    def module(self, sync: Any) -> Any:
         torch.manual_seed(0)
+        if self.drop_in:
+            module = vector_quantize_pytorch.ResidualVQ(dim=6, codebook_size=(16, 16, 16), **self.options)
+            module.ranks = Ranks(sync)
+            return module
         return ResidualVQ([16, 16, 16], 6, **{"decay": 0.8, "kmeans_steps": 3, **self.options}, sync=sync)
 
 
@@ -72,6 +79,15 @@ CASES = {
     "restarts by the mean count": Case(
         ((20, 7), (3, 30), (9, 9)),
         options={"restart_threshold": 0.0, "restart_fraction": 0.7, "restart_count": 0.0, "kmeans_init": False},
+    ),
+    "drop-in": Case(
+        ((40, 21), (15, 0), (9, 9)),
+        masked=True,
+        drop_in=True,
+        options={"kmeans_init": True, "threshold_ema_dead_code": 1, "quantize_dropout": True},
+    ),
+    "shared drop-in": Case(
+        ((20, 7), (0, 30)), drop_in=True, options={"shared_codebook": True, "threshold_ema_dead_code": 2}
     ),
 }
 
@@ -106,11 +122,15 @@ def counting(function: Any, called: Counter[str], name: str) -> Any:
     return counted
 
 
-def run_step(case: Case, module: ResidualVQ, step: int, rank: int, called: Counter[str]) -> dict[str, Any]:
+def run_step(case: Case, module: Any, step: int, rank: int, called: Counter[str]) -> dict[str, Any]:
     called.clear()
     x, mask = case.share(step, rank)
-    codes = module(x, mask).codes
+    codes = codes_of(module, x, mask)
     return {"collectives": called.total(), "codes": codes, "state": copy.deepcopy(module.state_dict())}
+
+
+def codes_of(module: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+    return module(x, mask).codes if isinstance(module, ResidualVQ) else module(x, mask)[1]
 
 
 def refusal(rank: int, pair: Any, other_dtype: bool, other_step: bool) -> str:
@@ -141,7 +161,7 @@ def test_every_rank_has_the_bits_of_one_process(
     monkeypatch.setattr(_codebook, "ema_update", lambda *a, **k: restarted.append(int(update(*a, **k))))
     single = case.module(True)
     for step in range(len(case.steps)):
-        codes = single(*case.batch(step)).codes.split(case.steps[step])
+        codes = codes_of(single, *case.batch(step)).split(case.steps[step])
         if step == 0:
             restarted.clear()  # those of k-means
         for rank in range(case.ranks):
