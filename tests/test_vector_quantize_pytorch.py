@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import inspect
 from typing import Any
@@ -262,10 +261,3 @@ def test_refuses_an_option_nobody_has() -> None:
 def test_refuses_arguments_it_does_not_have(name: str) -> None:
     with pytest.raises(ValueError, match=f"ResidualVQ: {name} must be None, got a tensor"):
         ResidualVQ(**LAYOUTS["plain"])(torch.randn(1, 2, 8), **{name: torch.zeros(1)})
-
-
-def test_the_original_is_not_imported() -> None:
-    tree = ast.parse(inspect.getsource(drop_in))
-    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    assert not any(str(module).startswith("vector_quantize_pytorch") for module in modules)
