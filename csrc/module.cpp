@@ -1,6 +1,8 @@
 // longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
 #include "bindings/ema_update.h"
+#include "bindings/rvq_decode.h"
 #include "bindings/rvq_encode.h"
+#include "bindings/rvq_encode_backward.h"
 #include "longcat/isa.h"
 
 namespace {
@@ -29,5 +31,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled implementations of longcat_kernels.";
     m.def("build_info", &build_info);
     longcat::bind_rvq_encode(m);
+    longcat::bind_rvq_encode_backward(m);
+    longcat::bind_rvq_decode(m);
     longcat::bind_ema_update(m);
 }
