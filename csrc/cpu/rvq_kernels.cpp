@@ -8,6 +8,9 @@
 #include "longcat/dtypes.h"
 
 #if LC_X86
+// GCC 12 takes the undefined operands inside its own intrinsics for mistakes.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
 
@@ -18,8 +21,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kUnit = 0x1p-24;
 constexpr float kTiny = 0x1p-126f;  // elements below are taken as zero, as products may
 
-// Rounded up: not below `value`, which double arithmetic gave.
-float up(double value) { return std::nextafter(float(value * (1 + 0x1p-40)), kInfinity); }
+// Not below `value`, which double arithmetic gave, and not above it by more than 5 u.
+float up(double value) { return float(value + std::fabs(value) * 0x1p-22 + 0x1p-126); }
 
 // g of rvq_kernels.h for `dim` products and the start.
 double accumulation(int64_t dim) {
@@ -52,7 +55,7 @@ void describe_word(const PackedCodebook& packed, int64_t k, double whole, double
                          double(packed.dim) * 0x1p-120 + 0x1p-46 * packed.norm[k];
     const bool usable = std::isfinite(packed.norm[k]);
     packed.slack[k] = usable ? up(slack) : 0.0f;
-    packed.start[k] = usable ? std::nextafter(float(slack - 0.5 * whole), kInfinity) : -kInfinity;
+    packed.start[k] = usable ? up(slack - 0.5 * whole) : -kInfinity;
     packed.length[k] = usable ? up(length) : 0.0f;
     packed.error[k] = usable ? up(std::sqrt(lost * grown) + kUnit * length + tiny) : 0.0f;
 }
@@ -131,6 +134,7 @@ struct Lanes {
         return (uint32_t(met[0]) & 1) | (uint32_t(met[1]) & 2) | (uint32_t(met[2]) & 4) | (uint32_t(met[3]) & 8);
     }
     float largest() const { return std::max(std::max(v[0], v[1]), std::max(v[2], v[3])); }
+    float total() const { return (v[0] + v[2]) + (v[1] + v[3]); }
     void store(float* p) const { *reinterpret_cast<Vector*>(p) = v; }
 };
 constexpr int kTileRows = 6, kStep = 1;
@@ -171,6 +175,11 @@ struct Lanes {
         const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
     }
+    float total() const {
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
     void store(float* p) const { _mm256_storeu_ps(p, v); }
 };
 constexpr int kTileRows = 6, kStep = 1;
@@ -205,6 +214,7 @@ struct Lanes {
     static Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
     static uint32_t not_below(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
     float largest() const { return _mm512_reduce_max_ps(v); }
+    float total() const { return _mm512_reduce_add_ps(v); }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
 };
 constexpr int kTileRows = 12, kStep = 1;
@@ -242,6 +252,7 @@ struct Lanes {
     static Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
     static uint32_t not_below(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
     float largest() const { return _mm512_reduce_max_ps(v); }
+    float total() const { return _mm512_reduce_add_ps(v); }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
 };
 constexpr int kTileRows = 12, kStep = 2;

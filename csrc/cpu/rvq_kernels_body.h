@@ -63,13 +63,6 @@ static void take_off(float* __restrict row, float* __restrict sum, const float* 
 struct Sums {
     Lanes all, whole, kept, lost, zero;
     Sums() : all(Lanes::splat(0)), whole(all), kept(all), lost(all), zero(all) {}
-    static double total(Lanes lanes) {
-        alignas(64) float lane[Lanes::kWidth];
-        lanes.store(lane);
-        double sum = 0;
-        for (float value : lane) sum += double(value);
-        return sum;
-    }
 };
 
 // Rounds kWidth values less the centre to elements.
@@ -100,8 +93,8 @@ static inline void round_values(const float* values, const float* centre, int64_
 static RowBounds prepare_row(const float* row, const float* centre, int64_t dim, uint32_t* out) {
     Sums sums;
     round_values(row, centre, dim, out, sums);
-    RowBounds bounds = row_bounds(Sums::total(sums.all), Sums::total(sums.kept), Sums::total(sums.lost), dim);
-    bounds.finite = Sums::total(sums.zero) == 0;
+    RowBounds bounds = row_bounds(double(sums.all.total()), double(sums.kept.total()), double(sums.lost.total()), dim);
+    bounds.finite = double(sums.zero.total()) == 0;
     if (!bounds.finite || bounds.exhaustive) std::fill(out, out + (dim + kStep - 1) / kStep, 0u);
     return bounds;
 }
@@ -138,7 +131,7 @@ static void pack_panel(const Codebook& book, const PackedCodebook& packed, int64
                      out + d / kStep * kPanelWords);
     float longest = 0, roughest = 0;
     for (int w = 0; w < kPanelWords; ++w) {
-        describe_word(packed, first + w, Sums::total(sums[w].whole), Sums::total(sums[w].lost));
+        describe_word(packed, first + w, double(sums[w].whole.total()), double(sums[w].lost.total()));
         longest = std::max(longest, packed.length[first + w]);
         roughest = std::max(roughest, packed.error[first + w]);
     }
