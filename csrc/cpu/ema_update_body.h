@@ -1,37 +1,38 @@
 // The inner loops of ema_update for one instruction set. Included once for each, inside its namespace and target. No
 // include guard: see ema_update.cpp.
 
-// sum += row
-template <class T>
-static void add_row(double* sum, const T* row, int64_t dim) {
-    for (int64_t d = 0; d < dim; ++d) sum[d] += double(to_float(row[d]));
-}
-
-// ema moves towards the sum; embed follows. An inverse size of zero leaves embed alone.
-static void move(float* __restrict embed, float* __restrict ema, const double* __restrict sum, int64_t dim,
-                 double decay, double inverse_size) {
-    for (int64_t d = 0; d < dim; ++d) ema[d] = float(decay * double(ema[d]) + (1 - decay) * sum[d]);
-    if (inverse_size == 0) return;
-    for (int64_t d = 0; d < dim; ++d) embed[d] = float(double(ema[d]) * inverse_size);
-}
-
-// The same for an entry without rows, in one pass.
-static void decay_only(float* __restrict embed, float* __restrict ema, int64_t dim, double decay, double inverse_size) {
+// Moves the statistics of entry k towards `sum`, called with an element's index; the codeword follows, unless the
+// inverse size is zero.
+template <class Sum>
+static inline void move(const EmaUpdate& p, int64_t k, double inverse_size, const Sum& sum) {
+    float* __restrict embed = p.embed + k * p.dim, * __restrict ema = p.embed_ema + k * p.dim;
+    const double decay = p.decay, rest = 1 - p.decay;
+    const int64_t dim = p.dim;
+    if (inverse_size == 0) {
+        for (int64_t d = 0; d < dim; ++d) ema[d] = float(decay * double(ema[d]) + rest * sum(d));
+        return;
+    }
     for (int64_t d = 0; d < dim; ++d) {
-        const float moved = float(decay * double(ema[d]));
+        const float moved = float(decay * double(ema[d]) + rest * sum(d));
         ema[d] = moved;
         embed[d] = float(double(moved) * inverse_size);
     }
 }
 
+// Moves entry k by its rows [first, last); most entries have none or one, which needs no sum in memory.
 template <class T>
 static void move_entry(const EmaUpdate& p, const int64_t* first, const int64_t* last, int64_t k, double inverse_size,
-                       double* sum) {
-    float *embed = p.embed + k * p.dim, *ema = p.embed_ema + k * p.dim;
-    if (first == last && inverse_size != 0) return decay_only(embed, ema, p.dim, p.decay, inverse_size);
-    std::fill(sum, sum + p.dim, 0.0);
-    for (; first != last; ++first) add_row(sum, static_cast<const T*>(p.vectors) + *first * p.row_stride, p.dim);
-    move(embed, ema, sum, p.dim, p.decay, inverse_size);
+                       double* __restrict sum) {
+    const auto row = [&](const int64_t* index) { return static_cast<const T*>(p.vectors) + *index * p.row_stride; };
+    if (first == last) return move(p, k, inverse_size, [](int64_t) { return 0.0; });
+    const T* __restrict one = row(first);
+    if (last - first == 1) return move(p, k, inverse_size, [=](int64_t d) { return double(to_float(one[d])); });
+    for (int64_t d = 0; d < p.dim; ++d) sum[d] = double(to_float(one[d]));
+    for (++first; first != last; ++first) {
+        const T* __restrict next = row(first);
+        for (int64_t d = 0; d < p.dim; ++d) sum[d] += double(to_float(next[d]));
+    }
+    move(p, k, inverse_size, [=](int64_t d) { return sum[d]; });
 }
 
 static void move_entry_of(const EmaUpdate& p, const int64_t* first, const int64_t* last, int64_t k, double inverse_size,
