@@ -19,7 +19,8 @@ class PreparedCodebook:
 
     Takes the place of a codebook in `rvq_encode` and `rvq_decode`. It never goes stale: writes to `words`, by torch or
     by `ema_update`, are noticed by the tensor's version, and the packed form is made anew at the next use. `ema_update`
-    with `prepared=` does that in the pass that writes the codewords.
+    with `prepared=` does that in the pass that writes the codewords. Inside `torch.compile`, which cannot ask for
+    versions, it stands for its codewords alone.
 
     Args:
         words: [K, D] float32, K and D at least 1; kept, not copied.

@@ -297,6 +297,15 @@ def test_a_prepared_codebook_copies_and_pickles_as_its_words() -> None:
         assert other.refresh().gram is not None
 
 
+def test_a_prepared_codebook_is_its_words_inside_a_compiled_function() -> None:
+    x, words = torch.randn(20, 6), torch.randn(30, 6)
+    book = PreparedCodebook(words)
+    compiled = torch.compile(lambda x: rvq_encode(x, [book]).codes, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), rvq_encode(x, [words]).codes)
+        words.copy_(torch.randn(30, 6))
+
+
 @pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(0, 3), torch.ones(3, 3).double(), torch.ones(3, 3).int()])
 def test_a_prepared_codebook_refuses_what_is_none(bad: Tensor) -> None:
     with pytest.raises(ValueError, match=r"PreparedCodebook: words must be float32 \[K, D\], K and D at least 1, got"):

@@ -67,7 +67,8 @@ def ema_update(
         ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
     """
     check(-(2**63) <= seed < 2**63, lambda: f"ema_update: seed must be in [-2^63, 2^63), got {seed}")
-    packed = None if prepared is None else _packed_of(prepared, embed)
+    known = prepared is not None and not torch.compiler.is_compiling()  # a trace cannot tell versions
+    packed = _packed_of(prepared, embed) if prepared is not None and known else None
     restarted: Tensor = _op(
         embed,
         embed_ema,

@@ -166,9 +166,9 @@ def words_of(codebooks: Sequence[Codebook]) -> list[Tensor]:
 
 def _prepared(codebooks: list[Codebook]) -> tuple[list[Tensor], Tensor | None]:
     """Packed forms, one a level or none at all, and the products of a shared codebook's words, where all have them."""
+    if torch.compiler.is_compiling() or not all(isinstance(book, PreparedCodebook) for book in codebooks):
+        return [], None  # a trace cannot tell whether codewords have changed
     prepared = [book.refresh() for book in codebooks if isinstance(book, PreparedCodebook)]
-    if len(prepared) < len(codebooks):
-        return [], None
     packed = [book.packed for book in prepared if book.packed is not None]
     shared = all(book is prepared[0] for book in prepared)
     return packed if len(packed) == len(prepared) else [], prepared[0].gram if shared else None
