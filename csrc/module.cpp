@@ -2,8 +2,10 @@
 #include "bindings/cuda.h"
 #include "bindings/ema_update.h"
 #include "bindings/ema_update_cuda.h"
+#include "bindings/rvq_decode.h"
 #include "bindings/rvq_decode_cuda.h"
 #include "bindings/rvq_encode.h"
+#include "bindings/rvq_encode_backward.h"
 #include "bindings/rvq_encode_cuda.h"
 #include "longcat/isa.h"
 
@@ -33,6 +35,8 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled implementations of longcat_kernels.";
     m.def("build_info", &build_info);
     longcat::bind_rvq_encode(m);
+    longcat::bind_rvq_encode_backward(m);
+    longcat::bind_rvq_decode(m);
     longcat::bind_ema_update(m);
     longcat::bind_cuda(m);
     longcat::bind_rvq_encode_cuda(m);

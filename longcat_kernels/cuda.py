@@ -13,6 +13,7 @@ from longcat_kernels import jit, native
 from longcat_kernels.layouts import HalfLayout
 
 LEAST_CAPABILITY = (7, 5)  # what NVRTC 13 compiles for
+MOST_LEVELS = 32  # of which the kernels take pointers
 
 
 def why_not(op: str, tensor: Tensor) -> str | None:
@@ -55,11 +56,25 @@ def allocator(device: torch.device) -> Callable[[int], Tensor]:
     return lambda size: torch.empty(size, dtype=torch.uint8, device=device)
 
 
+def why_not_books(codebooks: list[Tensor]) -> str | None:
+    """None where the kernels can read the codebooks, [K, D] float32 each, else the reason."""
+    if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
+        return "needs codebooks whose rows have adjacent elements"
+    if len(codebooks) > MOST_LEVELS:
+        return f"takes at most {MOST_LEVELS} levels, got {len(codebooks)}"
+    return None
+
+
 def packed(words_KD: Tensor) -> Tensor | None:
-    """The packed form of a codebook [K, D] float32 as `HalfLayout` has it; None where the kernels cannot run."""
-    if why_not("rvq_encode", words_KD) is not None or words_KD.stride(1) != 1:
+    """The packed form of a codebook [K, D] float32 as `HalfLayout` has it; None for strides that are not taken."""
+    if words_KD.stride(1) != 1:
         return None
-    allocate = allocator(words_KD.device)
-    out = allocate(HalfLayout(*words_KD.shape).bytes)
-    native.module().rvq_pack_cuda(*context("rvq_encode", words_KD.device), allocate, words_KD, out)
+    out = torch.empty(HalfLayout(*words_KD.shape).bytes, dtype=torch.uint8, device=words_KD.device)
+    pack(words_KD, out)
     return out
+
+
+def pack(words_KD: Tensor, packed: Tensor) -> None:
+    """Fills the packed form anew."""
+    device = words_KD.device
+    native.module().rvq_pack_cuda(*context("rvq_encode", device), allocator(device), words_KD.detach(), packed)

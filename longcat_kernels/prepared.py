@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import cuda
+from longcat_kernels import cuda, native
 
 
 class PreparedCodebook:
@@ -19,7 +19,8 @@ class PreparedCodebook:
 
     Takes the place of a codebook in `rvq_encode` and `rvq_decode`. It never goes stale: writes to `words`, by torch or
     by `ema_update`, are noticed by the tensor's version, and the packed form is made anew at the next use. `ema_update`
-    with `prepared=` does that in the pass that writes the codewords.
+    with `prepared=` does that in the pass that writes the codewords. Inside `torch.compile`, which cannot ask for
+    versions, it stands for its codewords alone.
 
     Args:
         words: [K, D] float32, K and D at least 1; kept, not copied.
@@ -32,7 +33,7 @@ class PreparedCodebook:
 
     words: Tensor  # [K, D] float32
     packed: Tensor | None  # uint8: opaque, of the device's layout; None where no kernel wants one
-    gram: Tensor | None  # [K, K] float32
+    gram: Tensor | None  # [K, K rounded up] float32: products of the codewords
 
     def __init__(self, words: Tensor, *, gram: bool = False) -> None:
         if words.ndim != 2 or words.dtype != torch.float32 or not words.numel():
@@ -61,8 +62,23 @@ class PreparedCodebook:
 
     def _pack(self) -> None:
         """Fills `packed`, and `gram` where it is wanted, in the layout of the codewords' device."""
-        if self.words.device.type == "cuda":
-            self.packed = cuda.packed(self.words.detach())
+        if self.words.device.type == "cpu" and self.words.stride(1) == 1 and native.why_not() is None:
+            self._pack_on_cpu()
+        elif self.words.device.type == "cuda" and cuda.why_not("rvq_encode", self.words) is None:
+            self.packed = cuda.packed(self.words)
+
+    def _pack_on_cpu(self) -> None:
+        module, (entries, width), threads = native.module(), self.words.shape, torch.get_num_threads()
+        isa = module.build_info()["isa"]
+        if self._wants_gram and isa == "avx512_bf16":
+            isa = "avx512"  # the products of all pairs must be as exact as float32 makes them
+        if self.packed is None:
+            self.packed = torch.empty(module.packed_bytes(entries, width, isa=isa), dtype=torch.uint8)
+        module.pack_codebook(self.words, self.packed, threads=threads, isa=isa)
+        if self._wants_gram:
+            if self.gram is None:
+                self.gram = torch.empty(entries, module.packed_entries(entries, isa=isa))
+            module.rvq_gram(self.words, self.packed, self.gram, threads=threads)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the codewords alone."""
@@ -70,3 +86,11 @@ class PreparedCodebook:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["words"], gram=state["_wants_gram"])  # type: ignore[misc]
+
+
+def repack(words: Tensor, packed: Tensor) -> None:
+    """Makes `packed`, which a `PreparedCodebook` made, follow the codewords: for implementations that do not do so."""
+    if words.device.type == "cuda":
+        cuda.pack(words, packed)
+        return
+    native.module().pack_codebook(words, packed, threads=torch.get_num_threads())

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from longcat_kernels import jit, native
+from longcat_kernels import PreparedCodebook, jit, native
 from longcat_kernels.ops import OPS
 
 ROOT = Path(__file__).parent.parent
@@ -33,13 +33,13 @@ def test_refuses_an_instruction_set_that_is_not_there() -> None:
     outputs = (torch.empty(1, 1), torch.empty(1, 1), torch.empty(1), torch.empty(1, 1).long())
     with pytest.raises(ValueError, match="isa must be one that this processor has, got 'sse9'"):
         native.module().rvq_encode(
-            torch.ones(1, 1), [torch.ones(1, 1)], None, torch.float32, *outputs, threads=1, isa="sse9"
+            torch.ones(1, 1), [torch.ones(1, 1)], [], None, None, torch.float32, *outputs, threads=1, isa="sse9"
         )
 
 
 def test_refuses_what_is_no_tensor() -> None:
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        native.module().rvq_encode([1.0], [], None, torch.float32, None, None, None, None, threads=1)
+        native.module().rvq_encode([1.0], [], [], None, None, torch.float32, None, None, None, None, threads=1)
 
 
 def rvq_arguments() -> dict[str, Any]:
@@ -47,6 +47,8 @@ def rvq_arguments() -> dict[str, Any]:
     return {
         "x": torch.randn(6, 4),
         "codebooks": [torch.randn(5, 4), torch.randn(3, 4)],
+        "packed": [],
+        "gram": None,
         "mask": torch.ones(6, dtype=torch.bool),
         "residual_dtype": torch.float32,
         "quantized": torch.empty(6, 4),
@@ -57,17 +59,27 @@ def rvq_arguments() -> dict[str, Any]:
     }
 
 
+def packed(entries: int, dim: int) -> torch.Tensor:
+    """The packed form of some codebook."""
+    prepared = PreparedCodebook(torch.randn(entries, dim)).refresh()
+    assert prepared.packed is not None
+    return prepared.packed
+
+
 def ema_arguments() -> dict[str, Any]:
     """A good call of the compiled ema_update: 6 rows of 4, 5 entries."""
     return {
         "embed": torch.randn(5, 4),
         "embed_ema": torch.randn(5, 4),
         "cluster_size_ema": torch.ones(5),
+        "packed": None,
         "vectors": torch.randn(6, 4),
         "codes": torch.zeros(6, dtype=torch.int64),
         "decay": 0.9,
         "eps": 1e-5,
         "restart_threshold": 1.0,
+        "restart_fraction": 0.0,
+        "restart_count": 1.0,
         "seed": 0,
         "restarted": torch.empty((), dtype=torch.int64),
         "threads": 2,
@@ -86,6 +98,9 @@ def ema_arguments() -> dict[str, Any]:
         ("codebooks", [torch.ones(5, 3)] * 2),
         ("codebooks", [torch.ones(4, 5).T] * 2),
         ("codebooks", [torch.ones(5, 4)] * 3),
+        ("packed", [torch.zeros(4096, dtype=torch.uint8)]),
+        ("packed", [torch.zeros(4096, dtype=torch.uint8)] * 2),
+        ("gram", torch.zeros(5, 32)),
         ("mask", torch.ones(5, dtype=torch.bool)),
         ("mask", torch.ones(12, dtype=torch.bool)[::2]),
         ("mask", torch.ones(6)),
@@ -104,6 +119,21 @@ def test_rvq_encode_refuses_what_would_lead_it_astray(name: str, value: Any) -> 
     native.module().rvq_encode(**rvq_arguments())
     with pytest.raises(ValueError, match="rvq_encode: "):
         native.module().rvq_encode(**{**rvq_arguments(), name: value})
+
+
+def test_refuses_packed_bytes_of_another_codebook() -> None:
+    good = [packed(5, 4), packed(3, 4)]
+    native.module().rvq_encode(**{**rvq_arguments(), "packed": good})
+    for bad in (good[::-1], good[:1], [packed(5, 3), good[1]], [good[0].clone().zero_(), good[1]]):
+        with pytest.raises(ValueError, match="rvq_encode: packed must be"):
+            native.module().rvq_encode(**{**rvq_arguments(), "packed": bad})
+    for wrong in (torch.zeros(5, 5), torch.zeros(4, 32), torch.zeros(5, 32, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="rvq_encode: gram must be"):
+            native.module().rvq_encode(**{**rvq_arguments(), "packed": good, "gram": wrong})
+    with pytest.raises(ValueError, match="packed must be the packed form"):
+        native.module().ema_update(**{**ema_arguments(), "packed": good[1]})
+    with pytest.raises(ValueError, match="packed must be the packed form"):
+        native.module().pack_codebook(torch.randn(5, 4), good[1], threads=1)
 
 
 @pytest.mark.parametrize(

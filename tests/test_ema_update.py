@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vector_quantize_pytorch import VectorQuantize
 
-from longcat_kernels import ema_update, rvq_encode
+from longcat_kernels import PreparedCodebook, ema_update, rvq_encode
 from longcat_kernels.ops.ema_update import IMPLS
 from longcat_kernels.reference import ema_update as spec
 
-BACKENDS = tuple(IMPLS)
+BACKENDS = tuple(name for name in IMPLS if name != "cuda")  # which tests/cuda runs on the CPU
 
 
 def updated(case: spec.Case, backend: str, **changes: Any) -> tuple[torch.Tensor, ...]:
@@ -161,3 +161,42 @@ def test_equals_vector_quantize_pytorch_where_their_meaning_agrees() -> None:
     torch.testing.assert_close(embed, book.embed[0])
     torch.testing.assert_close(sums, book.embed_avg[0])
     torch.testing.assert_close(sizes, book.cluster_size[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 90),
+    width=st.integers(1, 40),
+    entries=st.integers(1, 70),
+    backend=st.sampled_from(BACKENDS),
+    shift=st.sampled_from([0.0, 50.0]),
+    seed=st.integers(0, 9),
+)
+def test_the_prepared_codebook_follows_in_the_same_pass(
+    rows: int, width: int, entries: int, backend: str, shift: float, seed: int
+) -> None:
+    arguments = spec.inputs(spec.Case(rows, width, entries, used=0.5, seed=seed), seed=seed)
+    arguments["vectors"] += shift
+    plain = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    prepared = PreparedCodebook(arguments["embed"]).refresh()
+    ema_update(**arguments, prepared=prepared, backend=backend)
+    ema_update(**plain, backend=backend)
+    assert prepared.is_current and torch.equal(arguments["embed"], plain["embed"])
+    x = torch.randn(40, width, generator=torch.Generator().manual_seed(seed)) + shift
+    assert torch.equal(rvq_encode(x, [prepared]).codes, rvq_encode(x, [plain["embed"]], backend="reference").codes)
+
+
+def test_a_prepared_codebook_with_products_is_made_anew_at_the_next_use() -> None:
+    arguments = spec.inputs(spec.EDGE[-1])
+    prepared = PreparedCodebook(arguments["embed"], gram=True).refresh()
+    ema_update(**arguments, prepared=prepared)
+    assert not prepared.is_current
+    x = torch.randn(40, arguments["embed"].shape[1])
+    assert torch.equal(rvq_encode(x, prepared, levels=3).codes, rvq_encode(x, arguments["embed"], levels=3).codes)
+
+
+def test_refuses_the_prepared_form_of_another_codebook() -> None:
+    arguments = spec.inputs(spec.EDGE[-1])
+    for other in (arguments["embed"].clone(), arguments["embed"][:-1]):
+        with pytest.raises(ValueError, match="ema_update: prepared must be the prepared form of embed"):
+            ema_update(**arguments, prepared=PreparedCodebook(other))

@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "reference": {"spec"},
     "testing": {"spec"},
     "ops": {"backends", "cuda", "library", "native", "prepared", "reference", "spec"},
-    "modules": {"ops", "reference"},  # the latter for types of arguments
+    "modules": {"ops", "prepared", "reference"},  # the last for types of arguments
+    "integrations": {"modules", "ops"},
 }
 
 
@@ -119,7 +120,7 @@ def test_an_op_is_a_stem(op: object) -> None:
 def test_every_op_is_public_and_listed() -> None:
     import longcat_kernels
 
-    names = {file.stem for file in (KERNELS / "ops").glob("*.py")} - {"__init__"}
+    names = {file.stem for file in (KERNELS / "ops").glob("[!_]*.py")}
     assert {op.name for op in OPS} == names
     for op in OPS:
         assert getattr(longcat_kernels, op.name) is op.run and op.name in longcat_kernels.__all__
@@ -127,10 +128,8 @@ def test_every_op_is_public_and_listed() -> None:
 
 def test_one_environment_name_is_read() -> None:
     """Besides where caches stand, which is not ours to name."""
-    readers = [
-        file for file in sorted(KERNELS.rglob("*.py")) if "environ" in file.read_text() or "getenv" in file.read_text()
-    ]
-    assert readers == [KERNELS / "backends.py", KERNELS / "jit.py"]
+    readers = [file for file in KERNELS.rglob("*.py") if "environ" in file.read_text() or "getenv" in file.read_text()]
+    assert sorted(readers) == [KERNELS / "backends.py", KERNELS / "jit.py"]
 
 
 # Run in a fresh interpreter after torch: any file opened for writing, folder, process, environment or thread-count
@@ -149,9 +148,10 @@ def forbid(event, args):
     ):
         raise SystemExit(f"import does {event} {args}")
 sys.addaudithook(forbid)
-import longcat_kernels, longcat_kernels.modules
+import longcat_kernels, longcat_kernels.modules, longcat_kernels.integrations.vector_quantize_pytorch
 assert torch.get_num_threads() == threads
 assert "longcat_kernels._C" not in sys.modules, "the compiled module is loaded by the import"
+assert "vector_quantize_pytorch" not in sys.modules, "the original is loaded by its drop-in"
 print(time.process_time() - start)
 """
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from longcat_kernels import rvq_decode, rvq_encode
+from longcat_kernels import native, rvq_decode, rvq_encode
 
 
 def test_decoding_an_encoding_gives_its_quantized_rows_to_the_bit() -> None:
@@ -43,3 +45,48 @@ def test_the_gradient_of_many_rows_is_the_same_bits_every_time() -> None:
 def test_refuses_a_level_count_the_codebooks_do_not_have(levels: int) -> None:
     with pytest.raises(ValueError, match=f"rvq_decode: levels must be between 1 and 3, got {levels}"):
         rvq_decode(torch.zeros(1, 4, dtype=torch.int64), [torch.ones(2, 2)] * 3, levels=levels)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    width=st.integers(1, 20),
+    entries=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    strided=st.booleans(),
+    seed=st.integers(0, 9),
+)
+@pytest.mark.skipif(native.why_not() is not None, reason="rvq_decode, cpu: the compiled module is missing")
+def test_implementations_agree_to_the_bit(rows: int, width: int, entries: list[int], strided: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    codes = torch.stack([torch.randint(-2, k, (rows,)) for k in entries], 1)
+    books = [torch.randn(k, width + 3)[:, :width].mul(10.0 ** torch.randint(-3, 4, (k, 1))) for k in entries]
+    weight = torch.randn(width, rows).T if strided else torch.randn(rows, width)
+    if strided:
+        codes = codes.T.contiguous().T
+    results = []
+    for backend in ("cpu", "reference"):
+        leaves = [book.detach().requires_grad_() for book in books]
+        out = rvq_decode(codes, leaves, backend=backend)
+        results.append([out, *torch.autograd.grad(out, leaves, weight)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_codebook_read_by_columns_is_left_to_the_reference() -> None:
+    book, codes = torch.randn(4, 5).T, torch.tensor([[3], [-1]])
+    assert torch.equal(rvq_decode(codes, book)[0], book[3])
+    with pytest.raises(ValueError, match="cpu: needs codebooks whose rows have adjacent elements"):
+        rvq_decode(codes, book, backend="cpu")
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="rvq_decode, cpu: the compiled module is missing")
+def test_the_kernel_trusts_no_code_and_no_shape() -> None:
+    module, out = native.module(), torch.full((2, 3), 7.0)
+    with pytest.raises(ValueError, match="codes must be below the number of entries"):
+        module.rvq_decode(torch.tensor([[0], [4]]), [torch.ones(4, 3)], out, threads=1)
+    with pytest.raises(ValueError, match="codes must have one column a level"):
+        module.rvq_decode(torch.tensor([[0], [1]]), [torch.ones(4, 3)] * 2, out, threads=1)
+    with pytest.raises(ValueError, match="codebooks must be as wide as out"):
+        module.rvq_decode(torch.tensor([[0], [1]]), [torch.ones(4, 2)], out, threads=1)
+    with pytest.raises(ValueError, match="codes must be below the number of entries"):
+        module.rvq_decode_backward(out, torch.tensor([[0], [4]]), [torch.zeros(4, 3)], threads=1)
+    assert torch.equal(out, torch.full((2, 3), 7.0))

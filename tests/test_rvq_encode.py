@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,19 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longcat_kernels import native, rvq_encode
+from longcat_kernels import PreparedCodebook, ema_update, native, rvq_encode
 from longcat_kernels.ops.rvq_encode import IMPLS
 from longcat_kernels.reference import rvq_encode as spec
 
-BACKENDS = tuple(IMPLS)
+BACKENDS = tuple(name for name in IMPLS if name != "cuda")  # which tests/cuda runs on the CPU
 HARD = [case for case in spec.EDGE if case.data != "normal"]
+ISAS = native.module().build_info()["isas_available"] if native.why_not() is None else []
 
 
 def encode_by(isa: str, x: Tensor, codebooks: list[Tensor], threads: int = 1) -> tuple[Tensor, ...]:
     """quantized, residual, losses, codes of the compiled implementation with one instruction set."""
     rows, width, levels = *x.shape, len(codebooks)
     outputs = (torch.empty_like(x), torch.empty(rows, width), torch.empty(levels), torch.empty(rows, levels).long())
-    native.module().rvq_encode(x, codebooks, None, torch.float32, *outputs, threads=threads, isa=isa)
+    native.module().rvq_encode(x, codebooks, [], None, None, torch.float32, *outputs, threads=threads, isa=isa)
     return outputs
 
 
@@ -86,7 +92,7 @@ def test_all_implementations_and_instruction_sets_agree_to_the_bit(
     x = torch.randn(rows, width, generator=g).mul(grid).round().div(grid)
     books = [torch.randn(entries, width, generator=g).mul(grid).round().div(grid) for _ in range(2)]
     want = rvq_encode(x, books, backend="reference")
-    for isa in native.module().build_info()["isas_available"]:
+    for isa in ISAS:
         quantized, residual, _, codes = encode_by(isa, x, books)
         assert torch.equal(codes, want.codes), isa
         assert torch.equal(residual, want.residual) and torch.equal(quantized, want.quantized), isa
@@ -98,7 +104,7 @@ def test_codes_do_not_depend_on_batch_order_threads_or_instruction_set(case: spe
     x, books = arguments["x"].detach(), arguments["codebooks"]
     want = rvq_encode(x, books, backend="cpu").codes
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    for isa in native.module().build_info()["isas_available"]:
+    for isa in ISAS:
         for threads in (1, 2, 3):
             assert torch.equal(encode_by(isa, x[order], books, threads)[3], want[order])
         for size in (1, 7, 50):
@@ -148,7 +154,7 @@ def test_scales_that_leave_the_range_of_float32_products_are_still_exact(scale: 
     g = torch.Generator().manual_seed(3)
     x, book = torch.randn(64, 33, generator=g) * scale, torch.randn(50, 33, generator=g) * scale
     want = torch.cdist(x.double() / scale, book.double() / scale).argmin(1)
-    for isa in native.module().build_info()["isas_available"]:
+    for isa in ISAS:
         assert torch.equal(encode_by(isa, x, [book])[3][:, 0], want)
 
 
@@ -238,3 +244,177 @@ def test_the_environment_name_overrides_auto(monkeypatch: pytest.MonkeyPatch) ->
     ):
         rvq_encode(**arguments)
     rvq_encode(**arguments, backend="reference")
+
+
+def test_lengths_are_a_mask() -> None:
+    x, book = torch.randn(3, 5, 4), torch.randn(6, 4)
+    lengths = torch.tensor([5, 0, 2])
+    got = rvq_encode(x, [book], lengths=lengths)
+    want = rvq_encode(x, [book], mask=torch.arange(5) < lengths[:, None])
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match="rvq_encode: mask and lengths must not both be given"):
+        rvq_encode(x, [book], lengths=lengths, mask=torch.ones(3, 5, dtype=torch.bool))
+    for bad in (lengths[:2], lengths.float(), lengths.bool()):
+        with pytest.raises(ValueError, match=r"rvq_encode: lengths must be integers \[B\] with x \[B, S, D\], got"):
+            rvq_encode(x, [book], lengths=bad)
+
+
+def prepared(codebooks: Any, **options: bool) -> Any:
+    if isinstance(codebooks, Tensor):
+        return PreparedCodebook(codebooks, **options)
+    return [PreparedCodebook(book) for book in codebooks]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", spec.EDGE, ids=str)
+def test_prepared_codebooks_give_the_same_bits(backend: str, case: spec.Case) -> None:
+    arguments = spec.inputs(case)
+    got = rvq_encode(**{**arguments, "codebooks": prepared(arguments["codebooks"])}, backend=backend)
+    for a, b in zip(got, rvq_encode(**arguments, backend=backend), strict=True):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def test_a_prepared_codebook_follows_every_write() -> None:
+    x, words = torch.randn(60, 8), torch.randn(40, 8)
+    book = PreparedCodebook(words)
+    writes = (
+        lambda: words.add_(torch.randn(40, 8)),
+        lambda: words.view(-1)[:17].zero_(),
+        lambda: words.copy_(torch.randn(40, 8) + 100),
+        lambda: ema_update(words, words.clone(), torch.ones(40), x, torch.zeros(60, dtype=torch.int64)),
+    )
+    for write in writes:
+        assert torch.equal(rvq_encode(x, [book]).codes, rvq_encode(x, [words]).codes) and book.is_current
+        write()
+        assert not book.is_current
+    assert torch.equal(rvq_encode(x, [book]).codes, rvq_encode(x, [words]).codes)
+
+
+def test_a_prepared_codebook_copies_and_pickles_as_its_words() -> None:
+    book = PreparedCodebook(torch.randn(5, 3), gram=True).refresh()
+    for other in (copy.deepcopy(book), pickle.loads(pickle.dumps(book))):
+        assert torch.equal(other.words, book.words) and other.packed is None and not other.is_current
+        assert other.refresh().gram is not None
+
+
+def test_a_prepared_codebook_is_its_words_inside_a_compiled_function() -> None:
+    x, words = torch.randn(20, 6), torch.randn(30, 6)
+    book = PreparedCodebook(words)
+    compiled = torch.compile(lambda x: rvq_encode(x, [book]).codes, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), rvq_encode(x, [words]).codes)
+        words.copy_(torch.randn(30, 6))
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(0, 3), torch.ones(3, 3).double(), torch.ones(3, 3).int()])
+def test_a_prepared_codebook_refuses_what_is_none(bad: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"PreparedCodebook: words must be float32 \[K, D\], K and D at least 1, got"):
+        PreparedCodebook(bad)
+
+
+def packed_for(isa: str, words: Tensor) -> Tensor:
+    packed = torch.empty(native.module().packed_bytes(*words.shape, isa=isa), dtype=torch.uint8)
+    native.module().pack_codebook(words, packed, threads=1, isa=isa)
+    return packed
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 60),
+    width=st.integers(1, 70),
+    entries=st.integers(1, 80),
+    grid=st.sampled_from([1.0, 4.0, 256.0]),
+    mean=st.sampled_from([0.0, 30.0]),
+    levels=st.integers(1, 9),
+    isa=st.sampled_from(ISAS or ["portable"]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_the_gram_form_gives_the_same_bits(
+    rows: int, width: int, entries: int, grid: float, mean: float, levels: int, isa: str, threads: int, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    isa = "avx512" if isa == "avx512_bf16" else isa  # products of all pairs need the float32 form
+    words = torch.randn(entries, width, generator=g).mul(grid).round().div(grid) + mean
+    x = torch.randn(rows, width, generator=g) * 3 + mean
+    mask = torch.rand(rows, generator=g) < 0.9
+    x[:1] = torch.nan if seed % 3 == 0 else 0
+    packed = packed_for(isa, words)
+    gram = torch.empty(entries, native.module().packed_entries(entries, isa=isa))
+    native.module().rvq_gram(words, packed, gram, threads=threads)
+    got = (torch.empty_like(x), torch.empty(rows, width), torch.empty(levels), torch.empty(rows, levels).long())
+    arguments = ([words] * levels, [packed] * levels, gram, mask, torch.float32)
+    native.module().rvq_encode(x, *arguments, *got, threads=threads)
+    want = rvq_encode(x, words, levels=levels, mask=mask, backend="reference")
+    assert torch.equal(got[3], want.codes) and torch.equal(got[0], want.quantized)
+    assert torch.equal(got[1].nan_to_num(7), want.residual.nan_to_num(7))
+
+
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
+def test_a_shared_codebook_with_its_products_gives_the_same_bits(residual_dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    words = torch.randn(300, 24, generator=g)
+    words[7] = torch.nan
+    x = sum(words[torch.randint(8, 300, (500,), generator=g)] * 0.6**level for level in range(8))
+    x[3], x[4] = torch.inf, 1e25
+    options: dict[str, Any] = {"levels": 32, "residual_dtype": residual_dtype}
+    got = rvq_encode(x, PreparedCodebook(words, gram=True), **options)
+    for a, b in zip(got, rvq_encode(x, words, **options), strict=True):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("copies", [33, 700])
+def test_more_rivals_than_the_kernel_holds_are_all_scored(isa: str, copies: int) -> None:
+    """Hundreds of codewords within a float32 rounding of each other, worse ones before better ones."""
+    g = torch.Generator().manual_seed(copies)
+    width = 40
+    base = torch.randn(4, width, generator=g)
+    gap = 2.0**-22 * torch.linspace(1, 0.1, copies)[:, None]
+    book = torch.cat([word * (1 + gap * torch.randn(copies, width, generator=g)) for word in base])
+    x = base[torch.arange(64) % 4]
+    codes = encode_by(isa, x, [book])[3]
+    assert torch.equal(codes, rvq_encode(x, [book], backend="reference").codes)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_codeword_too_long_for_float32_products_leaves_the_others_exact(isa: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, book = torch.randn(30, 20, generator=g), torch.randn(50, 20, generator=g)
+    book[9], x[5] = 1e25, 1e30
+    assert torch.equal(encode_by(isa, x, [book])[3], rvq_encode(x, [book], backend="reference").codes)
+
+
+def test_a_codebook_that_is_packed_in_pieces_and_rows_that_come_in_batches() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, book = torch.randn(30, 300, generator=g), torch.randn(16411, 300, generator=g)  # 10 MB packed
+    want = rvq_encode(x, [book, book], backend="reference")
+    for isa in ISAS:
+        codes = encode_by(isa, x, [book, book], threads=2)[3]
+        assert torch.equal(codes, want.codes)
+    x, book = torch.randn(140_000, 3, generator=g), torch.randn(5, 3, generator=g)  # 9 MB of prepared rows
+    got, want = rvq_encode(x, [book, book / 2]), rvq_encode(x, [book, book / 2], backend="reference")
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.quantized, want.quantized)
+    torch.testing.assert_close(got.losses, want.losses)
+
+
+PEAK = """
+import torch
+from longcat_kernels import PreparedCodebook, rvq_encode
+x, books = torch.randn(4096, 64), [PreparedCodebook(torch.randn(16384, 64)).refresh() for _ in range(2)]
+rvq_encode(x[:64], books)
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+encoding = rvq_encode(x, books)
+print(peak() - before, sum(t.nbytes for t in encoding) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_scores_of_all_pairs_are_never_held() -> None:
+    """They would be 256 MB."""
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    grown_kb, results_kb = map(int, run.stdout.split())
+    assert grown_kb - results_kb < 24 * 1024

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "bindings/tensor_view.h"
+#include "bindings/rvq_encode.h"
 #include "longcat/ema_update.h"
 
 namespace longcat {
@@ -41,19 +41,21 @@ inline void bind_ema_update(pybind11::module_& m) {
         [](const TensorView& embed, const TensorView& embed_ema, const TensorView& cluster_size_ema,
            const std::optional<TensorView>& packed, const TensorView& vectors, const TensorView& codes, double decay,
            double eps, double restart_threshold, double restart_fraction, double restart_count, int64_t seed,
-           const TensorView& restarted, int threads) {
-            (void)packed;
+           const TensorView& restarted, int threads, const std::string& isa) {
             EmaUpdate p = ema_update_params(embed, embed_ema, cluster_size_ema, vectors, codes,
                                             {decay, eps, restart_threshold, restart_fraction, restart_count, seed});
             LC_CHECK(threads >= 1, "ema_update: threads must be at least 1");
             p.threads = at_most_threads(threads);
+            p.isa = isa_named(isa);
+            if (packed) p.packed = packed_codebook(*packed, p.entries, p.dim);
             auto* result = restarted.whole<int64_t>("ema_update: restarted", DType::int64, {});
             py::gil_scoped_release unlocked;
             *result = ema_update(p);
         },
         py::arg("embed"), py::arg("embed_ema"), py::arg("cluster_size_ema"), py::arg("packed"), py::arg("vectors"),
         py::arg("codes"), py::arg("decay"), py::arg("eps"), py::arg("restart_threshold"), py::arg("restart_fraction"),
-        py::arg("restart_count"), py::arg("seed"), py::arg("restarted"), py::kw_only(), py::arg("threads"));
+        py::arg("restart_count"), py::arg("seed"), py::arg("restarted"), py::kw_only(), py::arg("threads"),
+        py::arg("isa") = "auto");
 }
 
 }  // namespace longcat

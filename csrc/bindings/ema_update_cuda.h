@@ -1,10 +1,9 @@
 // Arguments of ema_update on a CUDA device from Python.
 #pragma once
 
-#include "bindings/cuda.h"
 #include "bindings/ema_update.h"
+#include "bindings/rvq_encode_cuda.h"
 #include "cuda/ema_update_launch.h"
-#include "cuda/half_layout.h"
 
 namespace longcat {
 
@@ -18,15 +17,9 @@ inline void ema_update_cuda(CudaModule& kernels, uintptr_t stream, const CudaAll
     const EmaUpdate p = ema_update_params(embed, embed_ema, cluster_size_ema, vectors, codes,
                                           {decay, eps, restart_threshold, restart_fraction, restart_count, seed});
     auto* result = restarted.whole<int64_t>("ema_update: restarted", DType::int64, {});
-    if (packed) {
-        int64_t bytes = 0;
-        cuda::codebook_at(nullptr, 0, p.entries, p.dim, nullptr, &bytes);
-        LC_CHECK(packed->device == "cuda" && packed->shape.size() == 1 && packed->shape[0] >= bytes,
-                 "ema_update: packed must be the packed form of embed");
-    }
-    void* place = packed ? packed->data : nullptr;
+    void* place = packed ? half_codebook(*packed, {p.embed, p.entries, p.dim}, p.dim) : nullptr;
     run_with_workspace(kernels, stream, allocate, [&](cuda::Queue& queue, void* workspace) {
-        return cuda::ema_update(queue, p, 1, place, result, workspace);
+        return cuda::ema_update(queue, p, place, result, workspace);
     });
 }
 

@@ -6,6 +6,8 @@
 namespace longcat {
 namespace {
 
+constexpr int64_t kRun = 32;  // entries that one thread writes in turn, a multiple of every panel
+
 uint32_t mix(uint32_t x) {
     x = (x ^ x >> 16) * 0x7feb352du;
     x = (x ^ x >> 15) * 0x846ca68bu;
@@ -27,6 +29,8 @@ struct Groups {
         for (int64_t i = 0; i < p.rows; ++i)
             if (p.codes[i] >= 0) order[size_t(next[size_t(p.codes[i])]++)] = i;
     }
+
+    const int64_t* begin(int64_t k) const { return order.data() + starts[size_t(k)]; }
 };
 
 // Row numbers in the order in which restarted entries take them, the first `count` of it.
@@ -43,67 +47,126 @@ std::vector<int64_t> restart_rows(const EmaUpdate& p, size_t count) {
     return rows;
 }
 
-// Moves both sums of entry k; `sum` is one row of doubles.
-template <class T>
-void move_entry(const EmaUpdate& p, const Groups& groups, int64_t k, double size, double* sum) {
-    std::fill(sum, sum + p.dim, 0.0);
-    for (int64_t i = groups.starts[size_t(k)]; i < groups.starts[size_t(k) + 1]; ++i) {
-        const T* row = static_cast<const T*>(p.vectors) + groups.order[size_t(i)] * p.row_stride;
-        for (int64_t d = 0; d < p.dim; ++d) sum[d] += double(to_float(row[d]));
+// What is decided before any codeword moves.
+struct Plan {
+    double total, smoothed;  // moving counts, and the same with eps for each entry
+    double restart_count;
+    int64_t restarted;
+    std::vector<int64_t> restart_row;  // of each entry; -1: it goes on
+
+    // Moves the counts.
+    Plan(const EmaUpdate& p, const Groups& groups) : total(0), restarted(0), restart_row(size_t(p.entries), -1) {
+        for (int64_t k = 0; k < p.entries; ++k) {
+            const double count = double(groups.starts[size_t(k) + 1] - groups.starts[size_t(k)]);
+            float& size = p.cluster_size_ema[k];
+            size = float(p.decay * double(size) + (1 - p.decay) * count);
+            total += double(size);
+        }
+        smoothed = total + double(p.entries) * p.eps;
+        const double mean = total / double(p.entries);
+        restart_count = p.restart_count > 0 ? p.restart_count : double(float(mean));
+        if (!groups.order.empty()) choose_rows(p, std::max(p.restart_threshold, p.restart_fraction * mean));
     }
-    float *embed = p.embed + k * p.dim, *ema = p.embed_ema + k * p.dim;
-    for (int64_t d = 0; d < p.dim; ++d) {
-        ema[d] = float(p.decay * double(ema[d]) + (1 - p.decay) * sum[d]);
-        if (size > 0) embed[d] = float(double(ema[d]) / size);
+
+    double inverse_size(const EmaUpdate& p, int64_t k) const {
+        const double size = total * (double(p.cluster_size_ema[k]) + p.eps) / smoothed;
+        return size > 0 ? 1 / size : 0;
     }
-}
+
+  private:
+    void choose_rows(const EmaUpdate& p, double threshold) {
+        const auto below = [&](float size) { return double(size) < threshold; };
+        restarted = std::count_if(p.cluster_size_ema, p.cluster_size_ema + p.entries, below);
+        const std::vector<int64_t> rows = restart_rows(p, size_t(restarted));
+        size_t next = 0;
+        for (int64_t k = 0; k < p.entries; ++k)
+            if (below(p.cluster_size_ema[k])) restart_row[size_t(k)] = rows[next++ % rows.size()];
+    }
+};
 
 template <class T>
 void restart_entry(const EmaUpdate& p, int64_t k, int64_t row, double count) {
     const T* vector = static_cast<const T*>(p.vectors) + row * p.row_stride;
     for (int64_t d = 0; d < p.dim; ++d) {
-        p.embed[k * p.dim + d] = to_float(vector[d]);
-        p.embed_ema[k * p.dim + d] = float(double(to_float(vector[d])) * count);
+        const float value = to_float(vector[d]);
+        p.embed[k * p.dim + d] = value;
+        p.embed_ema[k * p.dim + d] = float(double(value) * count);
     }
     p.cluster_size_ema[k] = float(count);
 }
 
-// Moves the counts; gives their sum.
-double move_counts(const EmaUpdate& p, const Groups& groups) {
-    double total = 0;
-    for (int64_t k = 0; k < p.entries; ++k) {
-        const double count = double(groups.starts[size_t(k) + 1] - groups.starts[size_t(k)]);
-        float& size = p.cluster_size_ema[k];
-        size = float(p.decay * double(size) + (1 - p.decay) * count);
-        total += double(size);
+}  // namespace
+
+namespace portable {
+namespace {
+#include "ema_update_body.h"
+}
+}  // namespace portable
+
+#if LC_X86
+LC_TARGET_AVX2
+namespace avx2 {
+namespace {
+#include "ema_update_body.h"
+}
+}  // namespace avx2
+LC_TARGET_END
+
+LC_TARGET_AVX512
+namespace avx512 {
+namespace {
+#include "ema_update_body.h"
+}
+}  // namespace avx512
+LC_TARGET_END
+#endif
+
+namespace {
+
+using MoveEntry = void (*)(const EmaUpdate&, const int64_t*, const int64_t*, int64_t, double, double*);
+
+MoveEntry move_entry_for(Isa isa) {
+#if LC_X86
+    if (isa == Isa::avx512 || isa == Isa::avx512_bf16) return avx512::move_entry_of;
+    if (isa == Isa::avx2) return avx2::move_entry_of;
+#endif
+    (void)isa;
+    return portable::move_entry_of;
+}
+
+// Writes entries [first, first + kRun) and packs them.
+void write_run(const EmaUpdate& p, const Groups& groups, const Plan& plan, int64_t first, double* sum, double* terms) {
+    const MoveEntry move_entry = move_entry_for(p.isa);
+    const int64_t last = std::min(first + kRun, p.entries);
+    for (int64_t k = first; k < last; ++k) {
+        const int64_t row = plan.restart_row[size_t(k)];
+        if (row < 0)
+            move_entry(p, groups.begin(k), groups.begin(k + 1), k, plan.inverse_size(p, k), sum);
+        else
+            dispatch_float(p.dtype, "ema_update: vectors",
+                           [&](auto type) { restart_entry<decltype(type)>(p, k, row, plan.restart_count); });
     }
-    return total;
+    if (!p.packed) return;
+    const Codebook book{p.embed, p.entries, p.dim};
+    for (int64_t k = first; k < last; k += panel_words(p.packed->isa)) pack_panel(book, *p.packed, k, terms);
 }
 
 }  // namespace
 
 int64_t ema_update(const EmaUpdate& p) {
     const Groups groups(p);
-    const double total = move_counts(p, groups), smoothed = total + double(p.entries) * p.eps;
-    const double mean = total / double(p.entries);
-    const double threshold = std::max(p.restart_threshold, p.restart_fraction * mean);
-    const double count = p.restart_count > 0 ? p.restart_count : double(float(mean));
-    std::vector<int64_t> restarted;
-    for (int64_t k = 0; k < p.entries && !groups.order.empty(); ++k)
-        if (double(p.cluster_size_ema[k]) < threshold) restarted.push_back(k);
-    const std::vector<int64_t> rows = restart_rows(p, restarted.size());
-    dispatch_float(p.dtype, "ema_update: vectors", [&](auto type) {
-        using T = decltype(type);
+    const Plan plan(p, groups);
+    // The centre is a sample of the codewords before they move: it only has to be near them.
+    if (p.packed) pack_centre({p.embed, p.entries, p.dim}, *p.packed);
 #pragma omp parallel num_threads(p.threads)
-        {
-            std::vector<double> sum(size_t(p.dim));
-#pragma omp for schedule(dynamic, 16)
-            for (int64_t k = 0; k < p.entries; ++k)
-                move_entry<T>(p, groups, k, total * (double(p.cluster_size_ema[k]) + p.eps) / smoothed, sum.data());
-        }
-        for (size_t i = 0; i < restarted.size(); ++i) restart_entry<T>(p, restarted[i], rows[i % rows.size()], count);
-    });
-    return int64_t(restarted.size());
+    {
+        std::vector<double> sum(size_t(p.dim)), terms(size_t(tree_terms(p.dim)));
+#pragma omp for schedule(dynamic)
+        for (int64_t first = 0; first < p.entries; first += kRun)
+            write_run(p, groups, plan, first, sum.data(), terms.data());
+    }
+    if (p.packed) finish_packing(*p.packed);
+    return plan.restarted;
 }
 
 }  // namespace longcat

@@ -62,11 +62,16 @@ LC_KERNEL(longcat::cuda::kTotalThreads) ema_totals(LC_PARAMS(longcat::cuda::EmaK
         const int entry = first + int(thread_index());
         const bool dead = used > 0 && entry < entries && double(p.cluster_size_ema[entry]) < threshold;
         const Rank rank(dead, slots);
-        if (entry < entries) p.turns[entry] = dead ? restarts + rank.before : -1;
+        if (entry < entries) {
+            const double size = double(p.cluster_size_ema[entry]);
+            const double smooth = total * (size + p.eps) / (total + entries * p.eps);
+            p.turns[entry] = dead ? restarts + rank.before : -1;
+            p.scales[entry] = smooth > 0 ? 1 / smooth : 0;
+        }
         restarts += rank.all;
     }
     if (thread_index() != 0) return;
-    *p.totals = {total, mean, used, restarts > 0 ? used : 0};
+    *p.totals = {mean, used, restarts > 0 ? used : 0};
     *p.restarted = restarts;
 }
 
@@ -79,13 +84,12 @@ LC_KERNEL(longcat::cuda::kSegmentThreads) ema_entries(LC_PARAMS(longcat::cuda::E
     double sums[kSegmentColumns] = {};
     if (restarts) {
         const int* row = p.restart_order + turn % totals.used;
-        add_rows(sums, p.vectors, p.type, p.row_stride, p.column_stride, row, 0, 1, column, p.dim);
+        add_rows(sums, p.vectors, p.type, p.row_stride, row, 0, 1, column, p.dim);
     } else {
-        add_rows(sums, p.vectors, p.type, p.row_stride, p.column_stride, p.sorted.order, p.starts[entry],
-                 p.starts[entry + 1], column, p.dim);
+        add_rows(sums, p.vectors, p.type, p.row_stride, p.sorted.order, p.starts[entry], p.starts[entry + 1], column,
+                 p.dim);
     }
-    const double size = double(p.cluster_size_ema[entry]);
-    const double smooth = totals.total * (size + p.eps) / (totals.total + p.sorted.entries * p.eps);
+    const double scale = p.scales[entry];
     const double count = p.restart_count == 0 ? double(float(totals.mean)) : p.restart_count;
     LC_UNROLL for (int i = 0; i < kSegmentColumns; ++i) {
         const int d = column + i * int(kSegmentThreads);
@@ -94,8 +98,8 @@ LC_KERNEL(longcat::cuda::kSegmentThreads) ema_entries(LC_PARAMS(longcat::cuda::E
         moving = float(restarts ? sums[i] * count : p.decay * double(moving) + (1 - p.decay) * sums[i]);
         if (restarts)
             word = float(sums[i]);
-        else if (smooth > 0)
-            word = float(double(moving) / smooth);
+        else if (scale != 0)
+            word = float(double(moving) * scale);
     }
 }
 

@@ -10,9 +10,9 @@ LC_KERNEL(longcat::cuda::kSegmentThreads) segment_sum(LC_PARAMS(longcat::cuda::S
     const i64 entry = block_index(), first = p.sorted.first_place(entry), end = p.sorted.first_place(entry + 1);
     const int column = first_column();
     double sums[kSegmentColumns] = {};
-    add_rows(sums, p.grad, p.type, p.row_stride, p.column_stride, p.sorted.order, first, end, column, p.dim);
+    add_rows(sums, p.grad, kFloat32, p.row_stride, p.sorted.order, first, end, column, p.dim);
     LC_UNROLL for (int i = 0; i < kSegmentColumns; ++i) {
         const int d = column + i * int(kSegmentThreads);
-        if (d < p.dim) store(p.out, p.type, entry * p.dim + d, float(sums[i]));
+        if (d < p.dim) p.out[entry * p.dim + d] = float(sums[i]);
     }
 }

@@ -9,10 +9,10 @@ namespace longcat::cuda {
 // The gradient of one codebook.
 struct SegmentSum {
     SortedRows sorted;
-    int dim, type;
-    const void* grad;  // [rows, dim] with these strides
-    i64 row_stride, column_stride;
-    void* out;  // [entries, dim] of the same type
+    int dim;
+    const float* grad;  // [rows, dim], a row's elements adjacent
+    i64 row_stride;
+    float* out;  // [entries, dim]
 };
 
 }  // namespace longcat::cuda

@@ -78,12 +78,12 @@ void prepare(Queue& queue, const longcat::RvqEncode& p, const Workspace& work, c
     queue.run({"rvq_prepare", blocks_of(p.rows, 1), 1, kRowThreads}, prepare);
 }
 
-template <class Params>
-void name_books(Params& params, const longcat::RvqEncode& p) {
-    LC_CHECK(p.levels.size() <= size_t(kMostLevels), "rvq_encode: there must be at most 32 levels");
-    params.levels = int(p.levels.size());
-    for (size_t level = 0; level < p.levels.size(); ++level)
-        params.books[level] = {p.levels[level].words, p.levels[level].stride, int(p.levels[level].entries)};
+template <class Params, class Books>
+void name_books(Params& params, const Books& books) {
+    LC_CHECK(books.size() <= size_t(kMostLevels), "rvq_encode: there must be at most 32 levels");
+    params.levels = int(books.size());
+    for (size_t level = 0; level < books.size(); ++level)
+        params.books[level] = {books[level].words, books[level].stride, int(books[level].entries)};
 }
 
 void sum_up(Queue& queue, const longcat::RvqEncode& p, const Workspace& work) {
@@ -91,7 +91,7 @@ void sum_up(Queue& queue, const longcat::RvqEncode& p, const Workspace& work) {
     const RvqLosses losses = {p.rows, int(p.dim), levels, work.squares, work.rows.kinds, p.losses};
     queue.run({"rvq_losses", unsigned(levels), 1, kRowThreads}, losses);
     RvqGather gather = {};
-    name_books(gather, p);
+    name_books(gather, p.levels);
     gather.rows = p.rows, gather.dim = int(p.dim), gather.type = type_of(p.dtype), gather.out = p.quantized;
     gather.codes = reinterpret_cast<const i64*>(p.codes), gather.row_stride = levels, gather.level_stride = 1;
     queue.run({"rvq_gather", blocks_of(p.rows, 1), blocks_of(p.dim, kGatherThreads), kGatherThreads}, gather);
@@ -166,18 +166,15 @@ int64_t rvq_pack(Queue& queue, const float* words, int64_t stride, int64_t entri
     return arena.used();
 }
 
-void rvq_encode_backward(Queue& queue, const RvqEncodeBackward& p) {
-    const longcat::RvqEncode& forward = *p.forward;
+void rvq_encode_backward(Queue& queue, const longcat::RvqEncodeBackward& p) {
     RvqBackward backward = {};
-    name_books(backward, forward);
-    backward.rows = forward.rows, backward.dim = int(forward.dim), backward.type = type_of(forward.dtype);
-    backward.residual_type = type_of(forward.residual_dtype);
-    backward.x = forward.x, backward.row_stride = forward.row_stride, backward.column_stride = forward.column_stride;
-    backward.grad = p.grad, backward.grad_type = p.grad == nullptr ? kFloat32 : type_of(p.grad_dtype);
-    backward.grad_row_stride = p.grad_row_stride, backward.grad_column_stride = p.grad_column_stride;
-    backward.codes = reinterpret_cast<const i64*>(forward.codes), backward.scales = p.scales, backward.out = p.out;
-    queue.run({"rvq_backward", blocks_of(forward.rows, 1), blocks_of(forward.dim, kGatherThreads), kGatherThreads},
-              backward);
+    name_books(backward, p.codebooks);
+    backward.rows = p.rows, backward.dim = int(p.dim), backward.type = type_of(p.dtype);
+    backward.residual_type = type_of(p.residual_dtype);
+    backward.x = {p.x.data, p.x.row_stride, p.x.column_stride};
+    backward.grad = {p.grad.data, p.grad.row_stride, p.grad.column_stride};
+    backward.codes = reinterpret_cast<const i64*>(p.codes), backward.scales = p.scales, backward.out = p.grad_x;
+    queue.run({"rvq_backward", blocks_of(p.rows, 1), blocks_of(p.dim, kGatherThreads), kGatherThreads}, backward);
 }
 
 }  // namespace longcat::cuda

@@ -5,6 +5,7 @@
 
 #include "cuda/queue.h"
 #include "longcat/rvq_encode.h"
+#include "longcat/rvq_encode_backward.h"
 
 namespace longcat::cuda {
 
@@ -26,16 +27,6 @@ int64_t rvq_encode(Queue& queue, const longcat::RvqEncode& p, const std::vector<
 int64_t rvq_pack(Queue& queue, const float* words, int64_t stride, int64_t entries, int64_t dim, void* packed,
                  void* workspace);
 
-// The gradient of x. `grad` and `scales` (2 grad_losses / count, [levels] float32) may be null.
-struct RvqEncodeBackward {
-    const longcat::RvqEncode* forward;  // rows, dim, x, levels, residual_dtype and codes
-    const void* grad;
-    DType grad_dtype;
-    int64_t grad_row_stride, grad_column_stride;
-    const float* scales;
-    void* out;
-};
-
-void rvq_encode_backward(Queue& queue, const RvqEncodeBackward& p);
+void rvq_encode_backward(Queue& queue, const longcat::RvqEncodeBackward& p);
 
 }  // namespace longcat::cuda

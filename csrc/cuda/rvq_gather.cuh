@@ -34,8 +34,8 @@ LC_KERNEL(longcat::cuda::kGatherThreads) rvq_backward(LC_PARAMS(longcat::cuda::R
     const i64* codes = p.codes + t * p.levels;
     float total = 0;
     if (codes[0] >= 0) {
-        if (p.grad != nullptr) total = load(p.grad, p.grad_type, t * p.grad_row_stride + d * p.grad_column_stride);
-        float residual = round_to(p.residual_type, load(p.x, p.type, t * p.row_stride + d * p.column_stride));
+        if (p.grad.data != nullptr) total = p.grad.at(p.type, t, d);
+        float residual = round_to(p.residual_type, p.x.at(p.type, t, d));
         for (int level = 0; level < p.levels && p.scales != nullptr; ++level) {
             const float* word = named_word(p.books[level], codes[level]);
             residual = round_to(p.residual_type, residual - (word == nullptr ? 0.0f : word[d]));

@@ -111,12 +111,21 @@ struct RvqGather {
     void* out;  // [rows, dim]
 };
 
+// A matrix of any strides.
+struct Elements {
+    const void* data;
+    i64 row_stride, column_stride;
+
+    LC_DEVICE float at(int type, i64 row, i64 column) const {
+        return load(data, type, row * row_stride + column * column_stride);
+    }
+};
+
 // The gradient of x: that of `quantized`, and of the losses through the residuals, walked again.
 struct RvqBackward {
     i64 rows;
-    int dim, levels, type, residual_type, grad_type;
-    const void *x, *grad;  // [rows, dim]; grad may be null
-    i64 row_stride, column_stride, grad_row_stride, grad_column_stride;
+    int dim, levels, type, residual_type;
+    Elements x, grad;     // [rows, dim] of `type`; grad may be null
     const i64* codes;     // [rows, levels]
     const float* scales;  // [levels], 2 grad_losses / count, or null
     LevelWords books[kMostLevels];

@@ -7,6 +7,9 @@ namespace longcat::cuda {
 
 constexpr u32 kSortThreads = 256, kSortDigits = 256, kSortRows = 2048, kSegmentThreads = 128;
 
+// Columns of one thread that sums segments.
+constexpr int kSegmentColumns = 4;
+
 struct SortPass {
     i64 rows;
     const i64* left;   // how many rows there are if not `rows`; null: `rows`

@@ -6,32 +6,32 @@ Dimension key
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from longcat_kernels.ops.ema_update import ema_update
+from longcat_kernels.modules._codebook import Codebook, finite_rows, for_encoding, initialize, update, usable_rows
+from longcat_kernels.modules._gather import Ranks
 from longcat_kernels.ops.rvq_decode import rvq_decode
-from longcat_kernels.ops.rvq_encode import RVQEncoding, check_mask, rvq_encode
+from longcat_kernels.ops.rvq_encode import DTYPES, RVQEncoding, row_mask, rvq_encode, rvq_encode_before_update
 
-KMEANS_STEPS = 8  # of the first batch; later batches go on by moving averages
-# Rules of `ema_update` that make it k-means: without memory and smoothing an entry becomes the mean of its rows.
-_MEANS = {"decay": 0.0, "eps": 0.0, "restart_threshold": 1.0}
-_FROM_ROWS = {"decay": 0.0, "eps": 0.0, "restart_threshold": math.inf}
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_SEEDS = 8  # bits: seeds are step, level and k-means step, the last of them the update
 
 
-class Codebook(nn.Module):
-    """The state of one codebook, named as in the released vision tokenizer; only `ema_update` moves it."""
+class VisionCodebook(Codebook):
+    """Buffers named as in the released vision tokenizer."""
 
     embed: Tensor  # [K + 1, D] float32; the last row is zero and never chosen, so that code -1 reads it
     embed_ema: Tensor  # [K, D] float32: moving sum of the rows of each entry
     cluster_size_ema: Tensor  # [K] float32: moving count of the rows of each entry
 
-    def __init__(self, size: int, dim: int) -> None:
-        super().__init__()
+    def __init__(self, size: int, dim: int, gram: bool = False) -> None:
+        super().__init__(gram)
         entries_KD = nn.init.kaiming_uniform_(torch.empty(size, dim))
         self.register_buffer("embed", torch.cat([entries_KD, torch.zeros(1, dim)]))
         self.register_buffer("embed_ema", entries_KD.clone())
@@ -39,8 +39,15 @@ class Codebook(nn.Module):
 
     @property
     def entries(self) -> Tensor:
-        """[K, D], a view."""
         return self.embed[:-1]
+
+    @property
+    def sums(self) -> Tensor:
+        return self.embed_ema
+
+    @property
+    def counts(self) -> Tensor:
+        return self.cluster_size_ema
 
 
 class ResidualVQ(nn.Module):
@@ -49,16 +56,29 @@ class ResidualVQ(nn.Module):
     The first training batch initialises the codebooks by k-means; each one then updates them by `ema_update`.
     All of it is a function of the inputs and of the state dict: `step` seeds the choice of rows.
 
+    Data parallel: where torch.distributed is initialised, the batch is that of all ranks together, in their order. All
+    ranks move their codebooks alike, to the bit, and to the bit as one process with that batch would; a step takes two
+    collectives, also on ranks without a row (`Ranks` says what they cost). Under DistributedDataParallel give it
+    `broadcast_buffers=False`: there is nothing to broadcast.
+
+    State dicts are named as in the released vision tokenizer, and `step` and `initialized`, which may be missing. Those
+    of the released audio tokenizer (`{l}.codebook.embed` and so on) and of RQ-VAE (`codebooks.{l}.weight`) load too.
+
     Args:
         sizes: entries of each level.
         dim: width of a row.
         shared: one codebook for all levels (equal sizes); its statistics are those of all levels together, after each
             batch. The state dict holds it once per level, as the released checkpoint does.
-        decay, eps, restart_threshold: see `ema_update`.
+        gram: with a shared codebook, also keep the products of all pairs of its words, K x K: see `PreparedCodebook`.
+        decay, eps, restart_threshold, restart_fraction, restart_count: see `ema_update`.
+        kmeans_init: False: start from random entries, without waiting for a batch.
+        kmeans_steps: of the first batch, at most 254; later batches go on by moving averages.
         residual_dtype: see `rvq_encode`.
+        sync: True: over the default process group; a group: over that one; False: each process by itself.
 
     Raises:
-        ValueError: no level, a size or width below 1, or unequal sizes with a shared codebook.
+        ValueError: no level or more than 256, a size or width below 1, unequal sizes with a shared codebook, `gram`
+            without one, or `kmeans_steps` out of range.
     """
 
     step: Tensor  # int64 []: training batches seen
@@ -70,28 +90,42 @@ class ResidualVQ(nn.Module):
         dim: int,
         *,
         shared: bool = False,
+        gram: bool = False,
         decay: float = 0.99,
         eps: float = 1e-5,
         restart_threshold: float = 1.0,
+        restart_fraction: float = 0.0,
+        restart_count: float = 1.0,
+        kmeans_init: bool = True,
+        kmeans_steps: int = 8,
         residual_dtype: torch.dtype = torch.float32,
+        sync: bool | ProcessGroup = True,
     ) -> None:
         super().__init__()
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"ResidualVQ: sizes must be one or more numbers of at least 1, got {list(sizes)}")
+        if not 1 <= len(sizes) <= 1 << _SEEDS or min(sizes) < 1:
+            raise ValueError(f"ResidualVQ: sizes must be 1 to 256 numbers of at least 1, got {list(sizes)}")
         if dim < 1:
             raise ValueError(f"ResidualVQ: dim must be at least 1, got {dim}")
         if shared and len(set(sizes)) > 1:
             raise ValueError(f"ResidualVQ: sizes must be equal with a shared codebook, got {list(sizes)}")
+        if gram and not shared:
+            raise ValueError("ResidualVQ: gram must be False unless the codebook is shared, got True")
+        if not 0 <= kmeans_steps <= 254:
+            raise ValueError(f"ResidualVQ: kmeans_steps must be between 0 and 254, got {kmeans_steps}")
         self.sizes, self.dim, self.shared = tuple(sizes), dim, shared
-        self.decay, self.eps, self.restart_threshold = decay, eps, restart_threshold
-        self.residual_dtype = residual_dtype
-        books = [Codebook(sizes[0], dim)] * len(sizes) if shared else [Codebook(size, dim) for size in sizes]
-        self.codebooks = nn.ModuleList(books)
+        self.decay, self.eps, self.kmeans_steps = decay, eps, kmeans_steps
+        self.restart_threshold, self.restart_fraction = restart_threshold, restart_fraction
+        self.restart_count, self.residual_dtype = restart_count, residual_dtype
+        self.ranks = Ranks(sync)
+        books = [VisionCodebook(sizes[0], dim, gram)] * len(sizes) if shared else None
+        self.codebooks = nn.ModuleList(books or [VisionCodebook(size, dim) for size in sizes])
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
-        self.register_load_state_dict_pre_hook(_released_is_initialized)  # type: ignore[no-untyped-call]
+        self.register_buffer("initialized", torch.tensor(not kmeans_init))
+        self.register_load_state_dict_pre_hook(_rename)  # type: ignore[no-untyped-call]
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, kept: Tensor | None = None) -> RVQEncoding:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, kept: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> RVQEncoding:
         """Encodes x; in training mode first initialises the codebooks if need be, and afterwards updates them.
 
         Args:
@@ -100,25 +134,32 @@ class ResidualVQ(nn.Module):
             mask: bool, the leading shape of x; False rows are neither encoded nor counted.
             kept: integers in 1..L, broadcast to the leading shape of x: quantizer dropout (SoundStream, section III-C).
                 `quantized` then sums only so many first levels of a row; all else stays as it is without.
+            lengths: integers [B] in place of a mask, x being [B, S, dim].
         """
+        self._check(x, kept)
+        mask = row_mask(x, mask, lengths)
         if not self.training:
             return _drop_levels(self.encode(x, mask=mask), x, self.entries(), kept)
-        if mask is not None:
-            check_mask(mask, x)  # before anything moves
-        seed = int(self.step) << 16
-        if not self.initialized:
-            self._initialize(x.detach(), mask, seed)
-        # Backward reads the codewords that were chosen: they must outlive the update.
-        keep = x.requires_grad and torch.is_grad_enabled()
-        entries = [entries_KD.clone() if keep else entries_KD for entries_KD in self.entries()]
-        encoding = rvq_encode(x, entries, mask=mask, residual_dtype=self.residual_dtype)
-        self._update(x.detach(), encoding, seed)
+        books = self._books()
+        step = int(self.step)
+        rows_ND = None if self.initialized else self._initialize(x.detach(), mask, step)
+        encoding = rvq_encode_before_update(x, for_encoding(books), mask=mask, residual_dtype=self.residual_dtype)
+        dropped = _drop_levels(encoding, x, self.entries(), kept)
+        if rows_ND is None:
+            batch = self.ranks.gather(*usable_rows(x.detach(), encoding), step)
+        else:
+            again = rvq_encode(rows_ND, for_encoding(books), residual_dtype=self.residual_dtype)
+            batch = usable_rows(rows_ND, again)
+        self._update(*batch, step)
         self.step += 1
-        return _drop_levels(encoding, x, entries, kept)
+        return dropped
 
-    def encode(self, x: Tensor, levels: int | None = None, mask: Tensor | None = None) -> RVQEncoding:
+    def encode(
+        self, x: Tensor, levels: int | None = None, mask: Tensor | None = None, *, lengths: Tensor | None = None
+    ) -> RVQEncoding:
         """Encodes x [..., dim] by the first `levels` levels; changes nothing."""
-        return rvq_encode(x, self.entries(), levels=levels, mask=mask, residual_dtype=self.residual_dtype)
+        books = for_encoding(self._books())
+        return rvq_encode(x, books, levels=levels, mask=mask, lengths=lengths, residual_dtype=self.residual_dtype)
 
     def decode(self, codes: Tensor, levels: int | None = None) -> Tensor:
         """Sums the codewords of `codes` [..., L] int64 (-1: none), or of the first `levels`: [..., dim] float32."""
@@ -126,83 +167,78 @@ class ResidualVQ(nn.Module):
 
     def entries(self) -> list[Tensor]:
         """One codebook [K, dim] a level, views of the buffers."""
-        return [self._book(level).entries for level in range(len(self.sizes))]
+        return [book.entries for book in self._books()]
 
     def usage(self) -> list[float]:
-        """Share of each level's entries whose moving count reaches `restart_threshold`."""
-        return [
-            self._book(level).cluster_size_ema.ge(self.restart_threshold).float().mean().item()
-            for level in range(len(self.sizes))
-        ]
+        """Share of each level's entries whose moving count is high enough that they do not restart."""
+        shares = []
+        for book in self._books():
+            least = max(self.restart_threshold, self.restart_fraction * book.counts.double().mean().item())
+            shares.append(book.counts.double().ge(least).double().mean().item())
+        return shares
 
     def perplexity(self) -> list[float]:
         """exp(entropy) of each level's moving counts: how many entries are in even use."""
-        sizes = [self._book(level).cluster_size_ema.double() for level in range(len(self.sizes))]
-        shares = [size / size.sum() for size in sizes]
+        shares = [book.counts.double() / book.counts.double().sum() for book in self._books()]
         return [torch.special.entr(share).sum().exp().item() for share in shares]
 
     def extra_repr(self) -> str:
         return f"{list(self.sizes)}, {self.dim}, shared={self.shared}, decay={self.decay}"
 
-    def _book(self, level: int) -> Codebook:
-        book = self.codebooks[level]
-        assert isinstance(book, Codebook)
-        return book
+    def _check(self, x: Tensor, kept: Tensor | None) -> None:
+        if x.dtype not in DTYPES or x.ndim < 1 or x.shape[-1] != self.dim:
+            rule = f"float32, bfloat16 or float16 [..., {self.dim}]"
+            raise ValueError(f"ResidualVQ: x must be {rule}, got {x.dtype} {list(x.shape)}")
+        if kept is not None and (kept.is_floating_point() or kept.dtype == torch.bool):
+            raise ValueError(f"ResidualVQ: kept must hold integers, got {kept.dtype}")
+
+    def _books(self) -> list[Codebook]:
+        return [book for book in self.codebooks if isinstance(book, Codebook)]
 
     @torch.no_grad()
-    def _initialize(self, x: Tensor, mask: Tensor | None, seed: int) -> None:
-        """k-means over the finite, unmasked rows; without any, nothing happens."""
-        usable = x.isfinite().all(-1) if mask is None else x.isfinite().all(-1) & mask
-        rows_ND = x[usable]
-        if not len(rows_ND):
-            return
-        together = len(self.sizes) if self.shared else 1
-        for first in range(0, len(self.sizes), together):
-            levels = range(first, first + together)
-            book = self._book(first)
-            everywhere_N = torch.zeros(len(rows_ND), dtype=torch.int64, device=x.device)
-            _move(book, rows_ND, everywhere_N, seed=seed + (first << 8), **_FROM_ROWS)
-            for number in range(1, KMEANS_STEPS + 1):
-                codes_NL = rvq_encode(rows_ND, book.entries, levels=together, residual_dtype=self.residual_dtype).codes
-                # A shared codebook needs entries for the residuals of the deeper levels too: it starts from them again.
-                rule = _FROM_ROWS if number == 1 and self.shared else _MEANS
-                self._move_levels(levels, rows_ND, codes_NL, seed=seed + (first << 8) + number, **rule)
-            rows_ND = rvq_encode(rows_ND, [book.entries], residual_dtype=self.residual_dtype).residual
-        self.initialized.fill_(True)
+    def _initialize(self, x: Tensor, mask: Tensor | None, step: int) -> Tensor:
+        """k-means over the finite, unmasked rows of all ranks; gives them. Without any, nothing happens."""
+        rows_ND = finite_rows(x, mask, self.residual_dtype)
+        rows_ND, _ = self.ranks.gather(rows_ND, rows_ND.new_zeros(len(rows_ND), 0, dtype=torch.int64), step)
+        if len(rows_ND):
+            seed, dtype = step << 2 * _SEEDS, self.residual_dtype
+            initialize(self._books(), rows_ND, steps=self.kmeans_steps, residual_dtype=dtype, seed=seed)
+            self.initialized.fill_(True)
+        return rows_ND
 
     @torch.no_grad()
-    def _update(self, x: Tensor, encoding: RVQEncoding, seed: int) -> None:
-        finite = encoding.residual.isfinite().all(-1, keepdim=True)
-        codes_NL = torch.where(finite, encoding.codes, -1).reshape(-1, len(self.sizes))
-        self._move_levels(
-            range(len(self.sizes)),
-            x.reshape(-1, self.dim),
+    def _update(self, rows_ND: Tensor, codes_NL: Tensor, step: int) -> None:
+        update(
+            self._books(),
+            rows_ND,
             codes_NL,
+            residual_dtype=self.residual_dtype,
+            seed=(step << 2 * _SEEDS) + 255,
             decay=self.decay,
             eps=self.eps,
             restart_threshold=self.restart_threshold,
-            seed=seed + 255,
+            restart_fraction=self.restart_fraction,
+            restart_count=self.restart_count,
         )
 
-    def _move_levels(self, levels: range, rows_ND: Tensor, codes_NL: Tensor, *, seed: int, **rule: float) -> None:
-        """Updates the codebooks of `levels` with the residuals each was given; a shared one with all at once."""
-        residual_ND, given = rows_ND.to(self.residual_dtype).float(), []
-        for level, codes_N in zip(levels, codes_NL.unbind(1), strict=True):
-            book, vectors_ND = self._book(level), residual_ND
-            residual_ND = (vectors_ND - book.embed[codes_N]).to(self.residual_dtype).float()
-            given.append(vectors_ND)
-            if not self.shared:
-                _move(book, given.pop(), codes_N, seed=seed + (level << 8), **rule)
-        if self.shared:
-            _move(self._book(0), torch.cat(given), codes_NL.T.reshape(-1), seed=seed, **rule)
 
-
-def _move(book: Codebook, vectors_ND: Tensor, codes_N: Tensor, **rule: Any) -> None:
-    ema_update(book.entries, book.embed_ema, book.cluster_size_ema, vectors_ND, codes_N, **rule)
-
-
-def _released_is_initialized(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state dict of codebooks alone, as the released checkpoint has it, needs no initialisation."""
+def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Gives the names of other checkpoints to the ones that this module has; codebooks alone are initialised ones."""
+    levels = len(module.sizes) if isinstance(module, ResidualVQ) else 0
+    for level in range(levels):
+        audio, ours = f"{prefix}{level}.codebook.", f"{prefix}codebooks.{level}."
+        embed = state.get(f"{audio}embed")
+        if embed is not None and embed.ndim == 2:
+            state[f"{audio}embed"] = nn.functional.pad(embed, (0, 0, 0, 1))
+        renames = {
+            f"{audio}embed": "embed",
+            f"{audio}embed_avg": "embed_ema",
+            f"{audio}cluster_size": "cluster_size_ema",
+            f"{ours}weight": "embed",  # RQ-VAE
+        }
+        for theirs, name in renames.items():
+            if theirs in state:
+                state[f"{ours}{name}"] = state.pop(theirs)
     if f"{prefix}codebooks.0.embed" in state:
         state.setdefault(f"{prefix}initialized", torch.tensor(True))
         state.setdefault(f"{prefix}step", torch.tensor(0))
@@ -211,8 +247,6 @@ def _released_is_initialized(module: nn.Module, state: dict[str, Any], prefix: s
 def _drop_levels(encoding: RVQEncoding, x: Tensor, entries: list[Tensor], kept: Tensor | None) -> RVQEncoding:
     if kept is None:
         return encoding
-    if kept.is_floating_point() or kept.dtype == torch.bool:
-        raise ValueError(f"ResidualVQ: kept must hold integers, got {kept.dtype}")
     levels = torch.arange(len(entries), device=x.device)
     codes = encoding.codes.masked_fill(levels >= kept[..., None], -1)
     quantized = rvq_decode(codes, entries).to(x.dtype)

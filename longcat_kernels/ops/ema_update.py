@@ -15,7 +15,7 @@ from longcat_kernels import cuda, native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import DTYPES
-from longcat_kernels.prepared import PreparedCodebook
+from longcat_kernels.prepared import PreparedCodebook, repack
 from longcat_kernels.reference import ema_update as spec
 from longcat_kernels.spec import Op
 
@@ -67,11 +67,8 @@ def ema_update(
         ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
     """
     check(-(2**63) <= seed < 2**63, lambda: f"ema_update: seed must be in [-2^63, 2^63), got {seed}")
-    packed = None
-    if prepared is not None:
-        same = prepared.words.data_ptr() == embed.data_ptr() and prepared.words.shape == embed.shape
-        check(same, lambda: "ema_update: prepared must be the prepared form of embed, got one of another tensor")
-        packed = prepared.packed
+    known = prepared is not None and not torch.compiler.is_compiling()  # a trace cannot tell versions
+    packed = _packed_of(prepared, embed) if prepared is not None and known else None
     restarted: Tensor = _op(
         embed,
         embed_ema,
@@ -87,7 +84,17 @@ def ema_update(
         seed,
         backend,
     )
+    if prepared is not None and packed is not None:
+        prepared.mark_current()
     return restarted
+
+
+def _packed_of(prepared: PreparedCodebook, embed: Tensor) -> Tensor | None:
+    """The bytes to follow `embed`; None where they are to be made at the next use."""
+    words = prepared.words
+    same = words.data_ptr() == embed.data_ptr() and words.shape == embed.shape and words.stride() == embed.stride()
+    check(same, lambda: "ema_update: prepared must be the prepared form of embed, got that of another tensor")
+    return None if prepared.gram is not None else prepared.packed
 
 
 def _check(
@@ -206,9 +213,16 @@ def _cuda(*arguments: Any) -> None:
     native.module().ema_update_cuda(*context, allocate, *tensors, codes_N.contiguous(), *arguments[6:])
 
 
+def _reference(*arguments: Any) -> None:
+    reference(spec.ema_update).run(*arguments)
+    embed_KD, packed = arguments[0], arguments[3]
+    if packed is not None:
+        repack(embed_KD, packed)
+
+
 IMPLS: dict[str, Impl] = {
     "cuda": Impl(_cuda, _why_not_cuda),
     "cpu": Impl(_cpu, _why_not_cpu),
-    "reference": reference(spec.ema_update),
+    "reference": Impl(_reference, lambda *inputs: None),
 }
 OP = Op("ema_update", ema_update, IMPLS, spec)

@@ -15,7 +15,7 @@ from torch import Tensor
 from longcat_kernels import cuda, native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
-from longcat_kernels.ops.rvq_encode import DTYPES, MOST_LEVELS, Codebook, check_codebook, level_codebooks, words_of
+from longcat_kernels.ops.rvq_encode import Codebook, check_codebook, level_codebooks, words_of
 from longcat_kernels.prepared import PreparedCodebook
 from longcat_kernels.reference import rvq_decode as spec
 from longcat_kernels.spec import Op
@@ -81,34 +81,31 @@ def _check_codes(codes_TL: Tensor, codebooks: list[Tensor]) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    codes_TL, codebooks, _backend = inputs
+    codes_TL, codebooks, ctx.backend = inputs
     ctx.entries = [codebook_KD.shape[0] for codebook_KD in codebooks]
     ctx.save_for_backward(codes_TL)
 
 
 def _backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
     (codes_TL,) = ctx.saved_tensors
-    return None, list(_op_backward(grad_TD, codes_TL, ctx.entries)), None
+    return None, list(_op_backward(grad_TD, codes_TL, ctx.entries, ctx.backend)), None
 
 
-def _allocate_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> list[Tensor]:
+def _allocate_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], backend: str) -> list[Tensor]:
     return [torch.empty(k, grad_TD.shape[1], dtype=grad_TD.dtype, device=grad_TD.device) for k in entries]
 
 
-def _run_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> list[Tensor]:
-    grads = _allocate_backward(grad_TD, codes_TL, entries)
-    if cuda.why_not("rvq_decode", grad_TD) is None and grad_TD.dtype in DTYPES:
-        context, allocate = cuda.context("rvq_decode", grad_TD.device), cuda.allocator(grad_TD.device)
-        native.module().rvq_decode_backward_cuda(*context, allocate, grad_TD, codes_TL, grads)
-        return grads
-    for codes_T, grad_KD in zip(codes_TL.unbind(1), grads, strict=True):
-        kept_T = codes_T >= 0
-        grad_KD.zero_().index_put_((codes_T[kept_T],), grad_TD[kept_T], accumulate=True)
+def _run_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], backend: str) -> list[Tensor]:
+    grads = _allocate_backward(grad_TD, codes_TL, entries, backend)
+    wanted = "torch" if backend == "reference" else "auto"
+    choose("rvq_decode_backward", BACKWARD_IMPLS, wanted, grad_TD, codes_TL).run(grad_TD, codes_TL, grads)
     return grads
 
 
 _op_backward = register(
-    "rvq_decode_backward(Tensor grad, Tensor codes, SymInt[] entries) -> Tensor[]", _run_backward, _allocate_backward
+    "rvq_decode_backward(Tensor grad, Tensor codes, SymInt[] entries, str backend) -> Tensor[]",
+    _run_backward,
+    _allocate_backward,
 )
 _op = register(
     "rvq_decode(Tensor codes, Tensor[] codebooks, str backend) -> Tensor",
@@ -120,19 +117,60 @@ _op = register(
 
 
 def _why_not_cuda(codes_TL: Tensor, codebooks: list[Tensor]) -> str | None:
-    if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
-        return "needs codebooks whose rows have adjacent elements"
-    if len(codebooks) > MOST_LEVELS:
-        return f"takes at most {MOST_LEVELS} levels"
-    return cuda.why_not("rvq_decode", codes_TL)
+    return cuda.why_not_books(codebooks) or cuda.why_not("rvq_decode", codes_TL)
 
 
 def _cuda(codes_TL: Tensor, codebooks: list[Tensor], out_TD: Tensor) -> None:
     native.module().rvq_decode_cuda(*cuda.context("rvq_decode", codes_TL.device), codes_TL, codebooks, out_TD)
 
 
+def _why_not_cuda_backward(grad_TD: Tensor, codes_TL: Tensor) -> str | None:
+    return cuda.why_not("rvq_decode", grad_TD)
+
+
+def _cuda_backward(grad_TD: Tensor, codes_TL: Tensor, grads: list[Tensor]) -> None:
+    grad_TD = grad_TD if grad_TD.stride(1) == 1 else grad_TD.contiguous()
+    context, allocate = cuda.context("rvq_decode", grad_TD.device), cuda.allocator(grad_TD.device)
+    native.module().rvq_decode_backward_cuda(*context, allocate, grad_TD, codes_TL, grads)
+
+
+def _why_not_cpu(codes_TL: Tensor, codebooks: list[Tensor]) -> str | None:
+    if codes_TL.device.type != "cpu":
+        return f"takes tensors on the CPU, got {codes_TL.device}"
+    if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
+        return "needs codebooks whose rows have adjacent elements"
+    return native.why_not()
+
+
+def _cpu(codes_TL: Tensor, codebooks: list[Tensor], out_TD: Tensor) -> None:
+    native.module().rvq_decode(codes_TL, codebooks, out_TD, threads=torch.get_num_threads())
+
+
+def _why_not_cpu_backward(grad_TD: Tensor, codes_TL: Tensor) -> str | None:
+    return native.why_not() if grad_TD.device.type == "cpu" else f"takes tensors on the CPU, got {grad_TD.device}"
+
+
+def _cpu_backward(grad_TD: Tensor, codes_TL: Tensor, grads: list[Tensor]) -> None:
+    grad_TD = grad_TD if grad_TD.stride(1) == 1 else grad_TD.contiguous()
+    for grad_KD in grads:
+        grad_KD.zero_()
+    native.module().rvq_decode_backward(grad_TD, codes_TL, grads, threads=torch.get_num_threads())
+
+
+def _torch_backward(grad_TD: Tensor, codes_TL: Tensor, grads: list[Tensor]) -> None:
+    for codes_T, grad_KD in zip(codes_TL.unbind(1), grads, strict=True):
+        kept_T = codes_T >= 0
+        grad_KD.zero_().index_put_((codes_T[kept_T],), grad_TD[kept_T], accumulate=True)
+
+
 IMPLS: dict[str, Impl] = {
     "cuda": Impl(_cuda, _why_not_cuda),
+    "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_decode),
+}
+BACKWARD_IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda_backward, _why_not_cuda_backward),
+    "cpu": Impl(_cpu_backward, _why_not_cpu_backward),
+    "torch": Impl(_torch_backward, lambda *inputs: None),
 }
 OP = Op("rvq_decode", rvq_decode, IMPLS, spec)

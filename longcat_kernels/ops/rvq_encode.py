@@ -6,7 +6,7 @@ Dimension key
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 from longcat_kernels import cuda, native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
+from longcat_kernels.ops._rvq_encode_backward import rvq_encode_backward
 from longcat_kernels.prepared import PreparedCodebook
 from longcat_kernels.reference import rvq_encode as spec
 from longcat_kernels.spec import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_LEVELS, MOST_COLUMNS = 32, 65536  # of the CUDA kernels
+MOST_COLUMNS = 65536  # of the CUDA kernels
 Codebook: TypeAlias = Tensor | PreparedCodebook
 
 
@@ -69,21 +70,94 @@ def rvq_encode(
         >>> e.codes.tolist()
         [[0, 0], [1, 1]]
     """
+    return _encode(_op, x, codebooks, levels, row_mask(x, mask, lengths), residual_dtype, backend)
+
+
+def rvq_encode_before_update(
+    x: Tensor,
+    codebooks: Sequence[Codebook],
+    *,
+    mask: Tensor | None = None,
+    residual_dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> RVQEncoding:
+    """`rvq_encode` for a caller that moves the codebooks before backward, as training by moving averages does.
+
+    Backward reads the codewords that the rows chose: they are copied, or the whole codebooks where that is less.
+    """
+    wanted = x.requires_grad and torch.is_grad_enabled()
+    run = _EncodeBeforeUpdate.apply if wanted else _op
+    return _encode(run, x, codebooks, None, row_mask(x, mask, None), residual_dtype, backend)
+
+
+def _encode(
+    run: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    codebooks: Sequence[Codebook] | Codebook,
+    levels: int | None,
+    mask: Tensor | None,
+    residual_dtype: torch.dtype,
+    backend: str,
+) -> RVQEncoding:
     books = level_codebooks("rvq_encode", codebooks, levels)
+    packed, gram = _prepared(books)
+    mask_T = None if mask is None else mask.reshape(-1)
+    x_TD = x.reshape(-1, x.shape[-1])
+    quantized, residual, losses, codes = run(x_TD, words_of(books), packed, gram, mask_T, residual_dtype, backend)
+    shape = x.shape[:-1]
+    return RVQEncoding(codes.view(*shape, len(books)), quantized.view(x.shape), residual.view(x.shape), losses)
+
+
+class _EncodeBeforeUpdate(torch.autograd.Function):
+    """The op, with a backward of copies."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = _op(*inputs)
+        x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, ctx.backend = inputs
+        _quantized, residual_TD, _losses, codes_TL = outputs
+        ctx.mark_non_differentiable(codes_TL, residual_TD)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_TD, *_copies(codes_TL, codebooks))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        grad_TD, _residual, grad_L, _codes = grads
+        x_TD, codes_TL, *words = ctx.saved_tensors
+        grad_x_TD = rvq_encode_backward(grad_TD, grad_L, x_TD, codes_TL, words, ctx.residual_dtype, ctx.backend)
+        return grad_x_TD, None, None, None, None, None, None
+
+
+def _copies(codes_TL: Tensor, codebooks: list[Tensor]) -> list[Tensor]:
+    """Codes [T, L] and one codebook a level that name the same codewords, and share no memory with `codebooks`."""
+    rows = torch.arange(codes_TL.shape[0], device=codes_TL.device)
+    shared = all(book_KD is codebooks[0] for book_KD in codebooks)
+    if shared and codes_TL.numel() >= codebooks[0].shape[0]:
+        return [codes_TL, *[codebooks[0].clone()] * len(codebooks)]
+    codes, words = [], []
+    for codes_T, book_KD in zip(codes_TL.unbind(1), codebooks, strict=True):
+        gathers = shared or codes_TL.shape[0] < book_KD.shape[0]
+        codes.append(torch.where(codes_T < 0, -1, rows) if gathers else codes_T)
+        words.append(book_KD[codes_T.clamp(min=0)] if gathers else book_KD.clone())
+    return [torch.stack(codes, 1), *words]
+
+
+def row_mask(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """Which rows of x [..., D] count, bool, by whichever of the two is given; None: all.
+
+    Raises:
+        ValueError: x has no rows of at least one element, or what is given does not fit it.
+    """
     check(
         x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"rvq_encode: x must be [..., D], D at least 1, got {list(x.shape)}"
     )
-    shape = list(x.shape[:-1])
     if lengths is not None:
         check(mask is None, lambda: "rvq_encode: mask and lengths must not both be given")
-        mask = _mask_of(lengths, x)
+        return _mask_of(lengths, x)
     if mask is not None:
-        check_mask(mask, x)
-        mask = mask.reshape(-1)
-    packed, gram = _prepared(books)
-    outputs = _op(x.reshape(-1, x.shape[-1]), words_of(books), packed, gram, mask, residual_dtype, backend)
-    quantized, residual, losses, codes = outputs
-    return RVQEncoding(codes.view(*shape, len(books)), quantized.view(x.shape), residual.view(x.shape), losses)
+        _check_mask(mask, x)
+    return mask
 
 
 def words_of(codebooks: Sequence[Codebook]) -> list[Tensor]:
@@ -93,9 +167,9 @@ def words_of(codebooks: Sequence[Codebook]) -> list[Tensor]:
 
 def _prepared(codebooks: list[Codebook]) -> tuple[list[Tensor], Tensor | None]:
     """Packed forms, one a level or none at all, and the products of a shared codebook's words, where all have them."""
+    if torch.compiler.is_compiling() or not all(isinstance(book, PreparedCodebook) for book in codebooks):
+        return [], None  # a trace cannot tell whether codewords have changed
     prepared = [book.refresh() for book in codebooks if isinstance(book, PreparedCodebook)]
-    if len(prepared) < len(codebooks):
-        return [], None
     packed = [book.packed for book in prepared if book.packed is not None]
     shared = all(book is prepared[0] for book in prepared)
     return packed if len(packed) == len(prepared) else [], prepared[0].gram if shared else None
@@ -127,8 +201,7 @@ def level_codebooks(op: str, codebooks: Sequence[Codebook] | Codebook, levels: i
     return list(codebooks[:used])
 
 
-def check_mask(mask: Tensor, x: Tensor) -> None:
-    """Raises ValueError unless `mask` is bool, of the leading shape of x [..., D], and where x is."""
+def _check_mask(mask: Tensor, x: Tensor) -> None:
     shape = list(x.shape[:-1])
     check(
         mask.dtype == torch.bool and list(mask.shape) == shape,
@@ -191,7 +264,7 @@ def _run(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, _backend = inputs
+    x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, ctx.backend = inputs
     _quantized, residual_TD, _losses, codes_TL = output
     ctx.mark_non_differentiable(codes_TL, residual_TD)
     ctx.packed = len(_packed)
@@ -203,53 +276,10 @@ def _backward(
     ctx: Any, grad_TD: Tensor | None, _residual: None, grad_L: Tensor | None, _codes: None
 ) -> tuple[Any, ...]:
     x_TD, codes_TL, *codebooks = ctx.saved_tensors
-    grad_x_TD = _op_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, ctx.residual_dtype)
+    grad_x_TD = rvq_encode_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, ctx.residual_dtype, ctx.backend)
     return grad_x_TD, [None] * len(codebooks), [None] * ctx.packed, None, None, None, None
 
 
-def _allocate_backward(
-    grad_TD: Tensor | None,
-    grad_L: Tensor | None,
-    x_TD: Tensor,
-    codes_TL: Tensor,
-    codebooks: list[Tensor],
-    residual_dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-
-
-def _run_backward(
-    grad_TD: Tensor | None,
-    grad_L: Tensor | None,
-    x_TD: Tensor,
-    codes_TL: Tensor,
-    codebooks: list[Tensor],
-    residual_dtype: torch.dtype,
-) -> Tensor:
-    """Walks the residuals again from x and the codes, so that forward keeps nothing of size T x L x D."""
-    out_TD = _allocate_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, residual_dtype)
-    kept_T1 = codes_TL[:, :1] >= 0
-    if _why_not_cuda(x_TD, codebooks) is None:
-        scale_L = None if grad_L is None else 2 * grad_L / (kept_T1.sum() * x_TD.shape[1]).clamp(min=1)
-        arguments = (grad_TD, scale_L, x_TD, codes_TL, codebooks, residual_dtype, out_TD)
-        native.module().rvq_encode_backward_cuda(*cuda.context("rvq_encode", x_TD.device), *arguments)
-        return out_TD
-    total_TD = torch.zeros_like(x_TD, dtype=torch.float32) if grad_TD is None else grad_TD.float()
-    if grad_L is not None:
-        scale_L = 2 * grad_L / (kept_T1.sum() * x_TD.shape[1]).clamp(min=1)
-        residual_TD = x_TD.to(residual_dtype).float()
-        for level, book_KD in enumerate(codebooks):
-            residual_TD = (residual_TD - book_KD[codes_TL[:, level].clamp(min=0)]).to(residual_dtype).float()
-            total_TD = total_TD + scale_L[level] * residual_TD
-    return out_TD.copy_(torch.where(kept_T1, total_TD, 0))
-
-
-_op_backward = register(
-    "rvq_encode_backward(Tensor? grad_quantized, Tensor? grad_losses, Tensor x, Tensor codes, Tensor[] codebooks, "
-    "ScalarType residual_dtype) -> Tensor",
-    _run_backward,
-    _allocate_backward,
-)
 _op = register(
     "rvq_encode(Tensor x, Tensor[] codebooks, Tensor[] packed, Tensor? gram, Tensor? mask, "
     "ScalarType residual_dtype, str backend) "
@@ -262,11 +292,9 @@ _op = register(
 
 
 def _why_not_cuda(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
-    if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
-        return "needs codebooks whose rows have adjacent elements"
-    if len(codebooks) > MOST_LEVELS or x_TD.shape[1] > MOST_COLUMNS:
-        return f"takes at most {MOST_LEVELS} levels and {MOST_COLUMNS} columns"
-    return cuda.why_not("rvq_encode", x_TD)
+    if x_TD.shape[1] > MOST_COLUMNS:
+        return f"takes at most {MOST_COLUMNS} columns, got {x_TD.shape[1]}"
+    return cuda.why_not_books(codebooks) or cuda.why_not("rvq_encode", x_TD)
 
 
 def _cuda(
@@ -299,7 +327,7 @@ def _cpu(
     *rest: Any,
 ) -> None:
     mask_T = None if mask_T is None else mask_T.contiguous()
-    native.module().rvq_encode(x_TD, codebooks, mask_T, *rest, threads=torch.get_num_threads())
+    native.module().rvq_encode(x_TD, codebooks, packed, gram, mask_T, *rest, threads=torch.get_num_threads())
 
 
 IMPLS: dict[str, Impl] = {

@@ -2,7 +2,7 @@
 
     N_k <- g N_k + (1 - g) |S_k|            S_k: rows whose code is k
     m_k <- g m_k + (1 - g) sum of S_k
-    e_k <- m_k / (n (N_k + eps) / (n + K eps))            n = sum of N_k
+    e_k <- m_k (1 / (n (N_k + eps) / (n + K eps)))            n = sum of N_k
     where N_k < max(threshold, fraction n / K):  e_k <- a row of this batch,  N_k <- count (0: n / K),  m_k <- N_k e_k
 
 Sums and quotients are float64, rounded to float32 once. Which row an entry restarts from is defined by `restart_rows`,
@@ -50,7 +50,7 @@ def ema_update(
 
     total = cluster_size_ema_K.double().sum()
     sizes_K1 = (total * (cluster_size_ema_K.double() + eps) / (total + embed_KD.shape[0] * eps))[:, None]
-    embed_KD.copy_(torch.where(sizes_K1 > 0, embed_ema_KD / sizes_K1, embed_KD))
+    embed_KD.copy_(torch.where(sizes_K1 > 0, embed_ema_KD * (1 / sizes_K1), embed_KD))
 
     rows = restart_rows(used_N.nonzero()[:, 0], seed)
     mean = total / embed_KD.shape[0]

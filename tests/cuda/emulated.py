@@ -156,9 +156,8 @@ def rvq_encode_backward(
     a = _encode_arguments(x_TD, codebooks, residual_dtype, keep)
     a.codes = codes_TL.data_ptr()
     out_TD = torch.full(x_TD.shape, torch.nan, dtype=x_TD.dtype)
-    dtype = ctypes.c_int(0 if grad_TD is None else DTYPES.index(grad_TD.dtype))
     strides = (0, 0) if grad_TD is None else grad_TD.stride()
-    call("emulate_rvq_encode_backward", ctypes.byref(a), grad_TD, dtype, *strides, scales_L, out_TD)
+    call("emulate_rvq_encode_backward", ctypes.byref(a), grad_TD, *strides, scales_L, out_TD)
     return out_TD
 
 
@@ -172,13 +171,13 @@ def rvq_decode(codes_TL: Tensor, codebooks: list[Tensor]) -> Tensor:
 
 
 def rvq_decode_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> list[Tensor]:
-    out = [torch.full((k, grad_TD.shape[1]), torch.nan, dtype=grad_TD.dtype) for k in entries]
+    """Rows of grad_TD have adjacent elements."""
+    out = [torch.full((k, grad_TD.shape[1]), torch.nan) for k in entries]
     call(
         "emulate_rvq_decode_backward",
         grad_TD,
-        DTYPES.index(grad_TD.dtype),
         *grad_TD.shape,
-        *grad_TD.stride(),
+        grad_TD.stride(0),
         codes_TL,
         *codes_TL.stride(),
         longs(entries),
@@ -199,7 +198,7 @@ def ema_update(
 ) -> Tensor:
     """As the schema, in place."""
     restarted, dtype = torch.full((), -1), DTYPES.index(vectors_ND.dtype)
-    sizes = (*vectors_ND.shape, embed_KD.shape[0], dtype, *vectors_ND.stride())
+    sizes = (*vectors_ND.shape, embed_KD.shape[0], dtype, vectors_ND.stride(0))
     tensors = (embed_KD, embed_ema_KD, cluster_size_ema_K, packed, vectors_ND, codes_N)
     *floats, seed = rule
     call("emulate_ema_update", *tensors, *map(float, floats), seed, *sizes, restarted)

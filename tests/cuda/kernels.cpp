@@ -14,8 +14,8 @@
 
 namespace {
 
-using namespace longcat;
 using namespace longcat::cuda;
+using longcat::DType;
 
 #define LC_KERNEL_OF(name, Params) {#name, [](const void* p) { name(*static_cast<const Params*>(p)); }}
 const std::map<std::string, Kernel> kKernels = {
@@ -90,54 +90,47 @@ const char* emulate_rvq_pack(const float* words, long stride, long entries, long
     });
 }
 
-const char* emulate_rvq_encode_backward(const EncodeArguments* a, const void* grad, int grad_dtype,
-                                        long grad_row_stride, long grad_column_stride, const float* scales, void* out) {
+const char* emulate_rvq_encode_backward(const EncodeArguments* a, const void* grad, long grad_row_stride,
+                                        long grad_column_stride, const float* scales, void* out) {
     return guarded([&] {
-        longcat::RvqEncode p{};
-        p.rows = a->rows, p.dim = a->dim, p.x = a->x, p.dtype = DType(a->dtype), p.row_stride = a->row_stride;
-        p.column_stride = a->column_stride, p.residual_dtype = DType(a->residual_dtype), p.codes = a->codes;
+        longcat::RvqEncodeBackward p{};
+        p.rows = a->rows, p.dim = a->dim, p.dtype = DType(a->dtype), p.residual_dtype = DType(a->residual_dtype);
+        p.x = {a->x, a->row_stride, a->column_stride}, p.grad = {grad, grad_row_stride, grad_column_stride};
+        p.codes = a->codes, p.scales = scales, p.grad_x = out;
         for (long level = 0; level < a->levels; ++level)
-            p.levels.push_back({a->words[level], a->entries[level], a->strides[level]});
+            p.codebooks.push_back({a->words[level], a->entries[level], a->strides[level]});
         EmulatedQueue queue(kKernels, a->multiprocessors);
-        rvq_encode_backward(queue, {&p, grad, DType(grad_dtype), grad_row_stride, grad_column_stride, scales, out});
+        longcat::cuda::rvq_encode_backward(queue, p);
     });
 }
 
 const char* emulate_rvq_decode(const EncodeArguments* a, float* out) {
     return guarded([&] {
-        RvqDecode p = {a->rows, a->dim, a->levels, a->codes, a->row_stride, a->column_stride, {}, out};
+        longcat::RvqDecode p{{a->codes, a->rows, a->levels, a->row_stride, a->column_stride}, a->dim, {}, 1, out};
         for (long level = 0; level < a->levels; ++level)
-            p.books.push_back({a->words[level], a->entries[level], a->strides[level]});
+            p.codebooks.push_back({a->words[level], a->entries[level], a->strides[level]});
         EmulatedQueue queue(kKernels, a->multiprocessors);
-        rvq_decode(queue, p);
+        longcat::cuda::rvq_decode(queue, p);
     });
 }
 
-const char* emulate_rvq_decode_backward(const void* grad, long dtype, long rows, long dim, long row_stride,
-                                        long column_stride, const long* codes, long code_row_stride,
-                                        long code_level_stride, const long* entries, long levels, void* const* out) {
+const char* emulate_rvq_decode_backward(const float* grad, long rows, long dim, long row_stride, const long* codes,
+                                        long code_row_stride, long code_level_stride, const long* entries, long levels,
+                                        float* const* out) {
     return guarded([&] {
-        const RvqDecodeBackward p = {rows,
-                                     dim,
-                                     grad,
-                                     DType(dtype),
-                                     row_stride,
-                                     column_stride,
-                                     codes,
-                                     code_row_stride,
-                                     code_level_stride,
-                                     {entries, entries + levels},
-                                     {out, out + levels}};
+        longcat::RvqDecodeBackward p{};
+        p.grad = grad, p.row_stride = row_stride, p.dim = dim;
+        p.codes = {codes, rows, levels, code_row_stride, code_level_stride};
+        for (long level = 0; level < levels; ++level) p.gradients.push_back({out[level], entries[level]});
         EmulatedQueue queue(kKernels, 4);
-        with_workspace([&](void* memory) { return rvq_decode_backward(queue, p, memory); });
+        with_workspace([&](void* memory) { return longcat::cuda::rvq_decode_backward(queue, p, memory); });
     });
 }
 
 const char* emulate_ema_update(float* embed, float* embed_ema, float* cluster_size_ema, void* packed,
                                const void* vectors, const long* codes, double decay, double eps,
                                double restart_threshold, double restart_fraction, double restart_count, long seed,
-                               long rows, long dim, long entries, long dtype, long row_stride, long column_stride,
-                               long* restarted) {
+                               long rows, long dim, long entries, long dtype, long row_stride, long* restarted) {
     return guarded([&] {
         longcat::EmaUpdate p{};
         p.rows = rows, p.dim = dim, p.entries = entries, p.vectors = vectors, p.dtype = DType(dtype);
@@ -146,9 +139,7 @@ const char* emulate_ema_update(float* embed, float* embed_ema, float* cluster_si
         p.restart_count = restart_count, p.embed = embed, p.embed_ema = embed_ema;
         p.cluster_size_ema = cluster_size_ema;
         EmulatedQueue queue(kKernels, 4);
-        with_workspace([&](void* memory) {
-            return longcat::cuda::ema_update(queue, p, column_stride, packed, restarted, memory);
-        });
+        with_workspace([&](void* memory) { return longcat::cuda::ema_update(queue, p, packed, restarted, memory); });
     });
 }
 

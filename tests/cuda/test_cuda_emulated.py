@@ -152,7 +152,7 @@ def test_rvq_decode_and_its_gradient(case: Any) -> None:
     codes_TL, codebooks = arguments("rvq_decode", case)
     out_TD = emulated.rvq_decode(codes_TL, codebooks)
     assert torch.equal(out_TD, decode_spec.rvq_decode(codes_TL, codebooks)[0])
-    grad_TD = torch.randn(out_TD.shape[1], out_TD.shape[0]).T
+    grad_TD = torch.randn(out_TD.shape[0], out_TD.shape[1] + 3)[:, : out_TD.shape[1]]
     got = emulated.rvq_decode_backward(grad_TD, codes_TL, [book_KD.shape[0] for book_KD in codebooks])
     for level, grad_KD in enumerate(got):
         kept_T = codes_TL[:, level] >= 0

@@ -8,7 +8,7 @@
 
 namespace longcat {
 
-enum class DType { float32, bfloat16, float16, int64, boolean, other };
+enum class DType { float32, bfloat16, float16, int64, boolean, uint8, other };
 
 // What `dispatch_float` takes: to be checked before a parallel region, out of which no exception may leave.
 inline bool is_float(DType dtype) {
@@ -39,11 +39,13 @@ inline float to_float(float value) { return value; }
 
 inline float to_float(BFloat16 value) { return float_of(uint32_t(value.bits) << 16); }
 
+// The conversions of Float16 have no branches, so that loops over them become vector instructions.
 inline float to_float(Float16 value) {
     const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
-    if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
     // A float with the half's bits in place is too small by 2^112; the product is exact, subnormals included.
-    return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
+    const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
+    const uint32_t other = 0x7f800000u | (magnitude & 0x3ffu) << 13;
+    return float_of(sign | (magnitude >= 0x7c00u ? other : finite));
 }
 
 template <class T>
@@ -64,17 +66,30 @@ inline BFloat16 from_float<BFloat16>(float value) {
 template <>
 inline Float16 from_float<Float16>(float value) {
     const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
-    if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
     // Below the smallest normal half, adding 0.5 leaves the rounded subnormal in the low bits.
-    if (magnitude < 0x38800000u) return {uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u))};
-    return {uint16_t(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13)};
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    uint32_t rounded = magnitude < 0x38800000u ? subnormal : normal;
+    rounded = magnitude >= 0x477ff000u ? 0x7c00u : rounded;
+    rounded = magnitude > 0x7f800000u ? 0x7e00u : rounded;
+    return {uint16_t(sign | rounded)};
 }
 
 // Rounds to T and back.
 template <class T>
 inline float round_to(float value) {
     return to_float(from_float<T>(value));
+}
+
+template <>
+inline float round_to<Float16>(float value) {
+    const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
+    const uint32_t normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u)) & ~0x1fffu;
+    const uint32_t subnormal = bits_of((float_of(magnitude) + 0.5f) - 0.5f);
+    uint32_t rounded = magnitude < 0x38800000u ? subnormal : normal;
+    rounded = magnitude >= 0x477ff000u ? 0x7f800000u : rounded;
+    rounded = magnitude > 0x7f800000u ? magnitude : rounded;
+    return float_of((bits & 0x80000000u) | rounded);
 }
 
 // Calls `body` with a value of the C++ type that `dtype` names.

@@ -1,11 +1,14 @@
 // EMA codebook update: reference/ema_update.py defines it. Rows are sorted by code, keeping their order, and each entry
 // is then written by one thread, its sum in double: so the bits depend neither on the number of threads nor on their
-// timing.
+// timing. The entries of a panel of the packed codebook are written one after the other, and packed while they are in
+// the cache.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "longcat/dtypes.h"
+#include "longcat/packed_codebook.h"
 
 namespace longcat {
 
@@ -18,10 +21,12 @@ struct EmaUpdate {
     double decay, eps, restart_threshold, restart_fraction, restart_count;
     int64_t seed;
     int threads;
+    Isa isa;
 
-    float* embed;             // [entries, dim], in place
-    float* embed_ema;         // [entries, dim], in place
-    float* cluster_size_ema;  // [entries], in place
+    float* embed;                          // [entries, dim], in place
+    float* embed_ema;                      // [entries, dim], in place
+    float* cluster_size_ema;               // [entries], in place
+    std::optional<PackedCodebook> packed;  // of embed, in place
 };
 
 // The number of restarted entries.

@@ -16,6 +16,8 @@
 #define LC_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
 #define LC_TARGET_AVX512 \
     _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,avx512f,avx512bw,avx512dq,avx512vl\")")
+#define LC_TARGET_AVX512_BF16 \
+    _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16\")")
 #define LC_TARGET_END _Pragma("GCC pop_options")
 #else
 #define LC_X86 0
@@ -23,7 +25,7 @@
 
 namespace longcat {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 // Names of those compiled in that this processor has, the fastest last.
 std::vector<std::string> available_isas();

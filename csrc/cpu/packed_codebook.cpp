@@ -1,0 +1,115 @@
+#include "longcat/packed_codebook.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "rvq_kernels.h"
+
+namespace longcat {
+namespace {
+
+constexpr uint64_t kMagic = 0x31304b4351565221;
+constexpr int64_t kSample = 256;  // codewords whose mean is taken for the centre
+
+// Hands out sections of a buffer, each from a cache line on.
+struct Sections {
+    char* memory;
+    int64_t used = 0;
+    template <class T>
+    T* next(int64_t count) {
+        T* section = reinterpret_cast<T*>(memory + used);
+        used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+        return section;
+    }
+};
+
+int64_t lay(PackedCodebook& packed, char* memory) {
+    const RvqKernels& kernels = rvq_kernels(packed.isa);
+    Sections sections{memory};
+    const int64_t panels = (packed.entries + kernels.panel_words - 1) / kernels.panel_words;
+    packed.padded = panels * kernels.panel_words;
+    packed.header = sections.next<PackedCodebook::Header>(1);
+    packed.centre = sections.next<float>(packed.dim);
+    packed.norm = sections.next<double>(packed.padded);
+    packed.start = sections.next<float>(packed.padded);
+    packed.slack = sections.next<float>(packed.padded);
+    packed.length = sections.next<float>(packed.padded);
+    packed.error = sections.next<float>(packed.padded);
+    packed.panel_length = sections.next<float>(panels);
+    packed.panel_error = sections.next<float>(panels);
+    packed.panels = sections.next<uint32_t>(packed.padded * ((packed.dim + kernels.step - 1) / kernels.step));
+    return sections.used;
+}
+
+}  // namespace
+
+int64_t packed_bytes(int64_t entries, int64_t dim, Isa isa) {
+    PackedCodebook packed{};
+    packed.isa = isa, packed.entries = entries, packed.dim = dim;
+    return lay(packed, nullptr);
+}
+
+PackedCodebook packed_view(void* memory, int64_t entries, int64_t dim, Isa isa) {
+    PackedCodebook packed{};
+    packed.isa = isa, packed.entries = entries, packed.dim = dim;
+    lay(packed, static_cast<char*>(memory));
+    return packed;
+}
+
+bool is_packed(const PackedCodebook& packed) {
+    const PackedCodebook::Header& header = *packed.header;
+    return header.magic == kMagic && header.entries == packed.entries && header.dim == packed.dim &&
+           header.isa == int32_t(packed.isa);
+}
+
+void pack_centre(const Codebook& book, const PackedCodebook& packed) {
+    const int64_t count = std::min(book.entries, kSample);
+    std::vector<double> sum(size_t(packed.dim), 0.0);
+    double squares = 0;
+    int64_t used = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const float* word = book.words + i * book.entries / count * book.stride;
+        double square = 0;
+        for (int64_t d = 0; d < packed.dim; ++d) square += double(word[d]) * word[d];
+        if (!std::isfinite(square)) continue;
+        for (int64_t d = 0; d < packed.dim; ++d) sum[size_t(d)] += double(word[d]);
+        squares += square, ++used;
+    }
+    double common = 0;
+    for (double& s : sum) s /= double(std::max<int64_t>(1, used)), common += s * s;
+    // Worth it only where words share much: a centre that is long beside most words would make the bound of those
+    // looser.
+    const bool centred = common * double(used) > 0.25 * squares;
+    for (int64_t d = 0; d < packed.dim; ++d) packed.centre[d] = centred ? float(sum[size_t(d)]) : 0.0f;
+}
+
+void pack_panel(const Codebook& book, const PackedCodebook& packed, int64_t first, double* terms) {
+    rvq_kernels(packed.isa).pack_panel(book, packed, first, terms);
+}
+
+int64_t tree_terms(int64_t dim) {
+    int64_t half = 1;
+    while (half * 2 < dim) half *= 2;
+    return half;
+}
+
+int panel_words(Isa isa) { return rvq_kernels(isa).panel_words; }
+
+void finish_packing(const PackedCodebook& packed) {
+    const float longest = *std::max_element(packed.length, packed.length + packed.padded);
+    *packed.header = {kMagic, packed.entries, packed.dim, int32_t(packed.isa), !(double(longest) < kLongest)};
+}
+
+void pack_codebook(const Codebook& book, const PackedCodebook& packed, int threads) {
+    const int panel = panel_words(packed.isa);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<double> terms(size_t(tree_terms(packed.dim)));
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < packed.padded; first += panel) pack_panel(book, packed, first, terms.data());
+    }
+    finish_packing(packed);
+}
+
+}  // namespace longcat

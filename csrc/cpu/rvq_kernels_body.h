@@ -1,0 +1,283 @@
+// rvq_kernels.h for one instruction set. Included once for each, inside its namespace and target, after `Lanes` (kWidth
+// floats), `kTileRows`, and `kStep`, the elements of a row in four bytes. No include guard: see rvq_kernels.cpp.
+
+constexpr int kPanelWords = 2 * Lanes::kWidth;
+
+// Sum of kCount products that lie `part` apart, in the order in which eight parts are folded onto each other.
+template <int kCount>
+static inline double folded(const float* a, const float* b, int64_t part) {
+    double sum[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) sum[i] = double(a[i * part]) * b[i * part];
+#pragma GCC unroll 3
+    for (int half = 4; half >= 1; half /= 2)
+#pragma GCC unroll 4
+        for (int i = 0; i < half; ++i)
+            if (i + half < kCount) sum[i] += sum[i + half];
+    return sum[0];
+}
+
+template <int kCount>
+static void fold_range(const float* a, const float* b, int64_t part, int64_t first, int64_t last, double* terms) {
+    for (int64_t d = first; d < last; ++d) terms[d] = folded<kCount>(a + d, b + d, part);
+}
+
+// Terms [first, last) of an eighth of the sum, where the first `count` parts have them.
+static void fold_parts(const float* a, const float* b, int64_t part, int64_t count, int64_t first, int64_t last,
+                       double* terms) {
+    if (count == 8) fold_range<8>(a, b, part, first, last, terms);
+    if (count == 7) fold_range<7>(a, b, part, first, last, terms);
+    if (count == 6) fold_range<6>(a, b, part, first, last, terms);
+    if (count == 5) fold_range<5>(a, b, part, first, last, terms);
+    if (count == 4) fold_range<4>(a, b, part, first, last, terms);
+    if (count == 3) fold_range<3>(a, b, part, first, last, terms);
+    if (count == 2) fold_range<2>(a, b, part, first, last, terms);
+    if (count == 1) fold_range<1>(a, b, part, first, last, terms);
+    if (count == 0) std::fill(terms + first, terms + last, 0.0);
+}
+
+static double tree_dot(const float* a, const float* b, int64_t dim, double* terms) {
+    int64_t width = 8;
+    while (width < dim) width *= 2;
+    // Three folds in one pass: parts that are missing are zero, and adding zero changes nothing.
+    width /= 8;
+    const int64_t whole = dim / width, rest = dim % width;
+    fold_parts(a, b, width, whole + 1, 0, rest, terms);
+    fold_parts(a, b, width, whole, rest, width, terms);
+    while (width > 1) {
+        width /= 2;
+        for (int64_t d = 0; d < width; ++d) terms[d] += terms[width + d];
+    }
+    return terms[0];
+}
+
+static void take_off(float* __restrict row, float* __restrict sum, const float* __restrict word, int64_t dim) {
+    for (int64_t d = 0; d < dim; ++d) {
+        row[d] -= word[d];
+        sum[d] += word[d];
+    }
+}
+
+// Float32 sums over the values v of a row or codeword, in lanes: of the squares of v, of v - m, of the element that
+// this is rounded to, and of what the rounding loses; NaN in `zero` once a value is not finite.
+struct Sums {
+    Lanes all, whole, kept, lost, zero;
+    Sums() : all(Lanes::splat(0)), whole(all), kept(all), lost(all), zero(all) {}
+};
+
+// Rounds kWidth values less the centre to elements.
+static inline void round_lanes(const float* values, const float* centre, uint32_t* out, Sums& sums) {
+    const Lanes value = Lanes::load(values), centred = Lanes::subtract(value, Lanes::load(centre)),
+                element = Lanes::to_elements(centred, out), lost = Lanes::subtract(centred, element);
+    sums.zero = Lanes::add(sums.zero, Lanes::multiply(value, Lanes::splat(0)));
+    sums.all = Lanes::add(sums.all, Lanes::multiply(value, value));
+    sums.whole = Lanes::add(sums.whole, Lanes::multiply(centred, centred));
+    sums.kept = Lanes::add(sums.kept, Lanes::multiply(element, element));
+    sums.lost = Lanes::add(sums.lost, Lanes::multiply(lost, lost));
+}
+
+// Rounds `count` values; the last lanes may be filled up with zeros, which count for nothing.
+static inline void round_values(const float* values, const float* centre, int64_t count, uint32_t* out, Sums& sums) {
+    constexpr int kWidth = Lanes::kWidth;
+    int64_t d = 0;
+    for (; d + kWidth <= count; d += kWidth) round_lanes(values + d, centre + d, out + d / kStep, sums);
+    if (d == count) return;
+    float tail[kWidth] = {}, tail_centre[kWidth] = {};
+    uint32_t elements[kWidth];
+    std::copy(values + d, values + count, tail);
+    std::copy(centre + d, centre + count, tail_centre);
+    round_lanes(tail, tail_centre, elements, sums);
+    std::copy(elements, elements + (count - d + kStep - 1) / kStep, out + d / kStep);
+}
+
+static RowBounds prepare_row(const float* row, const float* centre, int64_t dim, uint32_t* out) {
+    Sums sums;
+    round_values(row, centre, dim, out, sums);
+    RowBounds bounds = row_bounds(double(sums.all.total()), double(sums.kept.total()), double(sums.lost.total()), dim);
+    bounds.finite = double(sums.zero.total()) == 0;
+    if (!bounds.finite || bounds.exhaustive) std::fill(out, out + (dim + kStep - 1) / kStep, 0u);
+    return bounds;
+}
+
+// Packs kColumns elements of a panel's words from `first` on: rounds them word by word, then lays them element by
+// element.
+constexpr int kColumns = 64;
+static void pack_columns(const float* const* words, const float* centre, int64_t first, int64_t count, Sums* sums,
+                         uint32_t* out) {
+    alignas(64) uint32_t rows[kPanelWords][kColumns / kStep];
+    const int64_t units = (count + kStep - 1) / kStep;
+    for (int w = 0; w < kPanelWords; ++w) {
+        if (words[w] == nullptr)
+            std::fill(rows[w], rows[w] + units, 0u);
+        else
+            round_values(words[w] + first, centre + first, count, rows[w], sums[w]);
+    }
+    for (int64_t unit = 0; unit < units; ++unit)
+        for (int w = 0; w < kPanelWords; ++w) out[unit * kPanelWords + w] = rows[w][unit];
+}
+
+static void pack_panel(const Codebook& book, const PackedCodebook& packed, int64_t first, double* terms) {
+    const float* words[kPanelWords];
+    Sums sums[kPanelWords];
+    for (int w = 0; w < kPanelWords; ++w) {
+        const int64_t k = first + w;
+        words[w] = k < packed.entries ? book.words + k * book.stride : nullptr;
+        packed.norm[k] = words[w] == nullptr ? double(kInfinity) : tree_dot(words[w], words[w], packed.dim, terms);
+        if (!std::isfinite(packed.norm[k])) words[w] = nullptr, packed.norm[k] = double(kInfinity);
+    }
+    uint32_t* out = packed.panels + first * ((packed.dim + kStep - 1) / kStep);
+    for (int64_t d = 0; d < packed.dim; d += kColumns)
+        pack_columns(words, packed.centre, d, std::min<int64_t>(kColumns, packed.dim - d), sums,
+                     out + d / kStep * kPanelWords);
+    float longest = 0, roughest = 0;
+    for (int w = 0; w < kPanelWords; ++w) {
+        describe_word(packed, first + w, double(sums[w].whole.total()), double(sums[w].lost.total()));
+        longest = std::max(longest, packed.length[first + w]);
+        roughest = std::max(roughest, packed.error[first + w]);
+    }
+    packed.panel_length[first / kPanelWords] = longest;
+    packed.panel_error[first / kPanelWords] = roughest;
+}
+
+// Scores of one tile of rows against the panel that begins at codeword `first`.
+static inline __attribute__((always_inline)) void tile_scores(const PackedCodebook& packed, const float* start,
+                                                              int64_t first, const uint32_t* rows, int64_t stride,
+                                                              Lanes (&scores)[kTileRows][2]) {
+    constexpr int kWidth = Lanes::kWidth;
+    const Lanes low = Lanes::load(start + first), high = Lanes::load(start + first + kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) scores[i][0] = low, scores[i][1] = high;
+    const int64_t units = (packed.dim + kStep - 1) / kStep;
+    const uint32_t* panel = packed.panels + first * units;
+    const uint32_t* end = panel + units * kPanelWords;
+    // Three rows a pointer: more pointers than that do not fit the registers.
+    const uint32_t* at[kTileRows / 3];
+#pragma GCC unroll 4
+    for (int group = 0; group < kTileRows / 3; ++group) at[group] = rows + 3 * group * stride;
+    for (; panel != end; panel += kPanelWords) {
+        const Lanes words[2] = {Lanes::load_units(panel), Lanes::load_units(panel + kWidth)};
+#pragma GCC unroll 16
+        for (int i = 0; i < kTileRows; ++i) {
+            const Lanes x = Lanes::splat_unit(at[i / 3] + (i % 3) * stride);
+            scores[i][0] = Lanes::multiply_add(words[0], x, scores[i][0]);
+            scores[i][1] = Lanes::multiply_add(words[1], x, scores[i][1]);
+        }
+#pragma GCC unroll 4
+        for (int group = 0; group < kTileRows / 3; ++group) ++at[group];
+    }
+}
+
+// Takes the candidates of one row among the words of a panel, by their own lengths and errors.
+static void take(const Part& part, int64_t first, const float* scores, Tile& state, int lane) {
+    const PackedCodebook& packed = part.packed;
+    const Lanes by_length = Lanes::splat(state.by_length[lane]), by_error = Lanes::splat(state.by_error[lane]);
+    alignas(64) float high[kPanelWords];
+    Lanes most = Lanes::splat(kLowest);
+#pragma GCC unroll 2
+    for (int h = 0; h < kPanelWords; h += Lanes::kWidth) {
+        const int64_t at = first + h;
+        const Lanes score = Lanes::load(scores + h), length = Lanes::load(packed.length + at);
+        const Lanes e =
+            Lanes::add(Lanes::multiply(by_length, length), Lanes::multiply(by_error, Lanes::load(packed.error + at)));
+        const Lanes slack = Lanes::load(packed.slack + at);
+        most = Lanes::larger(most, Lanes::subtract(Lanes::subtract(score, e), Lanes::add(slack, slack)));
+        Lanes::add(score, e).store(high + h);
+    }
+    state.bound[lane] = std::max(state.bound[lane], most.largest() - state.margin[lane]);
+    const Lanes bound = Lanes::splat(state.bound[lane]);
+    uint32_t maybe = 0;
+#pragma GCC unroll 2
+    for (int h = 0; h < kPanelWords; h += Lanes::kWidth) maybe |= Lanes::not_below(Lanes::load(high + h), bound) << h;
+    Candidates& found = state.found[lane];
+    for (; maybe != 0; maybe &= maybe - 1) {
+        const int j = __builtin_ctz(maybe);
+        if (found.count == kMostCandidates && drop_losers(found, state.bound[lane]) == kMostCandidates)
+            resolve(found, state.bound[lane], kKernels, part, state.row[lane]);
+        found.word[found.count] = part.offset + first + j;
+        found.high[found.count++] = high[j];
+    }
+}
+
+// What a score must reach in a panel of this length and error.
+static inline void thresholds(const Tile& state, float length, float error, float* out) {
+    const Lanes by = Lanes::splat(length), rough = Lanes::splat(error);
+#pragma GCC unroll 4
+    for (int i = 0; i < kTileRows; i += Lanes::kWidth) {
+        const Lanes e = Lanes::add(Lanes::multiply(Lanes::load(state.by_length + i), by),
+                                   Lanes::multiply(Lanes::load(state.by_error + i), rough));
+        Lanes::subtract(Lanes::load(state.bound + i), e).store(out + i);
+    }
+}
+
+static __attribute__((noinline)) void take_tile(const Part& part, int64_t first, const float* scores,
+                                                const float* threshold, Tile& state) {
+    for (int i = 0; i < kTileRows; ++i) {
+        const float* row = scores + i * kPanelWords;
+        const Lanes best = Lanes::larger(Lanes::load(row), Lanes::load(row + Lanes::kWidth));
+        if (Lanes::not_below(best, Lanes::splat(threshold[i])) != 0) take(part, first, row, state, i);
+    }
+}
+
+static inline __attribute__((always_inline)) void store_tile(const Lanes (&scores)[kTileRows][2], float* out,
+                                                             int64_t pitch) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+        scores[i][0].store(out + i * pitch);
+        scores[i][1].store(out + i * pitch + Lanes::kWidth);
+    }
+}
+
+static void screen(const Part& part, const uint32_t* rows, int64_t stride, int64_t tiles, Tile* states) {
+    const PackedCodebook& packed = part.packed;
+    for (int64_t first = 0; first < packed.padded; first += kPanelWords) {
+        const float length = packed.panel_length[first / kPanelWords], error = packed.panel_error[first / kPanelWords];
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            Lanes scores[kTileRows][2];
+            tile_scores(packed, packed.start, first, rows + tile * kTileRows * stride, stride, scores);
+            alignas(64) float threshold[16];
+            thresholds(states[tile], length, error, threshold);
+            uint32_t reached = 0;
+#pragma GCC unroll 16
+            for (int i = 0; i < kTileRows; ++i)
+                reached |= Lanes::not_below(Lanes::larger(scores[i][0], scores[i][1]), Lanes::splat(threshold[i]));
+            if (reached == 0) continue;
+            alignas(64) float stored[kTileRows * kPanelWords];
+            store_tile(scores, stored, kPanelWords);
+            take_tile(part, first, stored, threshold, states[tile]);
+        }
+    }
+}
+
+static void scores(const PackedCodebook& packed, const float* start, const uint32_t* rows, int64_t stride,
+                   int64_t tiles, float* out, int64_t pitch) {
+    for (int64_t first = 0; first < packed.padded; first += kPanelWords) {
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            Lanes scores[kTileRows][2];
+            tile_scores(packed, start, first, rows + tile * kTileRows * stride, stride, scores);
+            store_tile(scores, out + tile * kTileRows * pitch + first, pitch);
+        }
+    }
+}
+
+static void screen_scores(const Part& part, float* scores, const float* products, Tile& state, int lane) {
+    const PackedCodebook& packed = part.packed;
+    const Lanes by_length = Lanes::splat(state.by_length[lane]), by_error = Lanes::splat(state.by_error[lane]);
+    for (int64_t first = 0; first < packed.padded; first += kPanelWords) {
+        Lanes best = Lanes::splat(kLowest);
+#pragma GCC unroll 2
+        for (int h = 0; h < kPanelWords; h += Lanes::kWidth) {
+            Lanes score = Lanes::load(scores + first + h);
+            if (products != nullptr) score = Lanes::subtract(score, Lanes::load(products + first + h));
+            score.store(scores + first + h);
+            best = Lanes::larger(best, score);
+        }
+        const Lanes length = Lanes::splat(packed.panel_length[first / kPanelWords]),
+                    error = Lanes::splat(packed.panel_error[first / kPanelWords]),
+                    e = Lanes::add(Lanes::multiply(by_length, length), Lanes::multiply(by_error, error)),
+                    threshold = Lanes::subtract(Lanes::splat(state.bound[lane]), e);
+        if (Lanes::not_below(best, threshold) != 0) take(part, first, scores + first, state, lane);
+    }
+}
+
+const RvqKernels kKernels = {kTileRows,   kPanelWords, kStep,  tree_dot, take_off,
+                             prepare_row, pack_panel,  screen, scores,   screen_scores};
