@@ -1,10 +1,6 @@
 // Kernels of a CUDA device from Python: a module is loaded once and handed to each call.
 #pragma once
 
-#include <pybind11/functional.h>
-
-#include <functional>
-
 #include "bindings/tensor_view.h"
 #include "cuda/driver.h"
 
@@ -19,15 +15,16 @@ struct CudaModule {
         : module(std::move(op), cubin, index), device_index(index) {}
 };
 
-// Memory of a device, on the stream of the call, from the allocator of torch.
-using CudaAllocate = std::function<CudaTensorView(int64_t bytes)>;
+// Bytes -> a tensor of the device's memory, on the stream of the call, from the allocator of torch.
+using CudaAllocate = pybind11::function;
 
 // Calls `run(queue, workspace)` with the workspace that it asks for when given none.
 template <class Run>
 void run_with_workspace(CudaModule& kernels, uintptr_t stream, const CudaAllocate& allocate, Run&& run) {
     cuda::DriverQueue queue(kernels.module, stream);
     const int64_t bytes = run(queue, static_cast<void*>(nullptr));
-    const CudaTensorView workspace = allocate(bytes > 0 ? bytes : 1);
+    const pybind11::object owner = allocate(bytes > 0 ? bytes : 1);  // until all is queued
+    const auto workspace = owner.cast<CudaTensorView>();
     LC_CHECK(workspace.device == "cuda" && workspace.device_index == kernels.device_index && !workspace.shape.empty() &&
                  workspace.shape[0] >= bytes && workspace.is_contiguous(),
              "cuda: the workspace must be on the kernels' device and as large as asked for");

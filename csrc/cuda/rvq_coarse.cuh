@@ -5,13 +5,23 @@
 
 namespace longcat::cuda {
 
+// Two adjacent floats by one load; the first is at an even index.
+LC_DEVICE void load_pair(float* to, const float* from) {
+    struct alignas(8) Pair {
+        float first, second;
+    };
+    const Pair pair = *reinterpret_cast<const Pair*>(from);
+    to[0] = pair.first, to[1] = pair.second;
+}
+
 // Eight products a row of a thread's two rows, the codewords being those of `consider`.
 LC_DEVICE void consider_group(Nearest (&state)[2], const RowBound (&row)[2], const float (&product)[2][8],
                               const Codebook& book, int base) {
     float half[8], length[8], error[8];
-    LC_UNROLL for (int i = 0; i < 8; ++i) {
-        const int k = base + (i >> 1) * 8 + (i & 1);
-        half[i] = book.half[k], length[i] = book.length[k], error[i] = book.error[k];
+    LC_UNROLL for (int i = 0; i < 8; i += 2) {
+        load_pair(half + i, book.half + base + i * 4);
+        load_pair(length + i, book.length + base + i * 4);
+        load_pair(error + i, book.error + base + i * 4);
     }
     consider(state[0], row[0], product[0], half, length, error, base);
     consider(state[1], row[1], product[1], half, length, error, base);
