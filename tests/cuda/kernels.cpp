@@ -1,34 +1,19 @@
 // The launchers and the plain kernels on the emulated device, for ctypes. Every function gives null, or what went
 // wrong.
+#include "kernels.h"
+
 #include <algorithm>
 #include <exception>
 
-#include "cuda/ema_update.cuh"
 #include "cuda/ema_update_launch.h"
 #include "cuda/half_layout.h"
-#include "cuda/rvq_decode.cuh"
 #include "cuda/rvq_decode_launch.h"
-#include "cuda/rvq_encode.cuh"
 #include "cuda/rvq_encode_launch.h"
-#include "emulation.h"
 
 namespace {
 
 using namespace longcat::cuda;
 using longcat::DType;
-
-#define LC_KERNEL_OF(name, Params) {#name, [](const void* p) { name(*static_cast<const Params*>(p)); }}
-const std::map<std::string, Kernel> kKernels = {
-    LC_KERNEL_OF(rvq_pack_norm, RvqPack),   LC_KERNEL_OF(rvq_pack_sum, RvqPack),
-    LC_KERNEL_OF(rvq_pack_centre, RvqPack), LC_KERNEL_OF(rvq_pack_words, RvqPack),
-    LC_KERNEL_OF(rvq_prepare, RvqPrepare),  LC_KERNEL_OF(rvq_coarse_plain, RvqCoarse),
-    LC_KERNEL_OF(rvq_finish, RvqFinish),    LC_KERNEL_OF(rvq_losses, RvqLosses),
-    LC_KERNEL_OF(rvq_gather, RvqGather),    LC_KERNEL_OF(rvq_backward, RvqBackward),
-    LC_KERNEL_OF(sort_count, SortPass),     LC_KERNEL_OF(sort_scan, SortPass),
-    LC_KERNEL_OF(sort_scatter, SortPass),   LC_KERNEL_OF(segment_sum, SegmentSum),
-    LC_KERNEL_OF(ema_counts, EmaKernel),    LC_KERNEL_OF(ema_totals, EmaKernel),
-    LC_KERNEL_OF(ema_entries, EmaKernel),   LC_KERNEL_OF(ema_restarted, EmaKernel),
-};
 
 // A workspace of as many bytes as `run` asks for when given none, filled with 0xff; then `run` with it.
 template <class Run>
@@ -78,14 +63,14 @@ const char* emulate_rvq_encode(const EncodeArguments* a) {
             p.levels.push_back({a->words[level], a->entries[level], a->strides[level]});
             if (a->packed != nullptr) packed.push_back(a->packed[level]);
         }
-        EmulatedQueue queue(kKernels, a->multiprocessors);
+        EmulatedQueue queue(emulated_kernels(), a->multiprocessors);
         with_workspace([&](void* memory) { return longcat::cuda::rvq_encode(queue, p, packed, memory); });
     });
 }
 
 const char* emulate_rvq_pack(const float* words, long stride, long entries, long dim, void* packed) {
     return guarded([&] {
-        EmulatedQueue queue(kKernels, 4);
+        EmulatedQueue queue(emulated_kernels(), 4);
         with_workspace([&](void* memory) { return rvq_pack(queue, words, stride, entries, dim, packed, memory); });
     });
 }
@@ -99,7 +84,7 @@ const char* emulate_rvq_encode_backward(const EncodeArguments* a, const void* gr
         p.codes = a->codes, p.scales = scales, p.grad_x = out;
         for (long level = 0; level < a->levels; ++level)
             p.codebooks.push_back({a->words[level], a->entries[level], a->strides[level]});
-        EmulatedQueue queue(kKernels, a->multiprocessors);
+        EmulatedQueue queue(emulated_kernels(), a->multiprocessors);
         longcat::cuda::rvq_encode_backward(queue, p);
     });
 }
@@ -109,7 +94,7 @@ const char* emulate_rvq_decode(const EncodeArguments* a, float* out) {
         longcat::RvqDecode p{{a->codes, a->rows, a->levels, a->row_stride, a->column_stride}, a->dim, {}, 1, out};
         for (long level = 0; level < a->levels; ++level)
             p.codebooks.push_back({a->words[level], a->entries[level], a->strides[level]});
-        EmulatedQueue queue(kKernels, a->multiprocessors);
+        EmulatedQueue queue(emulated_kernels(), a->multiprocessors);
         longcat::cuda::rvq_decode(queue, p);
     });
 }
@@ -122,7 +107,7 @@ const char* emulate_rvq_decode_backward(const float* grad, long rows, long dim, 
         p.grad = grad, p.row_stride = row_stride, p.dim = dim;
         p.codes = {codes, rows, levels, code_row_stride, code_level_stride};
         for (long level = 0; level < levels; ++level) p.gradients.push_back({out[level], entries[level]});
-        EmulatedQueue queue(kKernels, 4);
+        EmulatedQueue queue(emulated_kernels(), 4);
         with_workspace([&](void* memory) { return longcat::cuda::rvq_decode_backward(queue, p, memory); });
     });
 }
@@ -138,7 +123,7 @@ const char* emulate_ema_update(float* embed, float* embed_ema, float* cluster_si
         p.restart_threshold = restart_threshold, p.restart_fraction = restart_fraction;
         p.restart_count = restart_count, p.embed = embed, p.embed_ema = embed_ema;
         p.cluster_size_ema = cluster_size_ema;
-        EmulatedQueue queue(kKernels, 4);
+        EmulatedQueue queue(emulated_kernels(), 4);
         with_workspace([&](void* memory) { return longcat::cuda::ema_update(queue, p, packed, restarted, memory); });
     });
 }
