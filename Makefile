@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*/*.h tests/cuda/*.h tests/cuda/*.cpp \
+	tests/cuda/*/*.cpp)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
 .PHONY: demo test lint clean
@@ -15,7 +17,7 @@ test: .venv/.test
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 
 .venv/bin/python:
@@ -27,4 +29,4 @@ lint: .venv/.dev
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info longcat_kernels/_C*.so
+	rm -rf .venv build dist *.egg-info longcat_kernels/_C*.so longcat_kernels/cubins

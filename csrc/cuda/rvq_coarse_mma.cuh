@@ -56,11 +56,9 @@ LC_DEVICE void multiply_stage(float (&sums)[2][32], u32 stage, u32 first_row, u3
     const u32 lane = lane_index();
     LC_UNROLL for (u32 k = 0; k < kTileDepth / 16; ++k) {
         u32 rows[2][4], words[4][4];
-        LC_UNROLL for (u32 m = 0; m < 2; ++m)
-            load_matrices(rows[m], stage + swizzled(first_row + m * 16 + lane % 16, k * 2 + lane / 16));
+        LC_UNROLL for (u32 m = 0; m < 2; ++m) load_matrices(rows[m], stage + row_fragment(first_row + m * 16, k, lane));
         LC_UNROLL for (u32 n = 0; n < 4; ++n)
-            load_matrices(words[n], stage + kMmaOperandBytes +
-                                        swizzled(first_word + n * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
+            load_matrices(words[n], stage + kMmaOperandBytes + word_fragment(first_word + n * 16, k, lane));
         LC_UNROLL for (u32 m = 0; m < 2; ++m) LC_UNROLL for (u32 n = 0; n < 8; ++n)
             mma(&sums[m][n * 4], rows[m], words[n / 2][n % 2 * 2], words[n / 2][n % 2 * 2 + 1]);
     }

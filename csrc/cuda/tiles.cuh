@@ -51,6 +51,15 @@ LC_BOTH int best_parts(int row_blocks, int word_tiles, int workers, int fewest) 
 // at a multiple of 1024.
 LC_BOTH u32 swizzled(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
+// Where a lane of ldmatrix.x4 points for step `k` of sixteen elements: for the operand of m16n8k16 that is sixteen
+// rows, in the order of its registers (rows 0-7 and 8-15 of the first eight elements, then of the next), and for that
+// of two times eight words (both halves of the elements of words 0-7, then of 8-15).
+LC_BOTH u32 row_fragment(u32 first_row, u32 k, u32 lane) { return swizzled(first_row + lane % 16, k * 2 + lane / 16); }
+
+LC_BOTH u32 word_fragment(u32 first_word, u32 k, u32 lane) {
+    return swizzled(first_word + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2);
+}
+
 // wgmma's description of an operand in shared memory, K-major with the 128-byte swizzle (PTX ISA, "matrix descriptor"):
 // address >> 4 in bits 0-13; the leading offset, unused here, in 16-29; the distance of 8 rows, 1024 bytes, >> 4 in
 // 32-45; base offset 0 in 49-51; swizzle mode 1 in 62-63. Along K one advances the address inside the first 128 bytes.

@@ -131,6 +131,10 @@ const char* emulate_ema_update(float* embed, float* embed_ema, float* cluster_si
 // For tests of tiles.cuh.
 long tile_offset(long row, long chunk) { return long(swizzled(u32(row), u32(chunk))); }
 
+long row_fragment_offset(long row, long k, long lane) { return long(row_fragment(u32(row), u32(k), u32(lane))); }
+
+long word_fragment_offset(long word, long k, long lane) { return long(word_fragment(u32(word), u32(k), u32(lane))); }
+
 unsigned long tile_descriptor(long address) { return wgmma_descriptor(u32(address)); }
 
 long accumulator_place(long group, long half, long i) { return accumulator_index(int(group), int(half), int(i)); }

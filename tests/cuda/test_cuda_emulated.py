@@ -75,6 +75,17 @@ def test_rows_with_more_near_codewords_than_are_kept_are_scanned() -> None:
     assert assert_encodes(torch.randn(9, 24, generator=g), [same]).unique().tolist() == [0]
 
 
+@pytest.mark.parametrize(("dim", "mean"), [(32, 0.0), (256, 0.0), (256, 30.0), (1024, 0.0)])
+def test_the_window_is_narrow(dim: int, mean: float) -> None:
+    """Most rows have one candidate and need no exact score: their codes are right even if exact scores are all NaN."""
+    g = torch.Generator().manual_seed(7)
+    x_TD, book_KD = torch.randn(64, dim, generator=g) + mean, torch.randn(512, dim, generator=g) + mean
+    packed = emulated.pack(book_KD)
+    HalfLayout(512, dim).sections()["norm"].of(packed).fill_(torch.nan)
+    codes_T = emulated.rvq_encode(x_TD, [book_KD], [packed], None, None, torch.float32)[3][:, 0]
+    assert (codes_T == spec.nearest(x_TD, book_KD)).float().mean() > 0.85
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-13, 1e-6, 1e6, 1e13, 1e18, 1e30])
 def test_rows_and_codebooks_of_any_size(scale: float) -> None:
     g = torch.Generator().manual_seed(3)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import emulated
 import pytest
+import torch
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="CUDA emulation: no C++ compiler")
 
@@ -41,6 +44,65 @@ def test_the_descriptor_has_its_fields() -> None:
         for step in range(4):
             assert ((bits + 2 * step) & 0x3FFF) << 4 == address + 32 * step
             assert (bits + 2 * step) >> 16 == bits >> 16
+
+
+def swizzled_tile(tile: Tensor) -> Tensor:
+    """A tile [rows, 64] as the copy engine leaves it in shared memory, by 2-byte elements."""
+    memory = torch.zeros(tile.numel(), dtype=tile.dtype)
+    for row in range(tile.shape[0]):
+        for chunk in range(8):
+            place = emulated.library().tile_offset(row, chunk) // 2
+            memory[place : place + 8] = tile[row, chunk * 8 : chunk * 8 + 8]
+    return memory
+
+
+@pytest.mark.parametrize("first_row", [0, 64])
+def test_wgmma_finds_its_operand_by_the_descriptor(first_row: int) -> None:
+    """As the PTX manual has it read: rows of a group of eight 128 bytes apart, groups as the descriptor says, address
+    bits 4 to 6 swizzled with 7 to 9."""
+    tile = torch.arange(128 * 64).view(128, 64)
+    memory, descriptor = swizzled_tile(tile), emulated.library().tile_descriptor
+    descriptor.restype = emulated.ctypes.c_ulong
+    bits = descriptor(first_row * 128)
+    for step in range(4):
+        start, group = ((bits + 2 * step) & 0x3FFF) << 4, (bits >> 32 & 0x3FFF) << 4
+        for row in range(64):
+            for k in range(16):
+                address = start + row // 8 * group + row % 8 * 128 + 2 * k
+                address ^= (address >> 7 & 7) << 4
+                assert memory[address // 2] == tile[first_row + row, 16 * step + k]
+
+
+def load_matrices(memory: Tensor, offset: Callable[..., int], first: int, k: int) -> Tensor:
+    """ldmatrix.x4: what each lane has in its four registers of two elements, [32, 4, 2]."""
+    registers = torch.zeros(32, 4, 2)
+    for lane in range(32):
+        for matrix in range(4):
+            place = offset(first, k, 8 * matrix + lane // 4) // 2 + 2 * (lane % 4)
+            registers[lane, matrix] = memory[place : place + 2]
+    return registers
+
+
+def test_mma_multiplies_what_ldmatrix_loads() -> None:
+    """A 16 x 16 product over 64 elements, by the fragments of m16n8k16 as the PTX manual draws them."""
+    g = torch.Generator().manual_seed(0)
+    rows, words = (torch.randint(-4, 5, (128, 64), generator=g).float() for _ in range(2))
+    first_row, first_word = 32, 80
+    row_memory, word_memory = swizzled_tile(rows), swizzled_tile(words)
+    sums = torch.zeros(16, 16)
+    for k in range(4):
+        a = load_matrices(row_memory, emulated.library().row_fragment_offset, first_row, k)
+        b = load_matrices(word_memory, emulated.library().word_fragment_offset, first_word, k)
+        left, right = torch.zeros(16, 16), torch.zeros(2, 16, 8)
+        for lane in range(32):
+            g_, q = lane // 4, lane % 4 * 2
+            for register in range(4):
+                row, depth = g_ + register % 2 * 8, q + register // 2 * 8
+                left[row, depth : depth + 2] = a[lane, register]
+                half, depth = register // 2, q + register % 2 * 8
+                right[half, depth : depth + 2, g_] = b[lane, register]
+        sums += torch.cat([left @ right[0], left @ right[1]], 1)
+    assert torch.equal(sums, rows[first_row : first_row + 16] @ words[first_word : first_word + 16].T)
 
 
 def test_accumulators_cover_a_tile_once() -> None:
