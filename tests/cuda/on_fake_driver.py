@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,15 @@ from longcat_kernels.reference import rvq_decode as decode_spec
 from longcat_kernels.reference import rvq_encode as spec
 from longcat_kernels.testing import assert_close
 
-DRIVER, C = ctypes.CDLL("libcuda.so.1"), native.module()
-DRIVER.fake_log.restype = ctypes.c_char_p
 STREAM = 4096
+compiled = native.module
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    library.fake_log.restype = ctypes.c_char_p
+    return library
 
 
 class OnDevice:
@@ -48,13 +55,13 @@ def call(name: str, kernels: Any, *arguments: Any) -> None:
         return [there(v) for v in value] if isinstance(value, list) else value
 
     needs_memory = name not in ("rvq_decode_cuda", "rvq_encode_backward_cuda")
-    getattr(C, name)(kernels, STREAM, *([allocate] if needs_memory else []), *map(there, arguments))
+    getattr(compiled(), name)(kernels, STREAM, *([allocate] if needs_memory else []), *map(there, arguments))
     gc.collect()
-    assert DRIVER.fake_depth() == 0, "a context is left current"
+    assert driver().fake_depth() == 0, "a context is left current"
 
 
 def lines() -> list[str]:
-    return DRIVER.fake_log().decode().splitlines()
+    return driver().fake_log().decode().splitlines()
 
 
 def encode(kernels: Any, x: Tensor, books: list[Tensor], packed: list[Tensor], mask: Tensor | None) -> list[Tensor]:
@@ -65,8 +72,8 @@ def encode(kernels: Any, x: Tensor, books: list[Tensor], packed: list[Tensor], m
 
 
 def the_ops_are_the_definitions() -> None:
-    DRIVER.fake_device(4, 7)
-    kernels = {op: C.CudaModule(op, b"cubin", 0) for op in ("rvq_encode", "rvq_decode", "ema_update")}
+    driver().fake_device(4, 7)
+    kernels = {op: compiled().CudaModule(op, b"cubin", 0) for op in ("rvq_encode", "rvq_decode", "ema_update")}
     x, books, mask = torch.randn(40, 24), [torch.randn(50, 24), torch.randn(70, 24)], torch.rand(40) < 0.8
     packed = [allocate(HalfLayout(*book.shape).bytes).tensor for book in books]
     for book, place in zip(books, packed, strict=True):
@@ -109,8 +116,8 @@ def each_device_gets_its_screen() -> None:
     x, books = torch.randn(300, 100), [torch.randn(9000, 100)]
     screens = {}
     for major, multiprocessors in ((8, 108), (9, 132), (10, 148)):
-        DRIVER.fake_device(multiprocessors, major)
-        encode(C.CudaModule("rvq_encode", b"cubin", 0), x, books, [], None)
+        driver().fake_device(multiprocessors, major)
+        encode(compiled().CudaModule("rvq_encode", b"cubin", 0), x, books, [], None)
         screens[major] = [line for line in lines() if "coarse" in line or "map" in line]
     assert screens[8] == [f"rvq_coarse_mma {3 * 36}x1 of 256, {1024 + 3 * 32768} bytes, stream {STREAM}"], screens[8]
     assert screens[10][0].startswith("rvq_coarse_mma ") and len(screens[10]) == 1, screens[10]
@@ -122,8 +129,8 @@ def each_device_gets_its_screen() -> None:
 
 
 def nothing_is_launched_for_no_rows() -> None:
-    DRIVER.fake_device(4, 7)
-    outputs = encode(C.CudaModule("rvq_encode", b"cubin", 0), torch.empty(0, 8), [torch.randn(4, 8)], [], None)
+    driver().fake_device(4, 7)
+    outputs = encode(compiled().CudaModule("rvq_encode", b"cubin", 0), torch.empty(0, 8), [torch.randn(4, 8)], [], None)
     assert outputs[2].tolist() == [0.0] and not any("coarse" in line for line in lines())
 
 
@@ -133,36 +140,40 @@ def errors_become_exceptions() -> None:
             run()
         except kind as error:
             assert text in str(error), error
-            assert DRIVER.fake_depth() == 0, "a context is left current"
+            assert driver().fake_depth() == 0, "a context is left current"
             return
         raise AssertionError(f"not refused: {text}")
 
-    DRIVER.fake_device(4, 7)
+    driver().fake_device(4, 7)
     wrong = "rvq_encode: cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE (device kernel image is invalid)"
-    refused(RuntimeError, wrong, lambda: C.CudaModule("rvq_encode", b"other", 0))
-    refused(RuntimeError, "rvq_encode: device 7", lambda: C.CudaModule("rvq_encode", b"cubin", 7))
-    kernels, x, books = C.CudaModule("rvq_encode", b"cubin", 0), torch.randn(3, 8), [torch.randn(4, 8)]
-    DRIVER.fake_device(4, 7)
+    refused(RuntimeError, wrong, lambda: compiled().CudaModule("rvq_encode", b"other", 0))
+    refused(RuntimeError, "rvq_encode: device 7", lambda: compiled().CudaModule("rvq_encode", b"cubin", 7))
+    kernels, x, books = compiled().CudaModule("rvq_encode", b"cubin", 0), torch.randn(3, 8), [torch.randn(4, 8)]
+    driver().fake_device(4, 7)
     refused(ValueError, "must be the packed form", lambda: encode(kernels, x, books, [torch.zeros(64).byte()], None))
     refused(ValueError, "codebooks must be as wide as x", lambda: encode(kernels, x, [torch.randn(4, 9)], [], None))
     codes, out = torch.zeros(3, 1).long(), torch.empty(3, 8)
     far = OnDevice(codes, index=1)
-    refused(ValueError, "on the device of the kernels", lambda: C.rvq_decode_cuda(kernels, 0, far, [], OnDevice(out)))
-    refused(ValueError, "must be on the GPU", lambda: C.rvq_decode_cuda(kernels, 0, codes, [books[0]], out))
+    refused(
+        ValueError,
+        "on the device of the kernels",
+        lambda: compiled().rvq_decode_cuda(kernels, 0, far, [], OnDevice(out)),
+    )
+    refused(ValueError, "must be on the GPU", lambda: compiled().rvq_decode_cuda(kernels, 0, codes, [books[0]], out))
     too_many = [OnDevice(books[0])] * 33
     refused(
         ValueError,
         "at most 32 levels",
-        lambda: C.rvq_decode_cuda(kernels, 0, OnDevice(codes.expand(3, 33)), too_many, OnDevice(out)),
+        lambda: compiled().rvq_decode_cuda(kernels, 0, OnDevice(codes.expand(3, 33)), too_many, OnDevice(out)),
     )
     short = lambda size: OnDevice(torch.empty(1, dtype=torch.uint8))  # noqa: E731
     outputs = [OnDevice(t) for t in (x.clone(), x.clone(), torch.empty(1), codes)]
     arguments = (OnDevice(x), [OnDevice(books[0])], [], None, torch.float32, *outputs)
-    refused(ValueError, "the workspace must be", lambda: C.rvq_encode_cuda(kernels, 0, short, *arguments))
+    refused(ValueError, "the workspace must be", lambda: compiled().rvq_encode_cuda(kernels, 0, short, *arguments))
 
 
 if __name__ == "__main__":
-    assert C.cuda_why_not() == ""
+    assert compiled().cuda_why_not() == ""
     the_ops_are_the_definitions()
     each_device_gets_its_screen()
     nothing_is_launched_for_no_rows()
