@@ -84,6 +84,10 @@ def test_the_hopper_screen_uses_what_hopper_has(folder: Path) -> None:
     copies = [opcode for opcode in opcodes if opcode.startswith("UTMALDG")]
     assert len(copies) == 2 and sum("MULTICAST" in opcode for opcode in copies) == 1, copies
     assert sum(opcode.startswith("USETMAXREG") for opcode in opcodes) == 2
+    between = opcodes[opcodes.index(products[0]) : len(opcodes) - opcodes[::-1].index(products[-1])]
+    assert len(between) < 60 and not any(opcode.startswith(("MEMBAR", "BAR", "WARPSYNC", "LDG")) for opcode in between)
+    fences, meetings = ([o for o in opcodes if o.startswith(name)] for name in ("MEMBAR.ALL.GPU", "UCGABAR_ARV"))
+    assert len(fences) == len(meetings) == 2, "a fence of the whole device at every stage"
     # Launched with what registers three warpgroups can have; the producer gives up what the consumers take.
     assert resources("rvq_encode", "sm_90a", folder)["rvq_coarse_wgmma"]["REG"] == 168
     assert 128 * 40 + 256 * 232 <= 384 * 168
