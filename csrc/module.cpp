@@ -1,5 +1,6 @@
 // longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
 #include "bindings/ema_update.h"
+#include "bindings/peak.h"
 #include "bindings/rvq_encode.h"
 #include "longcat/isa.h"
 
@@ -30,4 +31,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("build_info", &build_info);
     longcat::bind_rvq_encode(m);
     longcat::bind_ema_update(m);
+    longcat::bind_peak(m);
 }
