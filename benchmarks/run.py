@@ -1,0 +1,179 @@
+"""Command line of the benchmarks: `python benchmarks/run.py --help`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import harness
+import machine
+import report
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Times ops against their peers and against this machine's own ceilings, all in one run.
+
+    An op's tests run first; where one fails no speed is reported. Writes results/<device>/<op>.json and .png beside
+    this file, and prints a table.
+    """
+
+    ops: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Which, such as rvq_encode ema_update; all by default."""
+    out: Path | None = None
+    """Write the JSON here instead, all ops in one file; no plot."""
+    threads: int = 1
+    """Of every contender that sets none. One is timed by processor time, several by the clock on the wall."""
+    quick: bool = False
+    """Only the first, tiny case of each op, a few rounds: shows that all of it works, and nothing else."""
+    case: str = ""
+    """Only cases whose name contains this."""
+    against: Annotated[str | None, tyro.conf.arg(metavar="GIT_REF")] = None
+    """Also build the repository at this commit, and run its version of ours as a contender in the same rounds."""
+    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
+    """auto: the GPU where torch has one."""
+    table: bool = False
+    """Only write RESULTS.md from the JSON files in results/."""
+
+
+def main(arguments: Arguments) -> int:
+    """Gives the exit code: 1 where tests fail or a contender's result is wrong, 2 where the arguments are."""
+    if arguments.table:
+        (HERE / "RESULTS.md").write_text(report.markdown(RESULTS))
+        return 0
+    known = sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))
+    unknown = set(arguments.ops) - set(known)
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if unknown or device not in ("cpu", "cuda") or arguments.threads < 1:
+        rule = f"there are benchmarks of {', '.join(known)}; devices are auto, cpu and cuda; threads are at least 1"
+        print(f"run.py: {rule}", file=sys.stderr)
+        return 2
+    modules = {op: importlib.import_module(f"bench_{op}") for op in arguments.ops or known}
+    for op, module in modules.items():
+        if not tests_pass(op, module):
+            print(f"{op}: its tests fail, so its speed is not reported", file=sys.stderr)
+            return 1
+    ceilings, missing = machine.ceilings(device)
+    environment = machine.environment(device, arguments.threads)
+    for line in [f"{key}: {value}" for key, value in environment.items()] + report.ceiling_lines(ceilings) + missing:
+        print(line)
+    rows = []
+    with rivals(arguments.against, device, arguments.threads) as rival:
+        for op, module in modules.items():
+            found = bench(op, module, ceilings, arguments, device, rival)
+            rows += found
+            if arguments.out is None and not arguments.quick and not arguments.case:
+                publish(op, environment, ceilings, found)
+    if arguments.out is not None:
+        harness.save(arguments.out, environment, ceilings, rows)
+    return 0
+
+
+def tests_pass(op: str, module: ModuleType) -> bool:
+    """Runs the op's contract tests and its own, or the module's TESTS; their report goes to the terminal."""
+    selected = ["tests/test_contract.py", f"tests/test_{op}.py", "-k", op]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *getattr(module, "TESTS", selected)]
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(machine.ROOT), os.getenv("PYTHONPATH")]))}
+    return subprocess.run(command, cwd=machine.ROOT, env=settings, check=False).returncode == 0
+
+
+Rival = Callable[[str, str], tuple[str, Callable[[], float]] | None]
+
+
+def bench(
+    op: str, module: ModuleType, ceilings: dict[str, float], arguments: Arguments, device: str, rival: Rival
+) -> list[harness.Row]:
+    """Measures the chosen cases of an op and prints each when it is done."""
+    cases = module.CASES[:1] if arguments.quick else module.CASES
+    rows = []
+    for case in tqdm([case for case in cases if arguments.case in case.name], desc=op, unit="case", leave=False):
+        if device == "cuda" and case.product is not None:
+            ceilings["half_gemm"] = machine.half_gemm(*case.product)
+        options = harness.Options(
+            device=device,
+            threads=arguments.threads,
+            quick=arguments.quick,
+            memory=lambda case, name: None if arguments.quick else memory(op, case, name, device, arguments.threads),
+            rival=lambda case: rival(op, case),
+        )
+        found = harness.measure(op, case, ceilings, options)
+        tqdm.write(report.text(found))
+        rows += found
+    return rows
+
+
+def memory(op: str, case: str, contender: str, device: str, threads: int) -> float | None:
+    """MB that a call adds, in a process of its own; None, with a word, where that cannot be had."""
+    worker = machine.Worker(op, case, contender, device, threads)
+    try:
+        return worker.ask("memory")
+    except RuntimeError as error:
+        tqdm.write(f"  {contender}: memory was not measured: {error}")
+        return None
+    finally:
+        worker.close()
+
+
+@contextlib.contextmanager
+def rivals(ref: str | None, device: str, threads: int) -> Iterator[Rival]:
+    """Ours at another commit, for a case: its name and its sampler; nothing where there is none."""
+    if ref is None:
+        yield lambda op, case: None
+        return
+    workers: list[machine.Worker] = []
+    with machine.checkout(ref) as folder:
+
+        def rival(op: str, case: str) -> tuple[str, Callable[[], float]] | None:
+            for worker in workers:
+                worker.close()
+            workers[:] = [machine.Worker(op, case, "ours", device, threads, folder)]
+            try:
+                workers[0].ask("time")
+            except RuntimeError as error:
+                tqdm.write(f"  ours at {ref}: {error}")
+                return None
+            return f"ours at {ref}", lambda: workers[0].ask("time")
+
+        try:
+            yield rival
+        finally:
+            for worker in workers:
+                worker.close()
+
+
+def publish(op: str, environment: dict[str, object], ceilings: dict[str, float], rows: list[harness.Row]) -> None:
+    """Writes the results file of an op, and its plot beside it."""
+    file = RESULTS / machine.slug(str(environment["device"])) / f"{op}.json"
+    harness.save(file, environment, ceilings, rows)
+    report.plot(file)
+    print(file)
+
+
+def clean_environment() -> None:
+    """Starts this script again without settings that slow down a contender: BLAS libraries read theirs when loaded."""
+    odd = [name for name in os.environ if name.startswith(("OPENBLAS_", "MKL_", "OMP_", "GOTO_"))]
+    if odd:
+        settings = {name: value for name, value in os.environ.items() if name not in odd}
+        os.execve(sys.executable, [sys.executable, *sys.argv], settings)
+
+
+if __name__ == "__main__":
+    clean_environment()
+    sys.exit(main(tyro.cli(Arguments)))
