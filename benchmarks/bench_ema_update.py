@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import peers_ema as peers
-from harness import Case, Contender
+from harness import Case, Contender, WrongResult
 from longcat_kernels.reference import ema_update as spec
 
 SHAPES = (  # N D K, and whether few entries get most rows
@@ -37,13 +37,14 @@ def contenders(case: spec.Case, skewed: bool, dense: bool, device: str) -> list[
     arguments = inputs(case, skewed, device)
 
     def judge(embed_KD: Tensor) -> None:
-        """Raises AssertionError unless this is the codebook after one update."""
+        """Raises WrongResult unless this is the codebook after one update."""
         truth_KD, sums_KD, sizes_K = (arguments[key].double() for key in ("embed", "embed_ema", "cluster_size_ema"))
         rows_ND, codes_N = arguments["vectors"].double(), arguments["codes"]
         rule = case.decay, peers.EPS, 0.0, 0.0, 1.0, case.seed
         spec.ema_update(truth_KD, sums_KD, sizes_K, None, rows_ND, codes_N, *rule)
         error = ((embed_KD - truth_KD).abs().max() / truth_KD.abs().max()).item()
-        assert error <= CLOSE, f"codewords are off by {error:.1e} of the largest"
+        if not error <= CLOSE:
+            raise WrongResult(f"codewords are off by {error:.1e} of the largest")
 
     found = [
         Contender("ours", lambda: peers.ours(arguments), judge),

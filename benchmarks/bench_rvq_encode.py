@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import peers_rvq as peers
-from harness import Call, Case, Contender
+from harness import Call, Case, Contender, WrongResult
 from longcat_kernels import rvq_encode
 from longcat_kernels.reference import rvq_encode as spec
 
@@ -51,20 +51,22 @@ class Judge:
         self.truth_NL: Tensor | None = None
 
     def share(self, codes_NL: Tensor | None) -> float | None:
-        """Of any contender; raises AssertionError where it cannot be doing the work of this case."""
+        """Of any contender; raises WrongResult where it cannot be doing the work of this case."""
         if codes_NL is None:
             return None
         if self.truth_NL is None:
             x_ND, books, dtype = self.arguments
             self.truth_NL = rvq_encode(x_ND, books, residual_dtype=dtype, backend="reference").codes
         share = (codes_NL != self.truth_NL).float().mean().item()
-        assert share <= TRUSTED_WRONG, f"{share:.1%} of the codes are wrong"
+        if share > TRUSTED_WRONG:
+            raise WrongResult(f"{share:.1%} of the codes are wrong")
         return share
 
     def exact(self, codes_NL: Tensor | None) -> float | None:
-        """Of a contender that promises exact codes; raises AssertionError where one is not."""
+        """Of a contender that promises exact codes; raises WrongResult where one is not."""
         share = self.share(codes_NL)
-        assert share == 0, f"{share} of the codes are wrong, none may be"
+        if share:
+            raise WrongResult(f"{share:.4%} of the codes are wrong, none may be")
         return share
 
 

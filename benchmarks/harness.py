@@ -39,7 +39,7 @@ class Contender:
         name: unique in its case; "ours" is what the others are compared with.
         make: builds what a user would have ready, and gives the call that is timed.
         judge: takes the result of the first call: gives the share of wrong codes, or None where it has no codes; raises
-            AssertionError where the result is not what the contender stands for.
+            WrongResult where it is not what the contender promises.
         threads: None for the run's.
         ceiling: name of the ceiling of its arithmetic; None for the highest of the run.
         precisions: of `torch.set_float32_matmul_precision`; it is measured with each.
@@ -71,6 +71,10 @@ class Case:
 
 class Skip(Exception):
     """A contender cannot run here; the message says why."""
+
+
+class WrongResult(Exception):
+    """A contender's result is not what it promises; the message says by how much."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,11 @@ def _gpu_seconds(call: Call, repeats: int) -> float:
 
 
 def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -> list[Row]:
-    """The rows of one case. Raises AssertionError where a contender's result is not what it stands for."""
+    """The rows of one case; none where ours cannot run. A peer with a wrong result is left out by name.
+
+    Raises:
+        WrongResult: one of ours is wrong.
+    """
     made = _made(case, options)
     if ("ours", "highest") not in made:
         return []
@@ -175,7 +183,13 @@ def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -
         threads = contender.threads or options.threads
         torch.set_float32_matmul_precision(key[1])
         torch.set_num_threads(threads)
-        wrong[key] = contender.judge(call())
+        try:
+            wrong[key] = contender.judge(call())
+        except WrongResult as how:
+            if contender.name.startswith("ours"):
+                raise WrongResult(f"{case.name}: {contender.name}: {how}") from how
+            tqdm.write(f"  {contender.name}: {how}")
+            continue
         samples[key] = sampler(call, device=options.device, threads=threads, precision=key[1], wall=case.wall)
     rival = options.rival(case.name)
     if rival is not None:

@@ -29,8 +29,8 @@ RESULTS = HERE / "results"
 class Arguments:
     """Times ops against their peers and against this machine's own ceilings, all in one run.
 
-    An op's tests run first; where one fails no speed is reported. Writes results/<device>/<op>.json and .png beside
-    this file, and prints a table.
+    An op's tests run first; where one fails its speed is not reported. Prints a table a case, and writes
+    results/<device>/<op>.json and .png beside this file, unless --quick or --case leaves some out.
     """
 
     ops: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -52,7 +52,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> int:
-    """Gives the exit code: 1 where tests fail or a contender's result is wrong, 2 where the arguments are."""
+    """Gives the exit code: 1 where an op is red or wrong, 2 where the arguments are."""
     if arguments.table:
         (HERE / "RESULTS.md").write_text(report.markdown(RESULTS))
         return 0
@@ -66,10 +66,22 @@ def main(arguments: Arguments) -> int:
         print(f"run.py: {rule}", file=sys.stderr)
         return 2
     modules = {op: importlib.import_module(f"bench_{op}") for op in arguments.ops or known}
-    for op, module in modules.items():
-        if not tests_pass(op, module):
-            print(f"{op}: its tests fail, so its speed is not reported", file=sys.stderr)
-            return 1
+    red = [op for op, module in modules.items() if not tests_pass(op, module)]
+    for op in red:
+        print(f"{op}: its tests fail, so its speed is not reported", file=sys.stderr)
+    green = {op: module for op, module in modules.items() if op not in red}
+    try:
+        compare(green, arguments, device)
+    except (harness.WrongResult, RuntimeError) as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+    return 1 if red else 0
+
+
+def compare(modules: dict[str, ModuleType], arguments: Arguments, device: str) -> None:
+    """Measures, prints and writes; raises WrongResult where an op is wrong, RuntimeError where `against` fails."""
+    if not modules:
+        return
     ceilings, missing = machine.ceilings(device)
     environment = machine.environment(device, arguments.threads)
     for line in [f"{key}: {value}" for key, value in environment.items()] + report.ceiling_lines(ceilings) + missing:
@@ -83,7 +95,6 @@ def main(arguments: Arguments) -> int:
                 publish(op, environment, ceilings, found)
     if arguments.out is not None:
         harness.save(arguments.out, environment, ceilings, rows)
-    return 0
 
 
 def tests_pass(op: str, module: ModuleType) -> bool:

@@ -115,19 +115,23 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
     assert sample() < 1e-4 and len(calls) > 10
 
 
-def test_a_wrong_result_is_not_timed() -> None:
-    harness, timed = script("harness"), []
+def test_a_wrong_result_is_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    harness, calls = script("harness"), []
 
     def judge(result: int) -> None:
-        assert result == 1, "wrong"
+        if result != 1:
+            raise harness.WrongResult(f"gave {result}")
 
-    contenders = [
-        harness.Contender("ours", lambda: lambda: 1, judge),
-        harness.Contender("peer", lambda: lambda: timed.append(0) or 2, judge),
-    ]
-    with pytest.raises(AssertionError, match="wrong"):
-        harness.measure("op", fake_case(contenders), CEILINGS, quick())
-    assert len(timed) == 1
+    def wrong(name: str) -> Any:
+        return harness.Contender(name, lambda: lambda: calls.append(name) or 2, judge)
+
+    right = harness.Contender("ours", lambda: lambda: 1, judge)
+    rows = harness.measure("op", fake_case([right, wrong("peer")]), CEILINGS, quick())
+    assert [row.contender for row in rows] == ["ours"] and calls == ["peer"]
+    assert "peer: gave 2" in capsys.readouterr().out
+    with pytest.raises(harness.WrongResult, match="fake: ours, avx2: gave 2"):
+        harness.measure("op", fake_case([right, wrong("ours, avx2")]), CEILINGS, quick())
+    assert calls == ["peer", "ours, avx2"]
 
 
 def test_contenders_that_cannot_run_here_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,7 +173,7 @@ def test_red_tests_refuse_speed(
 def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     run = script("run")
     assert run.main(run.Arguments(("rvq_encod",))) == 2
-    assert "there are benchmarks of ema_update, " in capsys.readouterr().err
+    assert "benchmarks of ema_update, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", ["rvq_encode", "ema_update"])
