@@ -71,7 +71,11 @@ class Judge:
 
 
 def encode_contenders(case: spec.Case, mixture: bool, extended: bool, device: str) -> list[Contender]:
-    """All contenders; without `extended` only those that the data could slow down or that others are measured by."""
+    """All contenders; without `extended` only those that the data could slow down or that others are measured by.
+
+    faiss runs as installed, and again with the kernels for AVX-512 of its OpenBLAS, which does not know every processor
+    that has it and may choose much slower ones.
+    """
     x_ND, books = data(case, device, mixture)
     dtype = case.residual_dtype
     wide_ND = x_ND.float()  # peers take float32
@@ -95,6 +99,13 @@ def encode_contenders(case: spec.Case, mixture: bool, extended: bool, device: st
     if dtype == torch.float32:
         found += [
             peer("faiss IndexFlatL2", lambda: peers.faiss_flat(wide_ND, books), only_cpu=True),
+            peer(
+                "faiss IndexFlatL2, SkylakeX",
+                lambda: peers.faiss_flat(wide_ND, books),
+                only_cpu=True,
+                slow=True,
+                environment=(("OPENBLAS_CORETYPE", "SkylakeX"),),
+            ),
             peer(f"{half_name} mm + argmin", lambda: peers.half_mm_argmin(wide_ND, books, half)),
         ]
     if extended:

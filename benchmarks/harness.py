@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Contender:
         precisions: of `torch.set_float32_matmul_precision`; it is measured with each.
         only_cpu: says that it cannot run on a GPU.
         slow: made in full runs only.
+        environment: it runs in a process of its own with these settings, in the same rounds; its results are not judged.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Contender:
     precisions: tuple[str, ...] = ("highest",)
     only_cpu: bool = False
     slow: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Options:
-    """What a run does."""
+    """How a case is measured."""
 
     device: str = "cpu"
     threads: int = 1
     quick: bool = False
-    memory: Callable[[str, str], float | None] = lambda case, contender: None
-    rival: Callable[[str], tuple[str, Callable[[], float]] | None] = lambda case: None  # ours at another commit
+    memory: Callable[[str], float | None] = lambda contender: None
+    start: Callable[[Contender], Callable[[], float]] | None = None  # the sampler of one with an environment
+    rivals: dict[str, Callable[[], float]] = field(default_factory=dict)  # samplers of ours at other commits
 
 
 def interleave(
@@ -177,23 +180,8 @@ def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -
     made = _made(case, options)
     if ("ours", "highest") not in made:
         return []
-    samples: dict[tuple[str, str], Callable[[], float]] = {}
-    wrong = {}
-    for key, (contender, call) in made.items():
-        threads = contender.threads or options.threads
-        torch.set_float32_matmul_precision(key[1])
-        torch.set_num_threads(threads)
-        try:
-            wrong[key] = contender.judge(call())
-        except WrongResult as how:
-            if contender.name.startswith("ours"):
-                raise WrongResult(f"{case.name}: {contender.name}: {how}") from how
-            tqdm.write(f"  {contender.name}: {how}")
-            continue
-        samples[key] = sampler(call, device=options.device, threads=threads, precision=key[1], wall=case.wall)
-    rival = options.rival(case.name)
-    if rival is not None:
-        samples[rival[0], "highest"] = rival[1]
+    wrong, samples = _judged(case, made, options)
+    samples.update({(name, "highest"): sample for name, sample in options.rivals.items()})
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if options.quick else (ROUNDS, SECONDS)
     with tqdm(desc=f"{op}: {case.name}", unit="round", leave=False) as bar:
         times = interleave(samples, rounds, seconds, bar.update)
@@ -201,9 +189,37 @@ def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -
     for key, series in times.items():
         contender = made[key][0] if key in made else made["ours", "highest"][0]
         row = _row(op, case, contender, series, times["ours", "highest"], ceilings, options)
-        memory = options.memory(case.name, key[0]) if case.memory and key in made and key[1] == "highest" else None
+        memory = options.memory(key[0]) if case.memory and key in wrong and key[1] == "highest" else None
         rows.append(replace(row, contender=key[0], precision=key[1], extra_mb=memory, wrong_codes=wrong.get(key)))
     return rows
+
+
+def _judged(
+    case: Case, made: dict[tuple[str, str], tuple[Contender, Call | None]], options: Options
+) -> tuple[dict[tuple[str, str], float | None], dict[tuple[str, str], Callable[[], float]]]:
+    """Shares of wrong codes and samplers, of contenders that are not wrong."""
+    wrong: dict[tuple[str, str], float | None] = {}
+    samples: dict[tuple[str, str], Callable[[], float]] = {}
+    for key, (contender, call) in made.items():
+        threads = contender.threads or options.threads
+        torch.set_float32_matmul_precision(key[1])
+        torch.set_num_threads(threads)
+        try:
+            if call is None:
+                assert options.start is not None
+                samples[key] = options.start(contender)
+                continue
+            wrong[key] = contender.judge(call())
+        except Skip as why:
+            tqdm.write(f"  {contender.name}: {why}")
+            continue
+        except WrongResult as how:
+            if contender.name.startswith("ours"):
+                raise WrongResult(f"{case.name}: {contender.name}: {how}") from how
+            tqdm.write(f"  {contender.name}: {how}")
+            continue
+        samples[key] = sampler(call, device=options.device, threads=threads, precision=key[1], wall=case.wall)
+    return wrong, samples
 
 
 def _row(
@@ -234,9 +250,12 @@ def _row(
     )
 
 
-def _made(case: Case, options: Options) -> dict[tuple[str, str], tuple[Contender, Call]]:
-    """Contenders that can run here and their calls, by name and precision; says which cannot, and why."""
-    made: dict[tuple[str, str], tuple[Contender, Call]] = {}
+def _made(case: Case, options: Options) -> dict[tuple[str, str], tuple[Contender, Call | None]]:
+    """Contenders that can run here, by name and precision, with their calls (None: in a process of its own).
+
+    Says which cannot, and why.
+    """
+    made: dict[tuple[str, str], tuple[Contender, Call | None]] = {}
     for contender in case.contenders(options.device):
         if contender.slow and options.quick:
             continue
@@ -246,7 +265,8 @@ def _made(case: Case, options: Options) -> dict[tuple[str, str], tuple[Contender
         try:
             for precision in contender.precisions:
                 torch.set_float32_matmul_precision(precision)
-                made[contender.name, precision] = (contender, contender.make())
+                call = None if contender.environment else contender.make()
+                made[contender.name, precision] = (contender, call)
         except Skip as why:
             tqdm.write(f"  {contender.name}: {why}")
     return made

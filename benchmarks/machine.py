@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,21 @@ class Worker:
     """One contender alone in a process, asked by lines; see worker.py. Raises RuntimeError where it cannot run.
 
     Args:
-        checkout: the folder whose `longcat_kernels` it imports.
+        folder: whose `longcat_kernels` it imports.
+        more: settings of its environment.
     """
 
-    def __init__(self, op: str, case: str, contender: str, device: str, threads: int, checkout: Path = ROOT) -> None:
+    def __init__(
+        self,
+        op: str,
+        case: str,
+        contender: str,
+        device: str,
+        threads: int,
+        *,
+        folder: Path = ROOT,
+        more: Iterable[tuple[str, str]] = (),
+    ) -> None:
         command = [
             sys.executable,
             str(Path(__file__).with_name("worker.py")),
@@ -122,7 +133,8 @@ class Worker:
             device,
             str(threads),
         ]
-        settings = {**os.environ, **PLAIN_MALLOC, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
+        settings = {**os.environ, **PLAIN_MALLOC, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
+        settings.update(more)
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
         self.process = subprocess.Popen(
             command, env=settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True

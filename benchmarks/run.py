@@ -7,11 +7,11 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -87,9 +87,10 @@ def compare(modules: dict[str, ModuleType], arguments: Arguments, device: str) -
     for line in [f"{key}: {value}" for key, value in environment.items()] + report.ceiling_lines(ceilings) + missing:
         print(line)
     rows = []
-    with rivals(arguments.against, device, arguments.threads) as rival:
+    with contextlib.ExitStack() as stack:
+        older = stack.enter_context(machine.checkout(arguments.against)) if arguments.against else None
         for op, module in modules.items():
-            found = bench(op, module, ceilings, arguments, device, rival)
+            found = bench(op, module, ceilings, arguments, device, older)
             rows += found
             if arguments.out is None and not arguments.quick and not arguments.case:
                 publish(op, environment, ceilings, found)
@@ -105,68 +106,73 @@ def tests_pass(op: str, module: ModuleType) -> bool:
     return subprocess.run(command, cwd=machine.ROOT, env=settings, check=False).returncode == 0
 
 
-Rival = Callable[[str, str], tuple[str, Callable[[], float]] | None]
-
-
 def bench(
-    op: str, module: ModuleType, ceilings: dict[str, float], arguments: Arguments, device: str, rival: Rival
+    op: str,
+    module: ModuleType,
+    ceilings: dict[str, float],
+    arguments: Arguments,
+    device: str,
+    older: Path | None = None,
 ) -> list[harness.Row]:
-    """Measures the chosen cases of an op and prints each when it is done."""
+    """Measures the chosen cases of an op, with ours of the checkout `older` too, and prints each when it is done."""
     cases = module.CASES[:1] if arguments.quick else module.CASES
     rows = []
     for case in tqdm([case for case in cases if arguments.case in case.name], desc=op, unit="case", leave=False):
         if device == "cuda" and case.product is not None:
             ceilings["half_gemm"] = machine.half_gemm(*case.product)
-        options = harness.Options(
-            device=device,
-            threads=arguments.threads,
-            quick=arguments.quick,
-            memory=lambda case, name: None if arguments.quick else memory(op, case, name, device, arguments.threads),
-            rival=lambda case: rival(op, case),
-        )
-        found = harness.measure(op, case, ceilings, options)
+        with contextlib.ExitStack() as stack:
+            found = harness.measure(op, case, ceilings, options(op, case, arguments, device, older, stack))
         tqdm.write(report.text(found))
         rows += found
     return rows
 
 
-def memory(op: str, case: str, contender: str, device: str, threads: int) -> float | None:
-    """MB that a call adds, in a process of its own; None, with a word, where that cannot be had."""
-    worker = machine.Worker(op, case, contender, device, threads)
-    try:
-        return worker.ask("memory")
-    except RuntimeError as error:
-        tqdm.write(f"  {contender}: memory was not measured: {error}")
-        return None
-    finally:
-        worker.close()
+def options(
+    op: str,
+    case: harness.Case,
+    arguments: Arguments,
+    device: str,
+    older: Path | None,
+    stack: contextlib.ExitStack,
+) -> harness.Options:
+    """Of a case; its processes end with `stack`."""
 
+    def worker(contender: str, **more: Any) -> machine.Worker:
+        return machine.Worker(op, case.name, contender, device, arguments.threads, **more)
 
-@contextlib.contextmanager
-def rivals(ref: str | None, device: str, threads: int) -> Iterator[Rival]:
-    """Ours at another commit, for a case: its name and its sampler; nothing where there is none."""
-    if ref is None:
-        yield lambda op, case: None
-        return
-    workers: list[machine.Worker] = []
-    with machine.checkout(ref) as folder:
-
-        def rival(op: str, case: str) -> tuple[str, Callable[[], float]] | None:
-            for worker in workers:
-                worker.close()
-            workers[:] = [machine.Worker(op, case, "ours", device, threads, folder)]
-            try:
-                workers[0].ask("time")
-            except RuntimeError as error:
-                tqdm.write(f"  ours at {ref}: {error}")
-                return None
-            return f"ours at {ref}", lambda: workers[0].ask("time")
-
+    def start(contender: str, **more: Any) -> Callable[[], float]:
+        started = worker(contender, **more)
+        stack.callback(started.close)
         try:
-            yield rival
-        finally:
-            for worker in workers:
-                worker.close()
+            started.ask("time")
+        except RuntimeError as error:
+            raise harness.Skip(str(error)) from error
+        return lambda: started.ask("time")
+
+    def memory(contender: str) -> float | None:
+        if arguments.quick:
+            return None
+        with contextlib.closing(worker(contender)) as started:
+            try:
+                return started.ask("memory")
+            except RuntimeError as error:
+                tqdm.write(f"  {contender}: memory was not measured: {error}")
+                return None
+
+    rivals = {}
+    if older is not None:
+        try:
+            rivals[f"ours at {arguments.against}"] = start("ours", folder=older)
+        except harness.Skip as why:
+            tqdm.write(f"  ours at {arguments.against}: {why}")
+    return harness.Options(
+        device=device,
+        threads=arguments.threads,
+        quick=arguments.quick,
+        memory=memory,
+        start=lambda contender: start(contender.name, more=contender.environment),
+        rivals=rivals,
+    )
 
 
 def publish(op: str, environment: dict[str, object], ceilings: dict[str, float], rows: list[harness.Row]) -> None:

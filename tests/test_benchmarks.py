@@ -148,10 +148,23 @@ def test_contenders_that_cannot_run_here_are_named(capsys: pytest.CaptureFixture
 
 def test_an_older_ours_competes_in_the_same_rounds() -> None:
     harness = script("harness")
-    options = quick(rival=lambda case: ("ours at HEAD~1", lambda: 1.0))
+    options = quick(rivals={"ours at HEAD~1": lambda: 1.0})
     contenders = [harness.Contender("ours", lambda: busy(0.002))]
     ours, older = harness.measure("op", fake_case(contenders), CEILINGS, options)
     assert older.contender == "ours at HEAD~1" and older.rounds == ours.rounds and older.median_s == 1.0
+
+
+def test_a_contender_with_an_environment_runs_in_its_own_process() -> None:
+    harness = script("harness")
+    apart = harness.Contender("peer", lambda: pytest.fail("made here"), environment=(("A", "1"),))
+    here = harness.Contender("ours", lambda: lambda: None)
+    options = quick(start=lambda contender: lambda: float(dict(contender.environment)["A"]))
+    assert harness.measure("op", fake_case([here, apart]), CEILINGS, options)[1].median_s == 1.0
+
+    def absent(contender: Any) -> Any:
+        raise harness.Skip("ended with -4")
+
+    assert len(harness.measure("op", fake_case([here, apart]), CEILINGS, quick(start=absent))) == 1
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
@@ -180,7 +193,7 @@ def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_tiny_case_of_each_op_runs(op: str) -> None:
     run, bench = script("run"), script(f"bench_{op}")
     arguments = run.Arguments(quick=True)
-    rows = run.bench(op, bench, dict(CEILINGS), arguments, "cpu", lambda op, case: None)
+    rows = run.bench(op, bench, dict(CEILINGS), arguments, "cpu")
     by_name = {row.contender: row for row in rows}
     assert by_name["ours"].ratio_to_ours == 1 and len(by_name) >= 8
     if op == "rvq_encode":
