@@ -45,7 +45,7 @@ class Contender:
         precisions: of `torch.set_float32_matmul_precision`; it is measured with each.
         only_cpu: says that it cannot run on a GPU.
         slow: made in full runs only.
-        environment: it runs in a process of its own with these settings, in the same rounds; its results are not judged.
+        environment: it runs in a process of its own with these settings, in the same rounds, its results not judged.
     """
 
     name: str

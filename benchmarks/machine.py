@@ -24,8 +24,8 @@ from longcat_kernels import native
 ROOT = Path(__file__).resolve().parent.parent
 COPIED_BYTES = 1 << 28  # far beyond any cache
 TRIES = 5
-# Large blocks go back to the system when freed, so that resident memory is memory in use.
-PLAIN_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# Large blocks go back to the system when freed, so that resident memory is memory in use; it makes calls slower.
+PLAIN_MALLOC = (("MALLOC_MMAP_THRESHOLD_", "65536"), ("MALLOC_TRIM_THRESHOLD_", "65536"))
 
 
 def device_name(device: str) -> str:
@@ -133,7 +133,7 @@ class Worker:
             device,
             str(threads),
         ]
-        settings = {**os.environ, **PLAIN_MALLOC, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
+        settings = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
         settings.update(more)
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
         self.process = subprocess.Popen(

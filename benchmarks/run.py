@@ -152,7 +152,7 @@ def options(
     def memory(contender: str) -> float | None:
         if arguments.quick:
             return None
-        with contextlib.closing(worker(contender)) as started:
+        with contextlib.closing(worker(contender, more=machine.PLAIN_MALLOC)) as started:
             try:
                 return started.ask("memory")
             except RuntimeError as error:

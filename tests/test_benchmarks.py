@@ -202,7 +202,8 @@ def test_a_tiny_case_of_each_op_runs(op: str) -> None:
 
 def test_memory_of_a_call_is_measured_in_its_own_process() -> None:
     machine = script("machine")
-    worker = machine.Worker("rvq_decode", script("bench_rvq_decode").CASES[1].name, "embedding a level", "cpu", 1)
+    case = script("bench_rvq_decode").CASES[1].name
+    worker = machine.Worker("rvq_decode", case, "embedding a level", "cpu", 1, more=machine.PLAIN_MALLOC)
     try:
         grown = worker.ask("memory")  # one [4096, 256] float32 for the sum, one for the codewords added
     finally:
