@@ -12,13 +12,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import harness
 from longcat_kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,9 +64,12 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout
 
 
-def ceilings(device: str) -> tuple[dict[str, float], list[str]]:
-    """Operations a second of one core by instruction, and "copy", bytes read and written a second; what is missing."""
-    found, missing = {"copy": _copy_bandwidth(device)}, []
+def ceilings(device: str, threads: int) -> tuple[dict[str, float], list[str]]:
+    """What bounds any contender, and what of it cannot be had here.
+
+    "copy": bytes read and written a second by all threads. Others: operations a second of one core, by instruction.
+    """
+    found, missing = {"copy": _copy_bandwidth(device, threads)}, []
     if device == "cpu":
         for kind, isa in (("fma", "avx2"), ("fma", "avx512"), ("bf16_dot", "avx512")):
             try:
@@ -81,28 +84,20 @@ def ceilings(device: str) -> tuple[dict[str, float], list[str]]:
 def half_gemm(rows: int, dim: int, entries: int) -> float:
     """Operations a second of cuBLAS at float16 [rows, dim] by [dim, entries]: what bounds a GPU's matrix products."""
     a, b = (torch.randn(n, dim, device="cuda").half() for n in (rows, entries))
-    return 2 * rows * dim * entries / _seconds(lambda: torch.mm(a, b.T), "cuda")
+    return 2 * rows * dim * entries / _seconds(lambda: torch.mm(a, b.T), "cuda", 1)
 
 
-def _copy_bandwidth(device: str) -> float:
+def _copy_bandwidth(device: str, threads: int) -> float:
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    return 2 * COPIED_BYTES / _seconds(lambda: target.copy_(source), device)
+    return 2 * COPIED_BYTES / _seconds(lambda: target.copy_(source), device, threads)
 
 
-def _seconds(call: Any, device: str) -> float:
-    """Median of a few calls with one thread, after one that warms up."""
-    times = []
-    torch.set_num_threads(1)
-    for _ in range(TRIES + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter() if device == "cuda" else time.process_time()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() if device == "cuda" else time.process_time()) - start)
-    return statistics.median(times[1:])
+def _seconds(call: harness.Call, device: str, threads: int) -> float:
+    """Median of a few samples."""
+    call()
+    sample = harness.sampler(call, device=device, threads=threads, precision="highest", wall=False)
+    return statistics.median(sample() for _ in range(TRIES))
 
 
 class Worker:

@@ -146,5 +146,5 @@ def _roofline(panel: Any, document: Document) -> None:
         xs = [row["gflops"] / row["gbytes_s"] for row in chosen]
         panel.scatter(xs, [row["gflops"] for row in chosen], marker=marker, color=color, s=18, label=kind, zorder=3)
     panel.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="GFLOP/s")
-    panel.set_title("roofline", loc="left", fontsize=10)
+    panel.set_title("roofline of one thread", loc="left", fontsize=10)
     panel.legend(fontsize=8)

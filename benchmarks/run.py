@@ -33,15 +33,15 @@ class Arguments:
     results/<device>/<op>.json and .png beside this file, unless --quick or --case leaves some out.
     """
 
-    ops: tyro.conf.Positional[tuple[str, ...]] = ()
+    ops: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[OP ...]")] = ()
     """Which, such as rvq_encode ema_update; all by default."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the JSON here instead, all ops in one file; no plot."""
     threads: int = 1
     """Of every contender that sets none. One is timed by processor time, several by the clock on the wall."""
     quick: bool = False
     """Only the first, tiny case of each op, a few rounds: shows that all of it works, and nothing else."""
-    case: str = ""
+    case: Annotated[str, tyro.conf.arg(metavar="SUBSTRING")] = ""
     """Only cases whose name contains this."""
     against: Annotated[str | None, tyro.conf.arg(metavar="GIT_REF")] = None
     """Also build the repository at this commit, and run its version of ours as a contender in the same rounds."""
@@ -82,7 +82,7 @@ def compare(modules: dict[str, ModuleType], arguments: Arguments, device: str) -
     """Measures, prints and writes; raises WrongResult where an op is wrong, RuntimeError where `against` fails."""
     if not modules:
         return
-    ceilings, missing = machine.ceilings(device)
+    ceilings, missing = machine.ceilings(device, arguments.threads)
     environment = machine.environment(device, arguments.threads)
     for line in [f"{key}: {value}" for key, value in environment.items()] + report.ceiling_lines(ceilings) + missing:
         print(line)
@@ -118,10 +118,14 @@ def bench(
     cases = module.CASES[:1] if arguments.quick else module.CASES
     rows = []
     for case in tqdm([case for case in cases if arguments.case in case.name], desc=op, unit="case", leave=False):
-        if device == "cuda" and case.product is not None:
-            ceilings["half_gemm"] = machine.half_gemm(*case.product)
+        own = ceilings
+        if device == "cuda":  # bounded by the product of this case's size alone
+            own = {"copy": ceilings["copy"]}
+            if case.product is not None:
+                own["half_gemm {}x{}x{}".format(*case.product)] = machine.half_gemm(*case.product)
+            ceilings.update(own)
         with contextlib.ExitStack() as stack:
-            found = harness.measure(op, case, ceilings, options(op, case, arguments, device, older, stack))
+            found = harness.measure(op, case, own, options(op, case, arguments, device, older, stack))
         tqdm.write(report.text(found))
         rows += found
     return rows
@@ -193,4 +197,4 @@ def clean_environment() -> None:
 
 if __name__ == "__main__":
     clean_environment()
-    sys.exit(main(tyro.cli(Arguments)))
+    sys.exit(main(tyro.cli(Arguments, config=(tyro.conf.FlagCreatePairsOff,))))
