@@ -14,7 +14,7 @@
 namespace longcat {
 namespace {
 
-constexpr long kSteps = 8000000;  // of a try: some ten milliseconds
+[[maybe_unused]] constexpr long kSteps = 8000000;  // of a try: some ten milliseconds
 constexpr int kTries = 5;
 
 #if LC_X86
