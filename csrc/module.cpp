@@ -2,6 +2,7 @@
 #include "bindings/cuda.h"
 #include "bindings/ema_update.h"
 #include "bindings/ema_update_cuda.h"
+#include "bindings/peak.h"
 #include "bindings/rvq_decode.h"
 #include "bindings/rvq_decode_cuda.h"
 #include "bindings/rvq_encode.h"
@@ -42,4 +43,5 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_rvq_encode_cuda(m);
     longcat::bind_rvq_decode_cuda(m);
     longcat::bind_ema_update_cuda(m);
+    longcat::bind_peak(m);
 }

@@ -101,7 +101,7 @@ void finish_packing(const PackedCodebook& packed) {
     *packed.header = {kMagic, packed.entries, packed.dim, int32_t(packed.isa), !(double(longest) < kLongest)};
 }
 
-void pack_codebook(const Codebook& book, const PackedCodebook& packed, int threads) {
+void pack_codebook(const Codebook& book, const PackedCodebook& packed, [[maybe_unused]] int threads) {
     const int panel = panel_words(packed.isa);
 #pragma omp parallel num_threads(threads)
     {

@@ -402,7 +402,7 @@ void rvq_encode(const RvqEncode& p) {
         p.losses[level] = float(totals[level] / double(std::max<int64_t>(1, kept * p.dim)));
 }
 
-void rvq_gram(const Codebook& book, const PackedCodebook& packed, int threads, float* gram) {
+void rvq_gram(const Codebook& book, const PackedCodebook& packed, [[maybe_unused]] int threads, float* gram) {
     const RvqKernels& kernels = rvq_kernels(packed.isa);
     LC_CHECK(kernels.step == 1, "rvq_gram: the codebook must be packed as float32");
     const int64_t stride = (ceil_div(packed.dim, 16) | 1) * 16, block = 8 * kernels.tile_rows;

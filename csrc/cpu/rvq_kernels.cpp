@@ -14,6 +14,12 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__clang__)
+#define LC_SHUFFLE(Type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LC_SHUFFLE(Type, a, b, ...) __builtin_shuffle(a, b, Type{__VA_ARGS__})
+#endif
+
 namespace longcat {
 namespace {
 

@@ -3,12 +3,16 @@
 
 constexpr int kPanelWords = 2 * Lanes::kWidth;
 
-// Sum of kCount products that lie `part` apart, in the order in which eight parts are folded onto each other.
-template <int kCount>
+// Sum of kCount products that lie `part` apart, in the order in which eight parts are folded onto each other; with
+// kSquare, b is a.
+template <int kCount, bool kSquare>
 static inline double folded(const float* a, const float* b, int64_t part) {
     double sum[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) sum[i] = double(a[i * part]) * b[i * part];
+    for (int i = 0; i < kCount; ++i) {
+        const double x = double(a[i * part]), y = kSquare ? x : double(b[i * part]);
+        sum[i] = x * y;
+    }
 #pragma GCC unroll 3
     for (int half = 4; half >= 1; half /= 2)
 #pragma GCC unroll 4
@@ -17,12 +21,15 @@ static inline double folded(const float* a, const float* b, int64_t part) {
     return sum[0];
 }
 
+// Terms [first, last) of an eighth of the sum, where the first kCount parts have them.
 template <int kCount>
 static void fold_range(const float* a, const float* b, int64_t part, int64_t first, int64_t last, double* terms) {
-    for (int64_t d = first; d < last; ++d) terms[d] = folded<kCount>(a + d, b + d, part);
+    if (a == b)
+        for (int64_t d = first; d < last; ++d) terms[d] = folded<kCount, true>(a + d, b + d, part);
+    else
+        for (int64_t d = first; d < last; ++d) terms[d] = folded<kCount, false>(a + d, b + d, part);
 }
 
-// Terms [first, last) of an eighth of the sum, where the first `count` parts have them.
 static void fold_parts(const float* a, const float* b, int64_t part, int64_t count, int64_t first, int64_t last,
                        double* terms) {
     if (count == 8) fold_range<8>(a, b, part, first, last, terms);
@@ -99,6 +106,20 @@ static RowBounds prepare_row(const float* row, const float* centre, int64_t dim,
     return bounds;
 }
 
+// Four words' units, laid unit by unit.
+static inline void transpose4(const uint32_t* a, const uint32_t* b, const uint32_t* c, const uint32_t* d,
+                              uint32_t* out) {
+    typedef uint32_t Four __attribute__((vector_size(16), aligned(4)));
+    const Four va = *reinterpret_cast<const Four*>(a), vb = *reinterpret_cast<const Four*>(b),
+               vc = *reinterpret_cast<const Four*>(c), vd = *reinterpret_cast<const Four*>(d);
+    const Four ab = LC_SHUFFLE(Four, va, vb, 0, 4, 1, 5), cd = LC_SHUFFLE(Four, vc, vd, 0, 4, 1, 5);
+    const Four ab_high = LC_SHUFFLE(Four, va, vb, 2, 6, 3, 7), cd_high = LC_SHUFFLE(Four, vc, vd, 2, 6, 3, 7);
+    *reinterpret_cast<Four*>(out) = LC_SHUFFLE(Four, ab, cd, 0, 1, 4, 5);
+    *reinterpret_cast<Four*>(out + kPanelWords) = LC_SHUFFLE(Four, ab, cd, 2, 3, 6, 7);
+    *reinterpret_cast<Four*>(out + 2 * kPanelWords) = LC_SHUFFLE(Four, ab_high, cd_high, 0, 1, 4, 5);
+    *reinterpret_cast<Four*>(out + 3 * kPanelWords) = LC_SHUFFLE(Four, ab_high, cd_high, 2, 3, 6, 7);
+}
+
 // Packs kColumns elements of a panel's words from `first` on: rounds them word by word, then lays them element by
 // element.
 constexpr int kColumns = 64;
@@ -112,7 +133,12 @@ static void pack_columns(const float* const* words, const float* centre, int64_t
         else
             round_values(words[w] + first, centre + first, count, rows[w], sums[w]);
     }
-    for (int64_t unit = 0; unit < units; ++unit)
+    int64_t unit = 0;
+    for (; unit + 4 <= units; unit += 4)  // four a time, so that loads and stores fill vectors
+        for (int w = 0; w < kPanelWords; w += 4)
+            transpose4(rows[w] + unit, rows[w + 1] + unit, rows[w + 2] + unit, rows[w + 3] + unit,
+                       out + unit * kPanelWords + w);
+    for (; unit < units; ++unit)
         for (int w = 0; w < kPanelWords; ++w) out[unit * kPanelWords + w] = rows[w][unit];
 }
 
@@ -121,6 +147,8 @@ static void pack_panel(const Codebook& book, const PackedCodebook& packed, int64
     Sums sums[kPanelWords];
     for (int w = 0; w < kPanelWords; ++w) {
         const int64_t k = first + w;
+        if (k + 2 < packed.entries)  // the sum below reads a word from eight places at once, which no hardware foresees
+            for (int64_t d = 0; d < packed.dim; d += 16) __builtin_prefetch(book.words + (k + 2) * book.stride + d);
         words[w] = k < packed.entries ? book.words + k * book.stride : nullptr;
         packed.norm[k] = words[w] == nullptr ? double(kInfinity) : tree_dot(words[w], words[w], packed.dim, terms);
         if (!std::isfinite(packed.norm[k])) words[w] = nullptr, packed.norm[k] = double(kInfinity);

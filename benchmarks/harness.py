@@ -1,0 +1,290 @@
+"""How contenders are timed: interleaved, one sample of each a round, compared within the round.
+
+A benchmark is a file `bench_<op>.py` with
+    CASES     a tuple of `Case`, the first a tiny one: `--quick` runs it alone
+    TESTS     optional: arguments of pytest that must pass first, in place of the op's contract tests and test file
+so that `run.py <op>` finds it. A case names its size and makes its `Contender`s when asked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from longcat_kernels.spec import Cost
+
+ROUNDS, QUICK_ROUNDS, MOST_ROUNDS = 7, 3, 400
+SECONDS, QUICK_SECONDS = 8.0, 0.2
+SAMPLE_S = 1e-3  # a call shorter than this is repeated within its sample
+FLUSHED_BYTES = 1 << 28  # written between samples on a GPU, so that none finds its inputs in the L2 cache
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the work of a case.
+
+    Args:
+        name: unique in its case; "ours" is what the others are compared with.
+        make: builds what a user would have ready, and gives the call that is timed.
+        judge: takes the result of the first call: gives the share of wrong codes, or None where it has no codes; raises
+            WrongResult where it is not what the contender promises.
+        threads: None for the run's.
+        ceiling: name of the ceiling of its arithmetic; None for the highest of the run.
+        precisions: of `torch.set_float32_matmul_precision`; it is measured with each.
+        only_cpu: says that it cannot run on a GPU.
+        slow: made in full runs only.
+        environment: it runs in a process of its own with these settings, in the same rounds, its results not judged.
+    """
+
+    name: str
+    make: Callable[[], Call]
+    judge: Callable[[Any], float | None] = lambda result: None
+    threads: int | None = None
+    ceiling: str | None = None
+    precisions: tuple[str, ...] = ("highest",)
+    only_cpu: bool = False
+    slow: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: `contenders(device)` builds the inputs and says who competes."""
+
+    name: str
+    cost: Cost
+    contenders: Callable[[str], list[Contender]]
+    product: tuple[int, int, int] | None = None  # (N, D, K) of the matrix product that bounds it on a GPU
+    memory: bool = False  # measure the memory of its contenders too
+    wall: bool = False  # clock on the wall, also with one thread
+
+
+class Skip(Exception):
+    """A contender cannot run here; the message says why."""
+
+
+class WrongResult(Exception):
+    """A contender's result is not what it promises; the message says by how much."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender of one case, as it stands in the JSON file."""
+
+    op: str
+    case: str
+    contender: str
+    device: str
+    threads: int
+    precision: str
+    rounds: int
+    median_s: float
+    ratio_to_ours: float  # median over rounds of its time by ours in that round
+    gflops: float
+    gbytes_s: float
+    fraction_of_ceiling: float | None  # shortest possible time by the ceilings of this run, by its time
+    extra_mb: float | None  # growth of resident memory during one call
+    wrong_codes: float | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a case is measured."""
+
+    device: str = "cpu"
+    threads: int = 1
+    quick: bool = False
+    memory: Callable[[str], float | None] = lambda contender: None
+    start: Callable[[Contender], Callable[[], float]] | None = None  # the sampler of one with an environment
+    rivals: dict[str, Callable[[], float]] = field(default_factory=dict)  # samplers of ours at other commits
+
+
+def interleave(
+    samples: dict[Any, Callable[[], float]], rounds: int, seconds: float, on_round: Callable[[], object] = lambda: None
+) -> dict[Any, list[float]]:
+    """Seconds of each sample, one a round, every other round in reverse order.
+
+    At least `rounds` rounds, then more until `seconds` have passed, at most MOST_ROUNDS.
+    """
+    times: dict[Any, list[float]] = {key: [] for key in samples}
+    start, done = time.perf_counter(), 0
+    while done < rounds or (time.perf_counter() - start < seconds and done < MOST_ROUNDS):
+        for key in list(samples)[:: 1 if done % 2 == 0 else -1]:
+            times[key].append(samples[key]())
+        done += 1
+        on_round()
+    return times
+
+
+def paired_ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """Median over rounds of time by base of the same round."""
+    return statistics.median(t / b for t, b in zip(times, base, strict=True))
+
+
+def sampler(call: Call, *, device: str, threads: int, precision: str, wall: bool) -> Callable[[], float]:
+    """A function that gives the mean seconds of a call; an untimed call sets how often a sample repeats it.
+
+    One thread is timed by the processor time of the process, several by the clock on the wall, a GPU by its events.
+    """
+    now = time.process_time if threads == 1 and not wall else time.perf_counter
+    clock = _clocked(now) if device == "cpu" else _gpu_seconds
+
+    def sample(repeats: int) -> float:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)
+        return clock(call, repeats)
+
+    repeats = math.ceil(SAMPLE_S / max(sample(1), 1e-7)) if device == "cpu" else 1
+    return lambda: sample(repeats)
+
+
+def _clocked(now: Callable[[], float]) -> Callable[[Call, int], float]:
+    def seconds(call: Call, repeats: int) -> float:
+        start = now()
+        for _ in range(repeats):
+            call()
+        return (now() - start) / repeats
+
+    return seconds
+
+
+def _gpu_seconds(call: Call, repeats: int) -> float:
+    torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda").zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) * 1e-3 / repeats
+
+
+def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -> list[Row]:
+    """The rows of one case; none where ours cannot run. A peer with a wrong result is left out by name.
+
+    Raises:
+        WrongResult: one of ours is wrong.
+    """
+    made = _made(case, options)
+    if ("ours", "highest") not in made:
+        return []
+    wrong, samples = _judged(case, made, options)
+    samples.update({(name, "highest"): sample for name, sample in options.rivals.items()})
+    rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if options.quick else (ROUNDS, SECONDS)
+    with tqdm(desc=f"{op}: {case.name}", unit="round", leave=False) as bar:
+        times = interleave(samples, rounds, seconds, bar.update)
+    rows = []
+    for key, series in times.items():
+        contender = made[key][0] if key in made else made["ours", "highest"][0]
+        row = _row(op, case, contender, series, times["ours", "highest"], ceilings, options)
+        memory = options.memory(key[0]) if case.memory and key in wrong and key[1] == "highest" else None
+        rows.append(replace(row, contender=key[0], precision=key[1], extra_mb=memory, wrong_codes=wrong.get(key)))
+    return rows
+
+
+def _judged(
+    case: Case, made: dict[tuple[str, str], tuple[Contender, Call | None]], options: Options
+) -> tuple[dict[tuple[str, str], float | None], dict[tuple[str, str], Callable[[], float]]]:
+    """Shares of wrong codes and samplers, of contenders that are not wrong."""
+    wrong: dict[tuple[str, str], float | None] = {}
+    samples: dict[tuple[str, str], Callable[[], float]] = {}
+    for key, (contender, call) in made.items():
+        threads = contender.threads or options.threads
+        torch.set_float32_matmul_precision(key[1])
+        torch.set_num_threads(threads)
+        try:
+            if call is None:
+                assert options.start is not None
+                samples[key] = options.start(contender)
+                continue
+            wrong[key] = contender.judge(call())
+        except Skip as why:
+            tqdm.write(f"  {contender.name}: {why}")
+            continue
+        except WrongResult as how:
+            if contender.name.startswith("ours"):
+                raise WrongResult(f"{case.name}: {contender.name}: {how}") from how
+            tqdm.write(f"  {contender.name}: {how}")
+            continue
+        samples[key] = sampler(call, device=options.device, threads=threads, precision=key[1], wall=case.wall)
+    return wrong, samples
+
+
+def _row(
+    op: str,
+    case: Case,
+    contender: Contender,
+    times: list[float],
+    ours: list[float],
+    ceilings: dict[str, float],
+    options: Options,
+) -> Row:
+    median, threads = statistics.median(times), contender.threads or options.threads
+    return Row(
+        op=op,
+        case=case.name,
+        contender=contender.name,
+        device=options.device,
+        threads=threads,
+        precision="highest",
+        rounds=len(times),
+        median_s=median,
+        ratio_to_ours=paired_ratio(times, ours),
+        gflops=case.cost.flops / median * 1e-9,
+        gbytes_s=case.cost.bytes / median * 1e-9,
+        fraction_of_ceiling=_fraction(case.cost, median, ceilings, contender.ceiling, threads),
+        extra_mb=None,
+        wrong_codes=None,
+    )
+
+
+def _made(case: Case, options: Options) -> dict[tuple[str, str], tuple[Contender, Call | None]]:
+    """Contenders that can run here, by name and precision, with their calls (None: in a process of its own).
+
+    Says which cannot, and why.
+    """
+    made: dict[tuple[str, str], tuple[Contender, Call | None]] = {}
+    for contender in case.contenders(options.device):
+        if contender.slow and options.quick:
+            continue
+        if contender.only_cpu and options.device != "cpu":
+            tqdm.write(f"  {contender.name}: not on a GPU")
+            continue
+        try:
+            for precision in contender.precisions:
+                torch.set_float32_matmul_precision(precision)
+                call = None if contender.environment else contender.make()
+                made[contender.name, precision] = (contender, call)
+        except Skip as why:
+            tqdm.write(f"  {contender.name}: {why}")
+    return made
+
+
+def _fraction(cost: Cost, seconds: float, ceilings: dict[str, float], name: str | None, threads: int) -> float | None:
+    """Ceilings are those of one thread; arithmetic scales with the threads, memory is taken not to."""
+    arithmetic = {key: value for key, value in ceilings.items() if key != "copy"}
+    top = ceilings.get(name) if name else max(arithmetic.values(), default=None)
+    if top is None or not ceilings.get("copy"):
+        return None
+    return max(cost.flops / (top * threads), cost.bytes / ceilings["copy"]) / seconds
+
+
+def save(path: Path, environment: dict[str, Any], ceilings: dict[str, float], rows: Iterable[Row]) -> None:
+    """Writes a results file whole or not at all."""
+    document = {"environment": environment, "ceilings": ceilings, "rows": [asdict(row) for row in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(unfinished, path)

@@ -1,0 +1,150 @@
+"""Results for people: a table on the terminal, a plot of a results file, RESULTS.md of all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from harness import Row
+
+Document = dict[str, Any]
+
+HEADER = ("contender", "time", "by ours", "GFLOP/s", "GB/s", "of ceiling", "extra MB", "wrong codes")
+PREAMBLE = """# Benchmark results
+
+Written by `python benchmarks/run.py --table` from the JSON files in `results/`. "by ours" is the median over rounds of
+a contender's time by ours in the same round: above 1, ours is faster. "medium" marks contenders measured again with
+`torch.set_float32_matmul_precision("medium")`. "of ceiling" is the shortest time that the ceilings allow by the time
+taken; sizes that fit in a cache can exceed the ceiling of memory. "extra MB" is what one call adds to resident memory.
+"""
+
+
+def text(rows: Sequence[Row]) -> str:
+    """The rows of one case as lines with aligned columns."""
+    if not rows:
+        return ""
+    cells = [HEADER, *(_cells(asdict(row)) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
+    return "\n".join([f"\n{rows[0].op}: {rows[0].case}", *lines])
+
+
+def ceiling_lines(ceilings: dict[str, float]) -> list[str]:
+    """Each ceiling with its unit."""
+    return [f"{name}: {value * 1e-9:.3g} {'GB/s' if name == 'copy' else 'GFLOP/s'}" for name, value in ceilings.items()]
+
+
+def markdown(results: Path) -> str:
+    """RESULTS.md: a section a device and op, a table a case, from all results files under `results`."""
+    parts = [PREAMBLE]
+    for file in sorted(results.glob("*/*.json")):
+        document = json.loads(file.read_text())
+        if "rows" in document:
+            parts.append(_section(file, document))
+    return "\n".join(parts)
+
+
+def _section(file: Path, document: Document) -> str:
+    environment = document["environment"]
+    parts = [
+        f"## {file.stem}, {environment['device']}\n",
+        f"Commit `{environment['commit']}`, {environment['date']}, torch {environment['torch']}, "
+        f"{environment['threads']} thread(s) of {environment['processors']}. "
+        f"Ceilings: {', '.join(ceiling_lines(document['ceilings']))}.\n",
+    ]
+    if file.with_suffix(".png").exists():
+        parts.append(f"![{file.stem}]({file.parent.parent.name}/{file.parent.name}/{file.stem}.png)\n")
+    for case, rows in _by_case(document["rows"]).items():
+        lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(_cells(row) for row in rows)]
+        parts.append(f"**{case}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    return "\n".join(parts)
+
+
+def _by_case(rows: Iterable[Document]) -> dict[str, list[Document]]:
+    cases: dict[str, list[Document]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    return cases
+
+
+def label(row: Document) -> str:
+    """Contender, and its precision where that is not torch's default."""
+    return row["contender"] + ("" if row["precision"] == "highest" else f", {row['precision']}")
+
+
+def _cells(row: Document) -> tuple[str, ...]:
+    return (
+        label(row),
+        _time(row["median_s"]),
+        f"{row['ratio_to_ours']:.2f}x",
+        f"{row['gflops']:.1f}",
+        f"{row['gbytes_s']:.2f}",
+        _or_dash(row["fraction_of_ceiling"], "{:.0%}"),
+        _or_dash(row["extra_mb"], "{:.1f}"),
+        _or_dash(row["wrong_codes"], "{:.2%}"),
+    )
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _time(seconds: float) -> str:
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def plot(file: Path) -> None:
+    """Draws a results file beside it: times by ours, a panel a case, then the roofline with the run's ceilings."""
+    from matplotlib.figure import Figure
+
+    document = json.loads(file.read_text())
+    cases = _by_case(document["rows"])
+    heights = [1 + 0.28 * len(rows) for rows in cases.values()] + [5]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for panel, (case, rows) in zip(panels, cases.items(), strict=False):
+        _bars(panel, case, rows)
+    _roofline(panels[-1], document)
+    environment = document["environment"]
+    figure.suptitle(f"{file.stem}, {environment['device']}, commit {environment['commit']}")
+    figure.savefig(file.with_suffix(".png"), dpi=80)
+
+
+def _bars(panel: Any, case: str, rows: list[Document]) -> None:
+    rows = sorted(rows, key=lambda row: row["ratio_to_ours"], reverse=True)
+    ratios = [row["ratio_to_ours"] for row in rows]
+    colors = ["tab:red" if row["contender"].startswith("ours") else "tab:gray" for row in rows]
+    bars = panel.barh([label(row) for row in rows], ratios, color=colors)
+    panel.bar_label(bars, [f"{row['ratio_to_ours']:.2f}x  {_time(row['median_s'])}" for row in rows], padding=3)
+    panel.axvline(1, color="black", linewidth=0.8)
+    panel.set_xlim(0, 1.2 * max(ratios))
+    panel.set_title(f"{case}: time by ours", loc="left", fontsize=10)
+
+
+def _roofline(panel: Any, document: Document) -> None:
+    """Achieved GFLOP/s of ours and of the fastest peer in each case over operations a byte, under the ceilings."""
+    ceilings, rows = document["ceilings"], document["rows"]
+    intensities = [row["gflops"] / row["gbytes_s"] for row in rows]
+    low, high = min(intensities) / 4, max(intensities) * 4
+    for name, top in ceilings.items():
+        if name == "copy":
+            continue
+        ridge = top / ceilings["copy"]
+        xs = [min(low, ridge / 4), ridge, max(high, ridge * 4)]
+        panel.plot(xs, [min(top, x * ceilings["copy"]) * 1e-9 for x in xs], linewidth=1, label=f"ceiling: {name}")
+    if len(ceilings) == 1:
+        panel.plot([low, high], [x * ceilings["copy"] * 1e-9 for x in (low, high)], linewidth=1, label="ceiling: copy")
+    for kind, marker, color in (("ours", "o", "tab:red"), ("peers", "x", "tab:gray")):
+        own = kind == "ours"
+        chosen = [row for row in rows if row["contender"].startswith("ours") == own]
+        xs = [row["gflops"] / row["gbytes_s"] for row in chosen]
+        panel.scatter(xs, [row["gflops"] for row in chosen], marker=marker, color=color, s=18, label=kind, zorder=3)
+    panel.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="GFLOP/s")
+    panel.set_title("roofline of one thread", loc="left", fontsize=10)
+    panel.legend(fontsize=8)

@@ -1,0 +1,15 @@
+// The most arithmetic that cores can do: what a benchmark's roofline is drawn with. Not an op.
+#pragma once
+
+#include <string>
+
+namespace longcat {
+
+// Floating-point operations a second of `threads` threads that do nothing but independent
+//     kind "fma"        float32 multiply-adds, isa "avx2" or "avx512",
+//     kind "bf16_dot"   bfloat16 pair products added to float32 (vdpbf16ps), isa "avx512".
+// One thread is timed by the processor time it got, several by the clock on the wall; the best of five tries counts.
+// std::invalid_argument where this processor, or the compiler of this module, lacks the instructions.
+double peak(const std::string& kind, const std::string& isa, int threads);
+
+}  // namespace longcat
