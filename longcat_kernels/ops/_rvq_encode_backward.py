@@ -58,7 +58,7 @@ rvq_encode_backward = register(
 def _why_not_cuda(
     grad_TD: Tensor | None, scale_L: Tensor | None, x_TD: Tensor, codes_TL: Tensor, codebooks: list[Tensor], *_: Any
 ) -> str | None:
-    return cuda.why_not_books(codebooks) or cuda.why_not("rvq_encode", x_TD)
+    return cuda.why_not("rvq_encode", x_TD) or cuda.why_not_books(codebooks)
 
 
 def _cuda(grad_TD: Tensor | None, scale_L: Tensor | None, x_TD: Tensor, codes_TL: Tensor, *rest: Any) -> None:

@@ -190,7 +190,7 @@ def _why_not_cpu(*inputs: Any) -> str | None:
 
 
 def _why_not_cuda(*inputs: Any) -> str | None:
-    return _why_not_strides(*inputs) or cuda.why_not("ema_update", inputs[0])
+    return cuda.why_not("ema_update", inputs[0]) or _why_not_strides(*inputs)
 
 
 def _why_not_strides(*inputs: Any) -> str | None:

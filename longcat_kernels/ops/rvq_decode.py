@@ -117,7 +117,7 @@ _op = register(
 
 
 def _why_not_cuda(codes_TL: Tensor, codebooks: list[Tensor]) -> str | None:
-    return cuda.why_not_books(codebooks) or cuda.why_not("rvq_decode", codes_TL)
+    return cuda.why_not("rvq_decode", codes_TL) or cuda.why_not_books(codebooks)
 
 
 def _cuda(codes_TL: Tensor, codebooks: list[Tensor], out_TD: Tensor) -> None:

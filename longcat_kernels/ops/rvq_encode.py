@@ -292,9 +292,10 @@ _op = register(
 
 
 def _why_not_cuda(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
-    if x_TD.shape[1] > MOST_COLUMNS:
-        return f"takes at most {MOST_COLUMNS} columns, got {x_TD.shape[1]}"
-    return cuda.why_not_books(codebooks) or cuda.why_not("rvq_encode", x_TD)
+    reason = cuda.why_not("rvq_encode", x_TD) or cuda.why_not_books(codebooks)
+    if reason is None and x_TD.shape[1] > MOST_COLUMNS:
+        reason = f"takes at most {MOST_COLUMNS} columns, got {x_TD.shape[1]}"
+    return reason
 
 
 def _cuda(
