@@ -218,11 +218,10 @@ def test_under_sanitizers() -> None:
     """A few calls in a process of its own, every kernel once: no wild access, no undefined behaviour."""
     if os.uname().sysname != "Linux":
         pytest.skip("CUDA emulation: sanitizers are tried on Linux")
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
-    library = emulated.library_file(*flags)
     needed = [emulated.runtime(name) for name in ("libasan.so", "libstdc++.so")]
     if None in needed:
         pytest.skip("CUDA emulation: no sanitizer runtime")
+    library = emulated.library_file("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
     code = (
         f"import ctypes, emulated\nemulated.library = lambda library=ctypes.CDLL({str(library)!r}): library\n"
         "import test_cuda_emulated as t\n"
