@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+
+
+INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_runtest_setup(item: Any) -> None:
+    """Tests of the Triton implementations run in a process with the interpreter: it must be on before kernels load."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("backend") == "triton" and not INTERPRETED:
+        pytest.skip("triton: run in a process of its own, with TRITON_INTERPRET=1")
 
 
 @pytest.fixture

@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "library": set(),
     "native": set(),
     "layouts": set(),
-    "prepared": {"native", "layouts"},
+    "prepared": {"native", "layouts", "triton"},
     "reference": {"spec"},
     "testing": {"spec"},
-    "ops": {"backends", "library", "native", "prepared", "reference", "spec"},
+    "triton": {"backends", "layouts"},
+    "ops": {"backends", "library", "native", "prepared", "reference", "spec", "triton"},
     "modules": {"ops", "reference"},  # the latter for types of arguments
 }
 
@@ -147,6 +148,7 @@ sys.addaudithook(forbid)
 import longcat_kernels, longcat_kernels.modules
 assert torch.get_num_threads() == threads
 assert "longcat_kernels._C" not in sys.modules, "the compiled module is loaded by the import"
+assert "triton" in modules or "triton" not in sys.modules, "triton is loaded by the import"
 print(time.process_time() - start)
 """
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_kernels import triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import Codebook, check_codebook, level_codebooks, words_of
@@ -80,30 +81,42 @@ def _check_codes(codes_TL: Tensor, codebooks: list[Tensor]) -> None:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    codes_TL, codebooks, _backend = inputs
+    codes_TL, codebooks, ctx.backend = inputs
     ctx.entries = [codebook_KD.shape[0] for codebook_KD in codebooks]
     ctx.save_for_backward(codes_TL)
 
 
 def _backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
     (codes_TL,) = ctx.saved_tensors
-    return None, list(_op_backward(grad_TD, codes_TL, ctx.entries)), None
+    return None, list(_op_backward(grad_TD, codes_TL, ctx.entries, ctx.backend)), None
 
 
-def _allocate_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> list[Tensor]:
+def _allocate_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], backend: str) -> list[Tensor]:
     return [torch.empty(k, grad_TD.shape[1], dtype=grad_TD.dtype, device=grad_TD.device) for k in entries]
 
 
-def _run_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> list[Tensor]:
-    grads = _allocate_backward(grad_TD, codes_TL, entries)
-    for codes_T, grad_KD in zip(codes_TL.unbind(1), grads, strict=True):
-        kept_T = codes_T >= 0
-        grad_KD.zero_().index_put_((codes_T[kept_T],), grad_TD[kept_T], accumulate=True)
+def _run_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], backend: str) -> list[Tensor]:
+    grads = _allocate_backward(grad_TD, codes_TL, entries, backend)
+    inputs = (grad_TD, codes_TL, entries)
+    wanted = backend if backend in BACKWARD else "auto"
+    choose("rvq_decode_backward", BACKWARD, wanted, *inputs).run(*inputs, *grads)
     return grads
 
 
+def _add_rows(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads: Tensor) -> None:
+    for codes_T, grad_KD in zip(codes_TL.unbind(1), grads, strict=True):
+        kept_T = codes_T >= 0
+        grad_KD.zero_().index_put_((codes_T[kept_T],), grad_TD[kept_T], accumulate=True)
+
+
+BACKWARD: dict[str, Impl] = {
+    "triton": triton.implementation("rvq_decode_backward"),
+    "reference": Impl(_add_rows, lambda *inputs: None),
+}
 _op_backward = register(
-    "rvq_decode_backward(Tensor grad, Tensor codes, SymInt[] entries) -> Tensor[]", _run_backward, _allocate_backward
+    "rvq_decode_backward(Tensor grad, Tensor codes, SymInt[] entries, str backend) -> Tensor[]",
+    _run_backward,
+    _allocate_backward,
 )
 _op = register(
     "rvq_decode(Tensor codes, Tensor[] codebooks, str backend) -> Tensor",
@@ -114,6 +127,7 @@ _op = register(
 )
 
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("rvq_decode"),
     "reference": reference(spec.rvq_decode),
 }
 OP = Op("rvq_decode", rvq_decode, IMPLS, spec)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.prepared import PreparedCodebook
@@ -190,7 +190,7 @@ def _run(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, _backend = inputs
+    x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, ctx.backend = inputs
     _quantized, residual_TD, _losses, codes_TL = output
     ctx.mark_non_differentiable(codes_TL, residual_TD)
     ctx.packed = len(_packed)
@@ -202,7 +202,7 @@ def _backward(
     ctx: Any, grad_TD: Tensor | None, _residual: None, grad_L: Tensor | None, _codes: None
 ) -> tuple[Any, ...]:
     x_TD, codes_TL, *codebooks = ctx.saved_tensors
-    grad_x_TD = _op_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, ctx.residual_dtype)
+    grad_x_TD = _op_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, ctx.residual_dtype, ctx.backend)
     return grad_x_TD, [None] * len(codebooks), [None] * ctx.packed, None, None, None, None
 
 
@@ -213,6 +213,7 @@ def _allocate_backward(
     codes_TL: Tensor,
     codebooks: list[Tensor],
     residual_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
 
@@ -224,9 +225,25 @@ def _run_backward(
     codes_TL: Tensor,
     codebooks: list[Tensor],
     residual_dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
+    inputs = (grad_TD, grad_L, x_TD, codes_TL, codebooks, residual_dtype)
+    out_TD = _allocate_backward(*inputs, backend)
+    wanted = backend if backend in BACKWARD else "auto"
+    choose("rvq_encode_backward", BACKWARD, wanted, *inputs).run(*inputs, out_TD)
+    return out_TD
+
+
+def _walk(
+    grad_TD: Tensor | None,
+    grad_L: Tensor | None,
+    x_TD: Tensor,
+    codes_TL: Tensor,
+    codebooks: list[Tensor],
+    residual_dtype: torch.dtype,
+    out_TD: Tensor,
+) -> None:
     """Walks the residuals again from x and the codes, so that forward keeps nothing of size T x L x D."""
-    out_TD = _allocate_backward(grad_TD, grad_L, x_TD, codes_TL, codebooks, residual_dtype)
     kept_T1 = codes_TL[:, :1] >= 0
     total_TD = torch.zeros_like(x_TD, dtype=torch.float32) if grad_TD is None else grad_TD.float()
     if grad_L is not None:
@@ -235,12 +252,16 @@ def _run_backward(
         for level, book_KD in enumerate(codebooks):
             residual_TD = (residual_TD - book_KD[codes_TL[:, level].clamp(min=0)]).to(residual_dtype).float()
             total_TD = total_TD + scale_L[level] * residual_TD
-    return out_TD.copy_(torch.where(kept_T1, total_TD, 0))
+    out_TD.copy_(torch.where(kept_T1, total_TD, 0))
 
 
+BACKWARD: dict[str, Impl] = {
+    "triton": triton.implementation("rvq_encode_backward"),
+    "reference": Impl(_walk, lambda *inputs: None),
+}
 _op_backward = register(
     "rvq_encode_backward(Tensor? grad_quantized, Tensor? grad_losses, Tensor x, Tensor codes, Tensor[] codebooks, "
-    "ScalarType residual_dtype) -> Tensor",
+    "ScalarType residual_dtype, str backend) -> Tensor",
     _run_backward,
     _allocate_backward,
 )
@@ -276,6 +297,7 @@ def _cpu(
 
 
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("rvq_encode"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_encode),
 }
