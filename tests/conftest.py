@@ -18,7 +18,8 @@ INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get(
 def pytest_runtest_setup(item: Any) -> None:
     """Tests of the Triton implementations run in a process with the interpreter: it must be on before kernels load."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    if parameters.get("backend") == "triton" and not INTERPRETED:
+    wants = parameters.get("backend") == "triton" or item.path.parent.name == "interpreter"
+    if wants and not INTERPRETED:
         pytest.skip("triton: run in a process of its own, with TRITON_INTERPRET=1")
 
 

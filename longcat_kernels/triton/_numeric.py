@@ -54,4 +54,19 @@ def folds(width: int) -> int:
     return (width - 1).bit_length()
 
 
+def padded(width: int) -> int:
+    """The power of two that kernels pad `width` to."""
+    return max(64, 1 << folds(width))
+
+
+def tile_rows(width: int) -> int:
+    """Rows of a program that holds whole rows of padded `width`; the interpreter has a price a program, not a row."""
+    return max(1, min(256, 65536 // width) if INTERPRETED else min(4, 2048 // width))
+
+
+def warps(width: int) -> int:
+    """Warps of a program that holds whole rows of padded `width`."""
+    return 8 if width > 2048 else 4
+
+
 INTERPRETED = not isinstance(tree_sum, triton.JITFunction)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longcat_kernels.layouts import HalfLayout
 from longcat_kernels.triton import on
-from longcat_kernels.triton._numeric import exponent_field, folds, tree_sum
+from longcat_kernels.triton._numeric import exponent_field, folds, padded, tile_rows, tree_sum, warps
 from longcat_kernels.triton._screen import half_exponent, to_half
 
 COLUMNS = 32  # of a program of the centre
@@ -104,8 +104,8 @@ def pack(words_KD: Tensor, packed: Tensor) -> None:
     programs = triton.cdiv(dim, COLUMNS)
     spread = torch.empty(programs, dtype=torch.float32, device=words_KD.device)
     rows, stride = form["words"].shape
-    width = max(64, 1 << folds(dim))
-    tile = max(1, min(32, 2048 // width))
+    width = padded(dim)
+    tile = tile_rows(width)
     with on(words_KD.device):
         centre_kernel[(programs,)](
             words_KD, form["centre"], spread, entries, dim, ROWS=128, COLUMNS=COLUMNS, num_warps=8
@@ -122,5 +122,5 @@ def pack(words_KD: Tensor, packed: Tensor) -> None:
             ROWS=tile,
             WIDTH=width,
             FOLDS=folds(width),
-            num_warps=8 if width > 2048 else 4,
+            num_warps=warps(width),
         )

@@ -181,6 +181,6 @@ def screen_kernel(
             nearest = tile * ENTRIES + (least & (ENTRIES - 1))
             low, rise, length, error = _entry_bounds(norm_ptr, half_ptr, length_ptr, error_ptr, nearest)
             width = constant + by_length * length + by_error * error
-            upper = value_of(least | (ENTRIES - 1)) + (rise + 2 * width)
-            tl.store(place, tl.where(tl.abs(low) < float("inf"), key_of(upper), INFINITE), row < N)
+            upper = value_of(tl.minimum(least | (ENTRIES - 1), INFINITE)) + (rise + 2 * width)
+            tl.store(place, tl.where(low > float("-inf"), key_of(upper), INFINITE), row < N)
         key = tl.where(key == least[:, None], 0x7FFFFFFF, key)

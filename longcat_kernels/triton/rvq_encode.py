@@ -20,7 +20,17 @@ from torch import Tensor
 
 from longcat_kernels.layouts import HalfLayout
 from longcat_kernels.triton import on
-from longcat_kernels.triton._numeric import DTYPES, INTERPRETED, exponent_field, folds, power_of_two, round_to, tree_sum
+from longcat_kernels.triton._numeric import (
+    DTYPES,
+    exponent_field,
+    folds,
+    padded,
+    power_of_two,
+    round_to,
+    tile_rows,
+    tree_sum,
+    warps,
+)
 from longcat_kernels.triton._pack import pack
 from longcat_kernels.triton._screen import (
     GROUP,
@@ -266,14 +276,14 @@ def run(
 
 def _options(width: int, stride: int, residual_dtype: torch.dtype, masked: bool) -> dict[str, Any]:
     """What `start_kernel` and `finish_kernel` are compiled for."""
-    padded = max(64, 1 << folds(width))
+    wide = padded(width)
     return {
         "G": accumulation(stride),
-        "ROWS": max(1, min(4, 2048 // padded)) if not INTERPRETED else max(1, min(64, 65536 // padded)),
-        "WIDTH": padded,
+        "ROWS": tile_rows(wide),
+        "WIDTH": wide,
         "RESIDUAL": DTYPES[residual_dtype],
         "MASKED": masked,
-        "num_warps": 8 if padded > 2048 else 4,
+        "num_warps": warps(wide),
     }
 
 
