@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_kernels import triton
+from longcat_kernels.layouts import HalfLayout
+
 
 class PreparedCodebook:
     """A codebook [K, D] float32 and its packed form: centred, rounded, with norms and error bounds.
@@ -59,6 +62,11 @@ class PreparedCodebook:
 
     def _pack(self) -> None:
         """Fills `packed`, and `gram` where it is wanted, in the layout of the codewords' device."""
+        if triton.on_device(self.words):
+            if self.packed is None:
+                size = HalfLayout(*self.words.shape).bytes
+                self.packed = torch.empty(size, dtype=torch.uint8, device=self.words.device)
+            triton.pack(self.words.detach(), self.packed)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the codewords alone."""

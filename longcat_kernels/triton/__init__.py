@@ -28,6 +28,11 @@ def implementation(op: str) -> Impl:
     return Impl(lambda *arguments: _module(op).run(*arguments), lambda *inputs: _why_not(op, inputs))
 
 
+def pack(words: Tensor, packed: Tensor) -> None:
+    """Fills `packed`, uint8 of `HalfLayout(K, D).bytes`, from float32 codewords [K, D]."""
+    _module("_pack").pack(words, packed)
+
+
 def on_device(tensor: Tensor) -> bool:
     """Whether Triton's kernels run where the tensor is, at full speed."""
     return tensor.device.type == "cuda" and _installed()

@@ -28,11 +28,11 @@ def round_to(x, DTYPE: tl.constexpr):
 
     bfloat16 by integers: the interpreter's own cast truncates.
     """
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    elif DTYPE == tl.float16:
+    elif DTYPE.is_fp16():
         x = x.to(tl.float16).to(tl.float32)
     return x
 
@@ -66,7 +66,7 @@ def tile_rows(width: int) -> int:
 
 def warps(width: int) -> int:
     """Warps of a program that holds whole rows of padded `width`."""
-    return 8 if width > 2048 else 4
+    return max(4, min(16, width // 512))
 
 
 INTERPRETED = not isinstance(tree_sum, triton.JITFunction)

@@ -1,40 +1,44 @@
 """The screen of `rvq_encode`: float16 products of a level find, per row, the few codewords that may be nearest.
 
-Per row r and usable codeword c, with m the codebook's centre, d = c - m and rho = r - m, what is to be minimised is
+What decides between codewords c of row r is S = |c|^2 - 2 r.c, float64, in the order of the definition. With m the
+codebook's centre, d = c - m and rho = r - m, take T = |d|^2 / 2 - rho.d, real numbers: |c|^2 / 2 - r.c differs from
+it by k = r.m - |m|^2 / 2, the same for all codewords. Products of float32 being exact, S rounds F + 1 times for a
+width of 2^F <= 2^20, and so
 
-    S = |c|^2 - 2 r.c   in float64, in the order of the definition.
+    |S / 2 + k - T| <= 12 2^-53 (2 |c|^2 + |r|^2) <= 2^-48 (|c|^2 + |r|^2).                                          (1)
 
-Take T = |d|^2 / 2 - rho.d, real numbers: |c|^2 / 2 - r.c differs from it by r.m - |m|^2 / 2, the same for all codewords.
-S rounds (F + 1) times for a width of 2^F <= 2^20, products of float32 being exact, so with M = |c|^2 + |r|^2
+Tensor cores multiply rho^ = fp16(rho 2^a) 2^-a and d^ = fp16(d 2^e) 2^-e. They do not add as IEEE floats do, but
+align and truncate: their sum p of n products is taken to err by g |rho^| |d^|, g = 4 n 2^-24, four times the bound of
+a float32 sum in any order. Let E >= |rho - rho^|, L >= |rho^|, `error` >= |d - d^|, `length` >= |d|. By
+Cauchy-Schwarz
 
-    |S / 2 - T - (r.m - |m|^2 / 2)| <= 12 2^-53 (2 |c|^2 + |r|^2) <= 2^-48 M.                                        (1)
+    |rho.d - p| <= E length + L error + g L (length + error) = (E + g L) length + (1 + g) L error.                   (2)
 
-rho^ = fp16(rho 2^a) 2^-a and d^ = fp16(d 2^e) 2^-e are what tensor cores multiply. Their sum p is not an IEEE sum:
-with n terms, truncating alignment errs by at most g |rho^| |d^|, g = 4 n 2^-24, four times the bound of a sum that rounds
-to nearest, in any order. Let E >= |rho - rho^|, L >= |rho^|, `error` >= |d - d^|, `length` >= |d|. By Cauchy-Schwarz
+S / 2 + k is therefore at least `lower`, where with G = g + 2^-19
 
-    |rho.d - p| <= E length + L error + g L (length + error) = (E + g L) length + L (1 + g) error.                     (2)
+    lower = h (1 - 2^-20) - 2^-47 |c|^2 - p - width,    h = |d|^2 / 2,    width = C + A length + B error,
+    A = (1 + 2^-18) (E + G L),    B = (1 + 2^-18) (1 + G) L,    C = 2^-47 |r|^2 + 2^-110,
 
-The kernel evaluates in float32, u = 2^-24,
+if what the coefficients have beyond (1) and (2) covers rounding, u = 2^-24 each. `lower` is evaluated in float32: h
+is rounded when stored, times its coefficient, and in three subtractions, 5 u h; p, whose scaling by 2^-(a + e) is
+exact, in two, 2 u |p|; products, sums, A, B, C and a subtraction round width, 5 u. The `upper` of the same codeword
+is `lower` plus 2^-19 h + 2^-46 |c|^2 + 2 width: up to three roundings more of what is there, and 10 u of twice width.
+In all less than 10 u h, 3 u |p| and 17 u width, where 2^-20 h = 16 u h, 2^-19 L (length + error) >= 31 u |p| and
+2^-18 width = 64 u width are there to cover them; the terms of |c|^2 and |r|^2 are twice those of (1). Lengths are
+measured in float64 and rounded up. What is below float32's normal range, flushed to zero or not, errs by less than
+2^-126, a dozen times: 2^-110 in C. A, B, `length` and `error` are kept at 2^-100 or more, so that they are normal
+themselves.
 
-    lower = (half (1 - 2^-20) - 2^-47 |c|^2 - p) - width,    upper = (half (1 + 2^-20) + 2^-47 |c|^2 - p) + width,
-    width = C + A length + B error,    A = (E + G L)(1 + 2^-18),   B = L (1 + G)(1 + 2^-18),   C = 2^-47 |r|^2 + 2^-110,
+Each tile of entries gives the `upper` of the codeword whose `lower` is least there. U, the least of these, is at
+least the least S / 2 + k; the nearest codeword has lower <= S / 2 + k <= U, so that one with lower > U can neither
+win nor tie. Each tile also gives its three least `lower`, the first two as candidates; where the third is <= U one
+may be missing, and the row is scanned in float64 instead. A `lower` is kept as an integer that orders as it does,
+with the entry's place in the tile for last bits: rounded down, it is a bound still; `upper` starts from it rounded
+up.
 
-with G = g + 2^-19. Roundings: `half` is |d|^2 / 2 within 2 u (its float64 sum and the conversion), its product, the
-subtraction of |c|^2, that of p, and that of width each add u of it: 6 u < 2^-20. Of p the last two, and p's own scaling
-is exact: 2 u (1 + g) L (length + error) < 2^-19 L (length + error), in G. Of width, three operations, the conversions of
-A, B, C, and the last subtraction: 7 u < 2^-18. The |c|^2 and |r|^2 terms are twice those of (1). What is below float32's
-normal range (subnormal `half`, products, scaling, flushed or not) errs by less than 2^-126 each, a dozen of them: 2^-110
-in C; A, B, `length` and `error` are kept at 2^-100 or more so that they are normal. Hence lower <= S / 2 + const <= upper.
-
-The nearest codeword has S / 2 + const <= U, the least `upper` of all, so lower <= U: codewords with lower > U can
-neither win nor tie. A tile of entries gives its least `upper` and its three least `lower`, two of them as candidates;
-where the third is <= U too, one may have been dropped, and the row is scanned in float64 instead. A `lower` is kept as
-an integer that orders as it does, with the entry's place in the tile for its last bits: rounding it down keeps it a bound.
-
-The above holds for |rho|, |d| < 2^48 elementwise, where nothing overflows (2^96 D < 2^117) and 2^-a, 2^-e, 2^-(a + e) are
-normal. Codewords beyond have lower = -infinity, upper = infinity: always candidates. Rows beyond have C = infinity, which
-sends them to the scan. Tiny ones need no care: exponents stop at 60, E and `error` are measured, not assumed.
+All this holds for |rho|, |d| < 2^48 elementwise: nothing overflows (2^96 D < 2^117), and 2^-a, 2^-e, 2^-(a + e) are
+normal. Codewords beyond have lower = -infinity, upper = infinity: always candidates. Rows beyond have C = infinity:
+always scanned. What is tiny needs no care: exponents stop at 60, and E and `error` are measured, not assumed.
 
 Dimension key
     N rows    D width, padded to 64    K entries, padded to 256

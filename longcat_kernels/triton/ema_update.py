@@ -1,7 +1,7 @@
 """EMA codebook update: rows are sorted by code, `plan` moves the counts, one pass over the codebook does the rest.
 
-Everything stays on the device. Sums, products and quotients are float64 and are not fused, so that they have the bits of
-the definition; only the sum of the counts may have another order.
+Everything stays on the device. Sums, products and quotients are float64 and are not fused, so that they have the bits
+of the definition; only the sum of the counts may have another order.
 
 Dimension key
     N rows    D width    K entries

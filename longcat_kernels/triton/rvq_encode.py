@@ -1,11 +1,11 @@
 """RVQ encode: two launches a level, no N x K memory, no synchronisation.
 
-`start` rounds the rows and prepares them for the first level. Then, level by level, `screen_kernel` (see `_screen`, with
-the proof) gives a few candidates per row, and `finish` scores those in float64 in the order of the definition, subtracts
+`start` rounds the rows and prepares them for the first level. Then, level by level, the screen (`_screen`, with the
+proof) gives a few candidates per row, and `finish` scores those in float64 in the order of the definition, subtracts
 the winner, and prepares the row for the next level. Last, `losses` adds up squares in a fixed order.
 
 Dimension key
-    N rows    D width    L levels    K entries    S splits of the entries    R, W rows and padded width of a program
+    N rows    D width    L levels    K entries    R, W rows and padded width of a program
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longcat_kernels import ema_update, rvq_decode, rvq_encode
+from longcat_kernels import PreparedCodebook, ema_update, rvq_decode, rvq_encode, triton
 from longcat_kernels.layouts import HalfLayout
 from longcat_kernels.ops.ema_update import _op
 from longcat_kernels.reference import ema_update as spec
@@ -104,3 +104,15 @@ def test_update_refreshes_the_packed_form() -> None:
     _op(*statistics, forms[0], given["vectors"], given["codes"], *rule, "triton")
     pack(given["embed"], forms[1])
     assert torch.equal(*forms)
+
+
+def test_a_prepared_codebook_is_packed_for_the_kernels_and_follows_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "on_device", lambda tensor: True)  # as on a GPU
+    g = torch.Generator().manual_seed(2)
+    x, words = torch.randn(20, 9, generator=g), torch.randn(12, 9, generator=g)
+    book = PreparedCodebook(words)
+    for _ in range(2):
+        got, want = (rvq_encode(x, [b, b], backend="triton") for b in (book, words))
+        assert book.packed is not None and book.packed.numel() == HalfLayout(12, 9).bytes
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        words.mul_(-0.5)
