@@ -110,6 +110,8 @@ def test_an_op_is_a_stem(op: object) -> None:
     name = op.name  # type: ignore[attr-defined]
     for path in (f"longcat_kernels/ops/{name}.py", f"longcat_kernels/reference/{name}.py", f"tests/test_{name}.py"):
         assert (ROOT / path).is_file(), path
+    if "triton" in op.impls:  # type: ignore[attr-defined]
+        assert (KERNELS / f"triton/{name}.py").is_file()
     if "cpu" in op.impls:  # type: ignore[attr-defined]
         for path in (f"csrc/cpu/{name}.cpp", f"csrc/include/longcat/{name}.h", f"csrc/bindings/{name}.h"):
             assert (ROOT / path).is_file(), path

@@ -28,11 +28,11 @@ def round_to(x, DTYPE: tl.constexpr):
 
     bfloat16 by integers: the interpreter's own cast truncates.
     """
-    if DTYPE.is_bf16():
+    if tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
-    elif DTYPE.is_fp16():
+    elif tl.float16 == DTYPE:
         x = x.to(tl.float16).to(tl.float32)
     return x
 

@@ -289,17 +289,16 @@ def _options(width: int, stride: int, residual_dtype: torch.dtype, masked: bool)
 
 def _forms(books: list[Tensor], packed: list[Tensor]) -> list[dict[str, Tensor]]:
     """The sections of each level's packed form; packs what came without one, a codebook of several levels once."""
-    made: dict[int, Tensor] = {}
+    layouts = [HalfLayout(*book_KD.shape) for book_KD in books]
+    given = [form.numel() for form in packed] == [layout.bytes for layout in layouts]
+    made: dict[tuple[int, HalfLayout], Tensor] = {}
     forms = []
-    for level, book_KD in enumerate(books):
-        layout = HalfLayout(*book_KD.shape)
-        form = packed[level] if len(packed) == len(books) else None
-        if form is None or form.numel() != layout.bytes:
-            form = made.get(book_KD.data_ptr())
-            if form is None or form.numel() != layout.bytes:
-                form = torch.empty(layout.bytes, dtype=torch.uint8, device=book_KD.device)
-                pack(book_KD, form)
-                made[book_KD.data_ptr()] = form
+    for level, (book_KD, layout) in enumerate(zip(books, layouts, strict=True)):
+        key = (book_KD.data_ptr(), layout)
+        if not given and key not in made:
+            made[key] = torch.empty(layout.bytes, dtype=torch.uint8, device=book_KD.device)
+            pack(book_KD, made[key])
+        form = packed[level] if given else made[key]
         forms.append({name: section.of(form) for name, section in layout.sections().items()})
     return forms
 

@@ -94,6 +94,13 @@ def test_update_has_the_bits_of_the_definition(
     torch.testing.assert_close(got["embed"], want["embed"], rtol=2.0**-23, atol=0)
 
 
+def test_update_refuses_a_codebook_that_is_not_contiguous() -> None:
+    arguments = spec.inputs(spec.Case(5, 4, 6))
+    arguments["embed"] = arguments["embed"].T.contiguous().T
+    with pytest.raises(ValueError, match="triton: needs a contiguous codebook and statistics"):
+        ema_update(**arguments, backend="triton")
+
+
 def test_update_refreshes_the_packed_form() -> None:
     from longcat_kernels.triton._pack import pack
 

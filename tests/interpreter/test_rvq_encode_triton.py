@@ -176,6 +176,12 @@ def test_packed_once_or_in_every_call_gives_the_same_bits() -> None:
     assert_same(encode(x, books, [form[:-1] for form in packed]), want)  # another layout: not taken
 
 
+def test_codebooks_that_share_memory_are_told_apart() -> None:
+    x, (book,) = hard("normal")
+    books = [book, book[:60], book[:61], book]
+    assert_same(encode(x, books), defined(x, books))
+
+
 @pytest.mark.parametrize("data", ["normal", "common mean", "six decades"])
 def test_the_bounds_hold(data: str) -> None:
     x, (book,) = hard(data, rows=64, entries=256)
