@@ -110,7 +110,8 @@ def row_bounds(lost, kept, square, G: tl.constexpr):
 @triton.jit
 def _entry_bounds(norm_ptr, half_ptr, length_ptr, error_ptr, entry):
     """What of lower and upper depends on the codeword alone, and its length and error; see the proof's end."""
-    norm, half = tl.load(norm_ptr + entry), tl.load(half_ptr + entry)
+    norm = tl.load(norm_ptr + entry)
+    half = tl.load(half_ptr + entry)
     tame = half < float("inf")
     slack = tl.where(tame, norm * 2.0**-47, 0.0).to(tl.float32)
     beyond = tl.where(norm < float("inf"), float("-inf"), float("inf"))

@@ -24,10 +24,10 @@ def segment_sum(
 ):
     """Adds the rows order[start : end] one after the other, in TYPE; eight are on their way at a time."""
     total_W = tl.zeros((WIDTH,), TYPE)
-    for first in range(start, end, 8):
+    for first in range(0, end - start, 8):
         for step in tl.static_range(8):
-            here = first + step < end
-            row = tl.load(order_ptr + first + step, here, other=0)
+            here = start + first + step < end
+            row = tl.load(order_ptr + start + first + step, here, other=0)
             vector_W = tl.load(vectors_ptr + row * row_stride + place_W, inside_W & here, other=0.0)
             total_W += vector_W.to(tl.float32).to(TYPE)
     return total_W

@@ -70,7 +70,8 @@ def plan_kernel(
     RESTART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    keep, smooth = _float64(decay), _float64(eps)
+    keep = _float64(decay)
+    smooth = _float64(eps)
     sums = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, K, BLOCK):
         entry = first + tl.arange(0, BLOCK)
@@ -127,7 +128,8 @@ def update_kernel(
     column_W = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside_W = column_W < D
     place_W = column_W.to(tl.int64) * column_stride
-    start, end = tl.load(starts_ptr + entry), tl.load(starts_ptr + entry + 1)
+    start = tl.load(starts_ptr + entry)
+    end = tl.load(starts_ptr + entry + 1)
     sum_W = segment_sum(vectors_ptr, order_ptr, start, end, row_stride, place_W, inside_W, WIDTH, tl.float64)
     at_W = entry.to(tl.int64) * D + column_W
     keep = _float64(decay)

@@ -21,7 +21,8 @@ def decode_backward_kernel(grad_ptr, order_ptr, starts_ptr, out_ptr, D, row_stri
     column_W = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside_W = column_W < D
     place_W = column_W.to(tl.int64) * column_stride
-    start, end = tl.load(starts_ptr + entry), tl.load(starts_ptr + entry + 1)
+    start = tl.load(starts_ptr + entry)
+    end = tl.load(starts_ptr + entry + 1)
     sum_W = segment_sum(grad_ptr, order_ptr, start, end, row_stride, place_W, inside_W, WIDTH, tl.float32)
     tl.store(out_ptr + entry.to(tl.int64) * D + column_W, sum_W, inside_W)
 
