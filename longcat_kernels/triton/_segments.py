@@ -26,8 +26,9 @@ def segment_sum(
     total_W = tl.zeros((WIDTH,), TYPE)
     for first in range(0, end - start, 8):
         for step in tl.static_range(8):
-            here = start + first + step < end
-            row = tl.load(order_ptr + start + first + step, here, other=0)
-            vector_W = tl.load(vectors_ptr + row * row_stride + place_W, inside_W & here, other=0.0)
+            at = start + first + step
+            row = tl.load(order_ptr + tl.minimum(at, end - 1))
+            here_W = inside_W & (tl.zeros_like(place_W) + at < end)  # as a block: triton 3.9 interprets others wrongly
+            vector_W = tl.load(vectors_ptr + row * row_stride + place_W, here_W, other=0.0)
             total_W += vector_W.to(tl.float32).to(TYPE)
     return total_W

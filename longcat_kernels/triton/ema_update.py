@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longcat_kernels.layouts import HalfLayout
 from longcat_kernels.triton import on
-from longcat_kernels.triton._numeric import folds
+from longcat_kernels.triton._numeric import padded
 from longcat_kernels.triton._pack import pack
 from longcat_kernels.triton._segments import segment_sum, segments
 
@@ -90,6 +90,7 @@ def plan_kernel(
     new = tl.where(new == 0, mean.to(tl.float32).to(tl.float64), new)
     tl.store(count_ptr, new)
     usable = N - tl.load(starts_ptr)
+    least = tl.where(usable > 0, least, float("-inf"))
     restarted = usable * 0
     for first in range(0, K, BLOCK):
         entry = first + tl.arange(0, BLOCK)
@@ -97,7 +98,7 @@ def plan_kernel(
         wide = size.to(tl.float64)
         tl.store(divisors_ptr + entry, total * (wide + smooth) / (total + K * smooth), entry < K)
         if RESTART:
-            dead = (wide < least) & (entry < K) & (usable > 0)
+            dead = (wide < least) & (entry < K)
             rank = restarted + tl.cumsum(dead.to(tl.int64), 0) - 1
             row = tl.load(rows_ptr + rank % tl.maximum(usable, 1), dead, other=-1)
             tl.store(chosen_ptr + entry, row, entry < K)
@@ -171,7 +172,7 @@ def run(
     """Writes the first three, `packed` where it is of this layout, and `restarted`."""
     (entries, dim), rows, device = embed_KD.shape, codes_N.shape[0], embed_KD.device
     restart = restart_threshold > 0 or restart_fraction > 0
-    width = min(BLOCK, 1 << folds(dim))
+    width = min(BLOCK, padded(dim))
     with on(device):
         order_N, starts = segments(codes_N, entries)
         rows_N = _restart_rows(codes_N, seed) if restart and rows else order_N
@@ -181,7 +182,7 @@ def run(
             *(cluster_size_ema_K, starts, rows_N, divisors_K, chosen_K, count, restarted, rows, entries),
             *map(_bits, (decay, eps, restart_threshold, restart_fraction, restart_count)),
             RESTART=restart,
-            BLOCK=min(4096, 1 << folds(entries)),
+            BLOCK=min(4096, padded(entries)),
             num_warps=8,
             enable_fp_fusion=False,
         )

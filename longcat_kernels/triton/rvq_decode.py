@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longcat_kernels.triton import on
-from longcat_kernels.triton._numeric import folds
+from longcat_kernels.triton._numeric import padded
 
 AT_ONCE = 8  # levels of a launch: each codebook is an argument of its own
 
@@ -85,14 +85,14 @@ def groups(codebooks: list[Tensor]) -> list[tuple[int, int, list[Tensor], list[i
     found = []
     for first in range(0, len(codebooks), AT_ONCE):
         books = [book_KD.contiguous() for book_KD in codebooks[first : first + AT_ONCE]]
-        padded = books + books[-1:] * (AT_ONCE - len(books))
-        found.append((first, len(books), padded, [book_KD.shape[0] for book_KD in padded]))
+        filled = books + books[-1:] * (AT_ONCE - len(books))
+        found.append((first, len(books), filled, [book_KD.shape[0] for book_KD in filled]))
     return found
 
 
 def tile(width: int) -> tuple[int, int]:
     """Rows and width of the tile of an elementwise kernel."""
-    columns = min(1024, 1 << folds(width))
+    columns = min(1024, padded(width))
     return max(1, 1024 // columns), columns
 
 

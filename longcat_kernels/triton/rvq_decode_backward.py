@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longcat_kernels.triton import on
-from longcat_kernels.triton._numeric import folds
+from longcat_kernels.triton._numeric import padded
 from longcat_kernels.triton._segments import segment_sum, segments
 
 
@@ -30,7 +30,7 @@ def decode_backward_kernel(grad_ptr, order_ptr, starts_ptr, out_ptr, D, row_stri
 def run(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads: Tensor) -> None:
     """Fills the gradient of each codebook: float32 sums in row order."""
     width = grad_TD.shape[1]
-    columns = min(1024, 1 << folds(width))
+    columns = min(1024, padded(width))
     with on(grad_TD.device):
         for codes_T, count, out_KD in zip(codes_TL.unbind(1), entries, grads, strict=True):
             order_T, starts = segments(codes_T, count)
