@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops._rvq_encode_backward import rvq_encode_backward
@@ -311,6 +311,7 @@ def _cpu(
 
 
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("rvq_encode"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_encode),
 }
