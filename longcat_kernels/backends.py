@@ -37,8 +37,8 @@ def reference(function: Callable[..., tuple[Tensor, ...]]) -> Impl:
 def choose(op: str, impls: dict[str, Impl], backend: str, *inputs: Any) -> Impl:
     """Gives the first implementation, in the op's own order, that takes `inputs`.
 
-    With "auto" the name in LONGCAT_BACKEND, where the op has one of that name, replaces the order; the reference runs
-    on an accelerator only when asked for by name, because nothing may get slow there without a word.
+    With "auto" the name in LONGCAT_BACKEND, where the op has one of that name, replaces the order; what would be slow
+    without a word runs only when asked for by name: the reference on an accelerator, Triton's interpreter on the CPU.
 
     Raises:
         ValueError: no such backend, or none takes the inputs; lists why each was refused.
@@ -46,9 +46,8 @@ def choose(op: str, impls: dict[str, Impl], backend: str, *inputs: Any) -> Impl:
     wanted = _wanted(op, impls, backend)
     refused = {}
     for name in impls if wanted == "auto" else (wanted,):
-        reason = impls[name].why_not(*inputs)
-        if reason is None and wanted == "auto" and name == "reference" and _on_accelerator(inputs):
-            reason = 'runs on an accelerator only when asked for: backend="reference"'
+        reason = _only_by_name(name, inputs) if wanted == "auto" else None
+        reason = reason or impls[name].why_not(*inputs)
         if reason is None:
             return impls[name]
         refused[name] = reason
@@ -64,6 +63,15 @@ def _wanted(op: str, impls: dict[str, Impl], backend: str) -> str:
     if preferred not in ("auto", *NAMES):
         raise ValueError(f"{op}: {ENVIRONMENT} must be one of {', '.join(['auto', *NAMES])}, got {preferred!r}")
     return preferred if preferred in impls else "auto"
+
+
+def _only_by_name(name: str, inputs: Iterable[Any]) -> str | None:
+    """Why "auto" passes over an implementation; asked before `why_not`, which may import triton."""
+    if name == "reference" and _on_accelerator(inputs):
+        return 'runs on an accelerator only when asked for: backend="reference"'
+    if name == "triton" and not _on_accelerator(inputs):
+        return 'runs on the CPU, in its interpreter, only when asked for: backend="triton"'
+    return None
 
 
 def _on_accelerator(inputs: Iterable[Any]) -> bool:

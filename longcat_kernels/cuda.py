@@ -65,10 +65,8 @@ def why_not_books(codebooks: list[Tensor]) -> str | None:
     return None
 
 
-def packed(words_KD: Tensor) -> Tensor | None:
-    """The packed form of a codebook [K, D] float32 as `HalfLayout` has it; None for strides that are not taken."""
-    if words_KD.stride(1) != 1:
-        return None
+def packed(words_KD: Tensor) -> Tensor:
+    """The packed form of a codebook [K, D] float32, whose rows have adjacent elements, as `HalfLayout` has it."""
     out = torch.empty(HalfLayout(*words_KD.shape).bytes, dtype=torch.uint8, device=words_KD.device)
     pack(words_KD, out)
     return out

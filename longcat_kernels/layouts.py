@@ -36,9 +36,9 @@ class HalfLayout:
 
     With m the float32 mean of the usable codewords, d_k = c_k - m and e the exponent, `words` holds
     fp16(d_k 2^e); `centre`, `exponent` and what bounds the rounding stand beside it. Codewords with NaN or infinity,
-    and those that fill up K to a multiple of ROWS, are zero with infinite `norm` and `half`: never chosen. Where the
-    greatest element of a codebook leaves [2^-40, 2^40) all words and halves are zero, and `length` and `error` of what
-    is usable infinite: only exact scores tell.
+    and those that fill up K to a multiple of ROWS, are zero with infinite `norm` and `half`: never chosen. Others
+    whose squares float32 may not hold have finite `norm` and infinite `half`, `length` and `error`: only exact scores
+    tell.
     """
 
     entries: int

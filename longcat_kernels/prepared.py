@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import cuda, native
+from longcat_kernels import cuda, native, triton
+from longcat_kernels.layouts import HalfLayout
 
 
 class PreparedCodebook:
@@ -62,10 +63,15 @@ class PreparedCodebook:
 
     def _pack(self) -> None:
         """Fills `packed`, and `gram` where it is wanted, in the layout of the codewords' device."""
-        if self.words.device.type == "cpu" and self.words.stride(1) == 1 and native.why_not() is None:
-            self._pack_on_cpu()
-        elif self.words.device.type == "cuda" and cuda.why_not("rvq_encode", self.words) is None:
+        if cuda.why_not("rvq_encode", self.words) is None and self.words.stride(1) == 1:
             self.packed = cuda.packed(self.words)
+        elif triton.on_device(self.words):
+            if self.packed is None:
+                size = HalfLayout(*self.words.shape).bytes
+                self.packed = torch.empty(size, dtype=torch.uint8, device=self.words.device)
+            triton.pack(self.words.detach(), self.packed)
+        elif self.words.device.type == "cpu" and self.words.stride(1) == 1 and native.why_not() is None:
+            self._pack_on_cpu()
 
     def _pack_on_cpu(self) -> None:
         module, (entries, width), threads = native.module(), self.words.shape, torch.get_num_threads()

@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+
+INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_runtest_setup(item: Any) -> None:
+    """Tests of the Triton implementations run in a process with the interpreter: it must be on before kernels load."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    wants = parameters.get("backend") == "triton" or item.path.parent.name == "interpreter"
+    if wants and not INTERPRETED:
+        pytest.skip("triton: run in a process of its own, with TRITON_INTERPRET=1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter makes triton.language over in every call of a device function: half of its time, in vain."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    original, made_over = interpreter._patch_lang, set()
+
+    def once_a_launch(fn: Any) -> Any:
+        if id(fn.__globals__) in made_over:
+            return None
+        made_over.add(id(fn.__globals__))
+        scope = original(fn)
+        return SimpleNamespace(restore=lambda: (made_over.clear(), scope.restore()))
+
+    interpreter._patch_lang = once_a_launch
+    yield
+    interpreter._patch_lang = original
 
 
 @pytest.fixture

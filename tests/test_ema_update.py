@@ -138,11 +138,10 @@ def test_bits_do_not_depend_on_threads_or_on_the_order_between_codes(threads: An
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_long_sum_is_rounded_once(backend: str) -> None:
-    vectors = torch.full((200_000, 1), 0.1)
+    rows = 3_000 if backend == "triton" else 200_000  # the interpreter is slow; float32 sums fail both
+    vectors, codes = torch.full((rows, 1), 0.1), torch.zeros(rows, dtype=torch.int64)
     embed, sums, sizes = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1)
-    ema_update(
-        embed, sums, sizes, vectors, torch.zeros(200_000, dtype=torch.int64), decay=0.0, eps=0.0, backend=backend
-    )
+    ema_update(embed, sums, sizes, vectors, codes, decay=0.0, eps=0.0, backend=backend)
     assert embed.item() == torch.tensor(0.1).item()
 
 

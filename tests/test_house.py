@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "layouts": set(),
     "jit": set(),
     "cuda": {"jit", "layouts", "native"},
-    "prepared": {"cuda", "native", "layouts"},
+    "prepared": {"cuda", "native", "layouts", "triton"},
     "reference": {"spec"},
     "testing": {"spec"},
-    "ops": {"backends", "cuda", "library", "native", "prepared", "reference", "spec"},
+    "triton": {"backends", "layouts"},
+    "ops": {"backends", "cuda", "library", "native", "prepared", "reference", "spec", "triton"},
     "modules": {"ops", "prepared", "reference"},  # the last for types of arguments
     "integrations": {"modules", "ops"},
 }
@@ -112,6 +113,8 @@ def test_an_op_is_a_stem(op: object) -> None:
     name = op.name  # type: ignore[attr-defined]
     for path in (f"longcat_kernels/ops/{name}.py", f"longcat_kernels/reference/{name}.py", f"tests/test_{name}.py"):
         assert (ROOT / path).is_file(), path
+    if "triton" in op.impls:  # type: ignore[attr-defined]
+        assert (KERNELS / f"triton/{name}.py").is_file()
     if "cpu" in op.impls:  # type: ignore[attr-defined]
         for path in (f"csrc/cpu/{name}.cpp", f"csrc/include/longcat/{name}.h", f"csrc/bindings/{name}.h"):
             assert (ROOT / path).is_file(), path
@@ -152,6 +155,7 @@ import longcat_kernels, longcat_kernels.modules, longcat_kernels.integrations.ve
 assert torch.get_num_threads() == threads
 assert "longcat_kernels._C" not in sys.modules, "the compiled module is loaded by the import"
 assert "vector_quantize_pytorch" not in sys.modules, "the original is loaded by its drop-in"
+assert "triton" in modules or "triton" not in sys.modules, "triton is loaded by the import"
 print(time.process_time() - start)
 """
 

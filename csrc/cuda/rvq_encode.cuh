@@ -25,7 +25,8 @@ LC_DEVICE void prepare_row(const Rows& rows, const Codebook& next, i64 t) {
         largest = is_finite(row[d]) ? fmaxf(largest, centred) : infinity();
     }
     largest = block_max<kRowThreads>(largest, slots);
-    const bool ordinary = is_finite(largest) && !is_extreme(largest);
+    const int word_exponent = *next.exponent;  // a packer may give any
+    const bool ordinary = is_finite(largest) && !is_extreme(largest) && word_exponent >= -64 && word_exponent <= 64;
     const int exponent = ordinary ? scaling_exponent(largest) : 0;
     float rounded2 = 0, error2 = 0, row2 = 0, centre2 = 0;
     for (int d = int(thread_index()); d < rows.columns; d += int(kRowThreads)) {
@@ -43,7 +44,7 @@ LC_DEVICE void prepare_row(const Rows& rows, const Codebook& next, i64 t) {
     row2 = block_sum<kRowThreads>(row2, slots), centre2 = block_sum<kRowThreads>(centre2, slots);
     if (thread_index() != 0) return;
     rows.bounds[t] =
-        ordinary ? row_bound(rounded2, error2, row2, centre2, rows.dim, exponent, *next.exponent) : no_bound();
+        ordinary ? row_bound(rounded2, error2, row2, centre2, rows.dim, exponent, word_exponent) : no_bound();
 }
 
 // Marks whether row `t` has NaN or infinity; a masked row stays one. All threads of the block.

@@ -78,7 +78,7 @@ LC_KERNEL(longcat::cuda::kPackThreads) rvq_pack_words(LC_PARAMS(longcat::cuda::R
     }
     length2 = warp_sum(length2), error2 = warp_sum(error2);
     if (lane_index() != 0) return;
-    book.half[k] = usable ? float(length2 / 2) : infinity();
+    book.half[k] = usable && !extreme ? float(length2 / 2) : infinity();
     book.length[k] = !usable ? 0 : extreme ? infinity() : float(sqrt(length2) * (1 + 0x1p-20)) + kTiny;
     book.error[k] = !usable ? 0 : extreme ? infinity() : float(sqrt(error2) * (1 + 0x1p-20)) + kTiny;
 }

@@ -24,8 +24,9 @@
 // Hence S_w <= S_k for all k means a_w - E_w <= a_k + E_k: the nearest codeword, and any that ties with it, has its
 // lower bound at or under U = min_k (a_k + E_k). Only those are scored exactly, and one alone needs no score. As norms
 // enter per row and per codeword, E_k = on_length length_k + on_error error_k + slack + 2^-20 half_k with `length_k` >=
-// |d_k|, `error_k` >= |d_k - d^_k|. Rows and codebooks whose squares could leave float32 (beyond 2^+-40) have infinite
-// slack or length, hence every codeword in the window.
+// |d_k|, `error_k` >= |d_k - d^_k|. Rows whose squares could leave float32 (beyond 2^+-40) have a slack beyond all
+// scores, hence every codeword in the window; such codewords have infinite `half` and `length`, whose difference, not a
+// number, stands for a lower bound of -infinity. Codewords that are never chosen have infinite `half` and no length.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -70,7 +71,7 @@ LC_DEVICE RowBound row_bound(float rounded2, float error2, float row2, float cen
             (1 + gamma) * rounded * inflate + kTiny, 0x1p-46f * whole * whole + kTiny};
 }
 
-LC_DEVICE RowBound no_bound() { return {0, kTiny, kTiny, infinity()}; }
+LC_DEVICE RowBound no_bound() { return {0, kTiny, kTiny, largest_float() / 2}; }
 
 LC_DEVICE void start(Nearest& state) {
     state.bound = largest_float();
@@ -100,7 +101,7 @@ LC_DEVICE void merge(Nearest& state, const Nearest& other) {
 }
 
 // Eight products of one row, of the codewords base, base + 1, base + 8, base + 9, ..., base + 25, with what is known of
-// these. NaN, the bound of a codeword that is never chosen, and infinity fail the comparison.
+// these.
 LC_DEVICE void consider(Nearest& state, const RowBound& row, const float (&product)[8], const float (&half)[8],
                         const float (&length)[8], const float (&error)[8], int base) {
     float low[8], wide[8];
@@ -108,7 +109,7 @@ LC_DEVICE void consider(Nearest& state, const RowBound& row, const float (&produ
     LC_UNROLL for (int i = 0; i < 8; ++i) {
         wide[i] = fmaf(row.on_length, length[i], fmaf(row.on_error, error[i], row.slack));
         low[i] = fmaf(-row.scale, product[i], half[i] * (1 - kEvaluation)) - wide[i];
-        near |= u32(low[i] <= state.bound) << i;
+        near |= u32(!(low[i] > state.bound)) << i;
     }
     while (near != 0) {  // rare after the first codewords
         const int i = int(lowest_bit(near));
@@ -119,6 +120,7 @@ LC_DEVICE void consider(Nearest& state, const RowBound& row, const float (&produ
             width = i == j ? wide[j] : width;
             middle = i == j ? half[j] : middle;
         }
+        lower = lower == lower ? lower : -infinity();
         // low is a_k (1 -+ ...) - width: two more widths, and half's share again, are above a_k + E_k.
         const float upper = lower + 2 * width + 3 * kEvaluation * middle;
         if (lower <= state.bound) insert(state, lower, base + (i >> 1) * 8 + (i & 1));

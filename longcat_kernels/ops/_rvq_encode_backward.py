@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import cuda, native
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.library import register
 
@@ -42,7 +42,7 @@ def _run(
     if grad_L is not None:
         scale_L = 2 * grad_L / ((codes_TL[:, 0] >= 0).sum() * x_TD.shape[1]).clamp(min=1)
     inputs = (grad_TD, scale_L, x_TD, codes_TL, codebooks, residual_dtype)
-    wanted = "torch" if backend == "reference" else "auto"
+    wanted = backend if backend in IMPLS else "auto"
     choose("rvq_encode_backward", IMPLS, wanted, *inputs).run(*inputs, out_TD)
     return out_TD
 
@@ -82,7 +82,7 @@ def _cpu(grad_TD: Tensor | None, scale_L: Tensor | None, x_TD: Tensor, codes_TL:
     )
 
 
-def _torch(
+def _reference(
     grad_TD: Tensor | None,
     scale_L: Tensor | None,
     x_TD: Tensor,
@@ -102,6 +102,7 @@ def _torch(
 
 IMPLS: dict[str, Impl] = {
     "cuda": Impl(_cuda, _why_not_cuda),
+    "triton": triton.implementation("rvq_encode_backward"),
     "cpu": Impl(_cpu, _why_not_cpu),
-    "torch": Impl(_torch, lambda *inputs: None),
+    "reference": Impl(_reference, lambda *inputs: None),
 }

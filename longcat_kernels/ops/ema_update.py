@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import cuda, native
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import DTYPES
@@ -222,6 +222,7 @@ def _reference(*arguments: Any) -> None:
 
 IMPLS: dict[str, Impl] = {
     "cuda": Impl(_cuda, _why_not_cuda),
+    "triton": triton.implementation("ema_update"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": Impl(_reference, lambda *inputs: None),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import cuda, native
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import Codebook, check_codebook, level_codebooks, words_of
@@ -97,8 +97,9 @@ def _allocate_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], ba
 
 def _run_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], backend: str) -> list[Tensor]:
     grads = _allocate_backward(grad_TD, codes_TL, entries, backend)
-    wanted = "torch" if backend == "reference" else "auto"
-    choose("rvq_decode_backward", BACKWARD_IMPLS, wanted, grad_TD, codes_TL).run(grad_TD, codes_TL, grads)
+    inputs = (grad_TD, codes_TL, entries)
+    wanted = backend if backend in BACKWARD_IMPLS else "auto"
+    choose("rvq_decode_backward", BACKWARD_IMPLS, wanted, *inputs).run(*inputs, *grads)
     return grads
 
 
@@ -146,18 +147,18 @@ def _cpu(codes_TL: Tensor, codebooks: list[Tensor], out_TD: Tensor) -> None:
     native.module().rvq_decode(codes_TL, codebooks, out_TD, threads=torch.get_num_threads())
 
 
-def _why_not_cpu_backward(grad_TD: Tensor, codes_TL: Tensor) -> str | None:
+def _why_not_cpu_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> str | None:
     return native.why_not() if grad_TD.device.type == "cpu" else f"takes tensors on the CPU, got {grad_TD.device}"
 
 
-def _cpu_backward(grad_TD: Tensor, codes_TL: Tensor, grads: list[Tensor]) -> None:
+def _cpu_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads: Tensor) -> None:
     grad_TD = grad_TD if grad_TD.stride(1) == 1 else grad_TD.contiguous()
     for grad_KD in grads:
         grad_KD.zero_()
-    native.module().rvq_decode_backward(grad_TD, codes_TL, grads, threads=torch.get_num_threads())
+    native.module().rvq_decode_backward(grad_TD, codes_TL, list(grads), threads=torch.get_num_threads())
 
 
-def _torch_backward(grad_TD: Tensor, codes_TL: Tensor, grads: list[Tensor]) -> None:
+def _reference_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads: Tensor) -> None:
     for codes_T, grad_KD in zip(codes_TL.unbind(1), grads, strict=True):
         kept_T = codes_T >= 0
         grad_KD.zero_().index_put_((codes_T[kept_T],), grad_TD[kept_T], accumulate=True)
@@ -165,12 +166,14 @@ def _torch_backward(grad_TD: Tensor, codes_TL: Tensor, grads: list[Tensor]) -> N
 
 IMPLS: dict[str, Impl] = {
     "cuda": Impl(_cuda, _why_not_cuda),
+    "triton": triton.implementation("rvq_decode"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_decode),
 }
 BACKWARD_IMPLS: dict[str, Impl] = {
     "cuda": Impl(_cuda_backward, _why_not_cuda_backward),
+    "triton": triton.implementation("rvq_decode_backward"),
     "cpu": Impl(_cpu_backward, _why_not_cpu_backward),
-    "torch": Impl(_torch_backward, lambda *inputs: None),
+    "reference": Impl(_reference_backward, lambda *inputs: None),
 }
 OP = Op("rvq_decode", rvq_decode, IMPLS, spec)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from longcat_kernels import cuda, native
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops._rvq_encode_backward import rvq_encode_backward
@@ -333,6 +333,7 @@ def _cpu(
 
 IMPLS: dict[str, Impl] = {
     "cuda": Impl(_cuda, _why_not_cuda),
+    "triton": triton.implementation("rvq_encode"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_encode),
 }

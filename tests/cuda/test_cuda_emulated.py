@@ -95,6 +95,20 @@ def test_rows_and_codebooks_of_any_size(scale: float) -> None:
     assert_encodes(x_TD, [book_KD * scale])
 
 
+def test_codewords_that_a_packer_leaves_to_exact_scores() -> None:
+    """Another packer may find other codewords too long, or choose another exponent."""
+    g = torch.Generator().manual_seed(8)
+    x_TD, book_KD = torch.randn(40, 16, generator=g), torch.randn(300, 16, generator=g)
+    packed, sections = emulated.pack(book_KD), HalfLayout(300, 16).sections()
+    left = torch.rand(300, generator=g) < 0.3
+    for name in ("half", "length", "error"):
+        sections[name].of(packed)[:300][left] = torch.inf
+    sections["words"].of(packed)[:300][left] = 0
+    assert left[assert_encodes(x_TD, [book_KD], packed=[packed])[:, 0]].any()
+    sections["exponent"].of(packed).fill_(100)
+    assert_encodes(x_TD, [book_KD], packed=[packed])
+
+
 def test_a_mean_far_from_zero_costs_no_code() -> None:
     g = torch.Generator().manual_seed(4)
     x_TD, book_KD = torch.randn(30, 20, generator=g), torch.randn(300, 20, generator=g)
