@@ -236,7 +236,10 @@ def test_sixteen_bit_conversions_are_those_of_torch_for_every_value(dtype: torch
 
 def test_the_environment_name_overrides_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments: dict[str, Any] = {"x": torch.randn(3, 4), "codebooks": [torch.randn(5, 4)]}
-    monkeypatch.setenv("LONGCAT_BACKEND", "cuda")  # this op has none: its own order stands
+    monkeypatch.setenv("LONGCAT_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="cuda: takes tensors on a CUDA device, got cpu"):
+        rvq_encode(**arguments)
+    monkeypatch.delitem(IMPLS, "cuda")  # an op without one: its own order stands
     rvq_encode(**arguments)
     monkeypatch.setenv("LONGCAT_BACKEND", "gpu")
     with pytest.raises(

@@ -125,14 +125,14 @@ def _cuda(codes_TL: Tensor, codebooks: list[Tensor], out_TD: Tensor) -> None:
     native.module().rvq_decode_cuda(*cuda.context("rvq_decode", codes_TL.device), codes_TL, codebooks, out_TD)
 
 
-def _why_not_cuda_backward(grad_TD: Tensor, codes_TL: Tensor) -> str | None:
+def _why_not_cuda_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> str | None:
     return cuda.why_not("rvq_decode", grad_TD)
 
 
-def _cuda_backward(grad_TD: Tensor, codes_TL: Tensor, grads: list[Tensor]) -> None:
+def _cuda_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads: Tensor) -> None:
     grad_TD = grad_TD if grad_TD.stride(1) == 1 else grad_TD.contiguous()
     context, allocate = cuda.context("rvq_decode", grad_TD.device), cuda.allocator(grad_TD.device)
-    native.module().rvq_decode_backward_cuda(*context, allocate, grad_TD, codes_TL, grads)
+    native.module().rvq_decode_backward_cuda(*context, allocate, grad_TD, codes_TL, list(grads))
 
 
 def _why_not_cpu(codes_TL: Tensor, codebooks: list[Tensor]) -> str | None:
