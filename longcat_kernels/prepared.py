@@ -94,4 +94,7 @@ class PreparedCodebook:
 
 def repack(words: Tensor, packed: Tensor) -> None:
     """Makes `packed`, which a `PreparedCodebook` made, follow the codewords: for implementations that do not do so."""
-    native.module().pack_codebook(words, packed, threads=torch.get_num_threads())
+    if words.device.type == "cuda":
+        triton.pack(words, packed)
+    else:
+        native.module().pack_codebook(words, packed, threads=torch.get_num_threads())
