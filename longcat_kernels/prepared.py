@@ -97,6 +97,7 @@ class PreparedCodebook:
 def repack(words: Tensor, packed: Tensor) -> None:
     """Makes `packed`, which a `PreparedCodebook` made, follow the codewords: for implementations that do not do so."""
     if words.device.type == "cuda":
-        cuda.pack(words, packed)
-        return
-    native.module().pack_codebook(words, packed, threads=torch.get_num_threads())
+        pack = cuda.pack if cuda.why_not("rvq_encode", words) is None else triton.pack
+        pack(words, packed)
+    else:
+        native.module().pack_codebook(words, packed, threads=torch.get_num_threads())

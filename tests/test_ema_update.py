@@ -167,7 +167,7 @@ def test_equals_vector_quantize_pytorch_where_their_meaning_agrees() -> None:
     rows=st.integers(0, 90),
     width=st.integers(1, 40),
     entries=st.integers(1, 70),
-    backend=st.sampled_from(BACKENDS),
+    backend=st.sampled_from(("cpu", "reference")),
     shift=st.sampled_from([0.0, 50.0]),
     seed=st.integers(0, 9),
 )

@@ -150,6 +150,9 @@ def update_kernel(
 
 def why_not(*inputs: Any) -> str | None:
     """None, or why these tensors cannot be taken."""
+    embed_KD, packed = inputs[0], inputs[3]
+    if packed is not None and packed.numel() != HalfLayout(*embed_KD.shape).bytes:
+        return "needs a codebook prepared for a GPU"
     contiguous = all(tensor.is_contiguous() for tensor in inputs[:3])
     return None if contiguous else "needs a contiguous codebook and statistics"
 
@@ -169,7 +172,7 @@ def run(
     seed: int,
     restarted: Tensor,
 ) -> None:
-    """Writes the first three, `packed` where it is of this layout, and `restarted`."""
+    """Writes the first three, `packed` where it is given, and `restarted`."""
     (entries, dim), rows, device = embed_KD.shape, codes_N.shape[0], embed_KD.device
     restart = restart_threshold > 0 or restart_fraction > 0
     width = min(BLOCK, padded(dim))
@@ -193,7 +196,7 @@ def run(
             num_warps=4,
             enable_fp_fusion=False,
         )
-    if packed is not None and packed.numel() == HalfLayout(entries, dim).bytes:
+    if packed is not None:
         pack(embed_KD, packed)
 
 
