@@ -100,9 +100,8 @@ def _packed_of(prepared: PreparedCodebook, embed: Tensor) -> Tensor | None:
 def _check(
     embed_KD: Tensor, embed_ema_KD: Tensor, cluster_size_ema_K: Tensor, vectors_ND: Tensor, codes_N: Tensor
 ) -> None:
-    shape, found = list(embed_KD.shape), f"{embed_KD.dtype} {list(embed_KD.shape)}"
-    fits = embed_KD.ndim == 2 and embed_KD.dtype == torch.float32
-    check(fits, lambda: f"ema_update: embed must be float32 [K, D], got {found}")
+    shape, fits = list(embed_KD.shape), embed_KD.ndim == 2 and embed_KD.dtype == torch.float32
+    check(fits, lambda: f"ema_update: embed must be float32 [K, D], got {embed_KD.dtype} {shape}")
     for name, tensor, dtype, want in (
         ("embed_ema", embed_ema_KD, torch.float32, shape),
         ("cluster_size_ema", cluster_size_ema_K, torch.float32, shape[:1]),
