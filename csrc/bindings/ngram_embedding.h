@@ -58,8 +58,7 @@ inline void bind_ngram_embedding(pybind11::module_& m) {
             p.threads = at_most_threads(threads);
             p.isa = isa_named(isa);
             p.out = out.whole("ngram_embedding: out", p.dtype, {p.batch, p.length, p.dim});
-            p.hashes =
-                hashes.whole<int64_t>("ngram_embedding: hashes", DType::int64, {p.batch, p.length, count});
+            p.hashes = hashes.whole<int64_t>("ngram_embedding: hashes", DType::int64, {p.batch, p.length, count});
             py::gil_scoped_release unlocked;
             ngram_embedding(p);
         },

@@ -13,9 +13,13 @@
 namespace longcat {
 namespace {
 
-constexpr int64_t kPadding = 32;           // elements: looked-up rows are padded with zeros to whole steps
-constexpr int64_t kBlockBytes = 1 << 19;   // of the looked-up rows of one block of tokens: they stay in the L2 cache
-constexpr int64_t kChunkBytes = 4096;      // of a row that are multiplied in turn: a tile's rows stay in the L1 cache
+constexpr size_t kLine = 64;              // bytes
+constexpr int64_t kPadding = 32;          // elements: looked-up rows are padded with zeros to whole steps
+constexpr int64_t kBlockBytes = 1 << 21;  // of the looked-up rows that the weights go by: the more, the less often
+constexpr int64_t kLeastTokens = 16;      // of a block
+constexpr int64_t kChunkBytes = 2048;     // of a row that are multiplied in turn
+constexpr int64_t kSpanColumns = 64;      // whose sums are finished in turn
+constexpr int64_t kRunColumns = 16;  // whose weights stay in the L1 cache beside a tile's rows while all rows go by
 constexpr int kTileColumns = 4;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -40,6 +44,16 @@ struct Rows {
             width += padded;
         }
     }
+};
+
+// The functions of one instruction set.
+struct NgramKernels {
+    // c[r][j] += a[r] . projections[column + j] over one chunk, for `rows` rows and `columns` columns.
+    void (*products)(const NgramEmbedding& p, const Chunk& chunk, const void* a, int64_t a_stride, int64_t rows,
+                     int64_t column, int64_t columns, float* c, int64_t c_stride);
+
+    // Writes columns [column, column + columns) of token t; `sums`: of its lookups, null for a token that is not live.
+    void (*write)(const NgramEmbedding& p, int64_t t, int64_t column, int64_t columns, const float* sums);
 };
 
 }  // namespace
@@ -67,7 +81,10 @@ struct Lanes {
         for (int i = 0; i < 4; ++i) c.v[i] += a.v[i] * b.v[i];
         return c;
     }
-    static float total(const Sum& sum) { return (sum.v[0] + sum.v[2]) + (sum.v[1] + sum.v[3]); }
+    template <int kColumns>
+    static void add_totals(const Sum* sums, float* c) {
+        for (int j = 0; j < kColumns; ++j) c[j] += (sums[j].v[0] + sums[j].v[2]) + (sums[j].v[1] + sums[j].v[3]);
+    }
 };
 using Floats = Lanes<float>;
 using Halves = Lanes<BFloat16>;
@@ -91,6 +108,10 @@ struct Eight {
         const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
         const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
         return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+    template <int kColumns>
+    static void add_totals(const Sum* sums, float* c) {
+        for (int j = 0; j < kColumns; ++j) c[j] += total(sums[j]);
     }
 };
 
@@ -126,18 +147,38 @@ namespace avx512 {
 namespace {
 
 struct Sixteen {
-    static constexpr int kStep = 16, kRows = 4;
+    static constexpr int kStep = 16, kRows = 6;
     using Values = __m512;
     using Sum = __m512;
     static Sum zero() { return _mm512_setzero_ps(); }
     static Sum multiply_add(Values a, Values b, Sum c) { return _mm512_fmadd_ps(a, b, c); }
-    static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+    static Sum fold(Sum a, Sum b) {
+        return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    // Halves are folded onto each other; those of four sums at once.
+    template <int kColumns>
+    static void add_totals(const Sum* sums, float* c) {
+        static_assert(kColumns == 1 || kColumns == 4);
+        const Sum a = sums[0], b = kColumns == 1 ? a : sums[1], d = kColumns == 1 ? a : sums[2],
+                  e = kColumns == 1 ? a : sums[3];
+        const Sum ab = fold(a, b), de = fold(d, e);
+        Sum four = _mm512_add_ps(_mm512_shuffle_f32x4(ab, de, 0x88), _mm512_shuffle_f32x4(ab, de, 0xdd));
+        four = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
+        four = _mm512_add_ps(four, _mm512_permute_ps(four, 0xb1));
+        const __m128 totals = _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, four));
+        if constexpr (kColumns == 1)
+            *c += _mm_cvtss_f32(totals);
+        else
+            _mm_storeu_ps(c, _mm_add_ps(_mm_loadu_ps(c), totals));
+    }
 };
 
 struct Floats : Sixteen {
     using Element = float;
     static Values load(const float* p) { return _mm512_loadu_ps(p); }
-    static Values load_some(const float* p, int count) { return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p); }
+    static Values load_some(const float* p, int count) {
+        return _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+    }
 };
 
 struct Halves : Sixteen {
@@ -163,18 +204,15 @@ namespace {
 using avx512::Floats;
 
 // Pairs: two products a lane.
-struct Halves {
+struct Halves : avx512::Sixteen {
     using Element = BFloat16;
-    static constexpr int kStep = 32, kRows = 4;
+    static constexpr int kStep = 32;
     using Values = __m512bh;
-    using Sum = __m512;
-    static Sum zero() { return _mm512_setzero_ps(); }
     static Values load(const BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
     static Values load_some(const BFloat16* p, int count) {
         return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, p);
     }
     static Sum multiply_add(Values a, Values b, Sum c) { return _mm512_dpbf16_ps(c, a, b); }
-    static float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 };
 #include "ngram_embedding_body.h"
 
@@ -185,17 +223,14 @@ LC_TARGET_END
 
 namespace {
 
-using Products = void (*)(const NgramEmbedding&, const Chunk&, const void*, int64_t, int64_t, int64_t, int64_t, float*,
-                          int64_t);
-
-Products products_for(Isa isa) {
+const NgramKernels& kernels_for(Isa isa) {
 #if LC_X86
-    if (isa == Isa::avx512_bf16) return avx512_bf16::products_of;
-    if (isa == Isa::avx512) return avx512::products_of;
-    if (isa == Isa::avx2) return avx2::products_of;
+    if (isa == Isa::avx512_bf16) return avx512_bf16::kKernels;
+    if (isa == Isa::avx512) return avx512::kKernels;
+    if (isa == Isa::avx2) return avx2::kKernels;
 #endif
     (void)isa;
-    return portable::products_of;
+    return portable::kKernels;
 }
 
 // The ids that count, place by place: 0 for those that are ignored or missing.
@@ -242,16 +277,21 @@ void hash_all(const NgramEmbedding& p) {
             powers[size_t((distance - 1) * tables + i)] = power = power * base % size;
     }
 #pragma omp parallel for schedule(static) num_threads(p.threads)
-    for (int64_t t = 0; t < p.batch * p.length; ++t)
-        hash(p, powers, t / p.length, t % p.length, p.hashes + t * tables);
+    for (int64_t t = 0; t < p.batch * p.length; ++t) hash(p, powers, t / p.length, t % p.length, p.hashes + t * tables);
 }
 
-// What one thread works in.
+// What one thread works in. `rows` starts at a cache line: loads that cross two cost twice.
 template <class T>
 struct Scratch {
-    std::vector<T> rows;
+    std::vector<T> memory;
+    T* rows;
     std::vector<float> sums;
     std::vector<int64_t> live;
+
+    Scratch(int64_t row_elements, int64_t sum_elements)
+        : memory(size_t(row_elements) + kLine), rows(memory.data()), sums(size_t(sum_elements)) {
+        while (reinterpret_cast<uintptr_t>(rows) % kLine != 0) ++rows;
+    }
 };
 
 // Puts the table rows of the live tokens of [first, last) side by side.
@@ -262,7 +302,7 @@ void look_up(const NgramEmbedding& p, const Rows& layout, int64_t first, int64_t
     for (int64_t t = first; t < last; ++t) {
         const int64_t* hashes = p.hashes + t * int64_t(tables);
         if (std::all_of(hashes, hashes + tables, [](int64_t n) { return n == 0; })) continue;
-        T* out = scratch.rows.data() + int64_t(scratch.live.size()) * layout.width;
+        T* out = scratch.rows + int64_t(scratch.live.size()) * layout.width;
         scratch.live.push_back(t);
         for (size_t i = 0; i < tables; ++i) {
             const NgramEmbedding::Matrix& table = p.tables[i].rows;
@@ -275,57 +315,44 @@ void look_up(const NgramEmbedding& p, const Rows& layout, int64_t first, int64_t
     }
 }
 
-// Writes columns [column, column + columns) of token t; `sums`: of its lookups, null for a token that is not live.
-template <class T>
-void write(const NgramEmbedding& p, int64_t t, int64_t column, int64_t columns, const float* sums) {
-    const int64_t id = p.ids.at(t / p.length, t % p.length);
-    T* out = static_cast<T*>(p.out) + t * p.dim + column;
-    if (id < 0) return std::fill(out, out + columns, T{});
-    const T* word = static_cast<const T*>(p.word.data) + id * p.word.stride + column;
-    if (p.rule.ignores(id)) {
-        std::copy(word, word + columns, out);
-        return;
-    }
-    const auto share = float(1.0 / double(1 + p.tables.size()));
-    for (int64_t d = 0; d < columns; ++d)
-        out[d] = from_float<T>((to_float(word[d]) + (sums == nullptr ? 0.0f : sums[d])) * share);
-}
-
 template <class T>
 void embed_block(const NgramEmbedding& p, const Rows& layout, int64_t first, int64_t last, int64_t column,
                  int64_t columns, Scratch<T>& scratch) {
     look_up(p, layout, first, last, scratch);
     const auto live = int64_t(scratch.live.size());
-    std::fill(scratch.sums.begin(), scratch.sums.begin() + live * columns, 0.0f);
-    const Products products = products_for(p.isa);
-    for (const Chunk& chunk : layout.chunks)
-        products(p, chunk, scratch.rows.data() + chunk.offset, layout.width, live, column, columns, scratch.sums.data(),
-                 columns);
-    for (int64_t t = first, i = 0; t < last; ++t) {
-        const bool is_live = i < live && scratch.live[size_t(i)] == t;
-        write<T>(p, t, column, columns, is_live ? scratch.sums.data() + i++ * columns : nullptr);
+    const NgramKernels& kernels = kernels_for(p.isa);
+    float* sums = scratch.sums.data();
+    for (const int64_t end = column + columns; column < end; column += kSpanColumns) {
+        const int64_t count = std::min(kSpanColumns, end - column);
+        std::fill(sums, sums + live * kSpanColumns, 0.0f);
+        for (const Chunk& chunk : layout.chunks)
+            kernels.products(p, chunk, scratch.rows + chunk.offset, layout.width, live, column, count, sums,
+                             kSpanColumns);
+        for (int64_t t = first, i = 0; t < last; ++t) {
+            const bool is_live = i < live && scratch.live[size_t(i)] == t;
+            kernels.write(p, t, column, count, is_live ? sums + i++ * kSpanColumns : nullptr);
+        }
     }
 }
 
 template <class T>
 void embed(const NgramEmbedding& p) {
     const Rows layout(p, sizeof(T));
-    const int64_t tokens = p.batch * p.length;
+    const int64_t tokens = p.batch * p.length, share = (tokens + p.threads - 1) / p.threads;
     const int64_t fitting = kBlockBytes / (std::max<int64_t>(1, layout.width) * int64_t(sizeof(T)));
-    const int64_t block = std::min(std::max<int64_t>(16, fitting / 4 * 4), tokens);
+    const int64_t block = std::min(std::max<int64_t>(kLeastTokens, fitting), std::max(kLeastTokens, share));
     const int64_t blocks = (tokens + block - 1) / block;
     // Few tokens are shared out by columns instead.
-    const int64_t spans = std::max<int64_t>(1, std::min((p.threads + blocks - 1) / blocks, p.dim / 64));
-    const int64_t span = std::max<int64_t>(1, round_up((p.dim + spans - 1) / spans, kTileColumns));
+    const int64_t spans = std::max<int64_t>(1, std::min((p.threads + blocks - 1) / blocks, p.dim / kSpanColumns));
+    const int64_t span = round_up((p.dim + spans - 1) / spans, kTileColumns);
 #pragma omp parallel num_threads(p.threads)
     {
-        Scratch<T> scratch{std::vector<T>(size_t(block * layout.width)), std::vector<float>(size_t(block * span)), {}};
+        Scratch<T> scratch(std::min(block, tokens) * layout.width, std::min(block, tokens) * kSpanColumns);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < blocks * spans; ++task) {
             const int64_t first = task / spans * block, column = task % spans * span;
             const int64_t columns = std::min(span, p.dim - column);
-            if (columns > 0)
-                embed_block(p, layout, first, std::min(first + block, tokens), column, columns, scratch);
+            if (columns > 0) embed_block(p, layout, first, std::min(first + block, tokens), column, columns, scratch);
         }
     }
 }

@@ -59,8 +59,9 @@ def ngram_embedding(
         eos: the id that ends a segment, besides 0.
         documents: int64 [B, S]; n-grams do not reach from one number into another.
         history: int64 [B, neighbors - 1], the ids before ids[:, 0] in cached decoding, of its document; None: -1.
-        sparse: how the gradients of the tables come. True: as coalesced sparse tensors of the rows that were looked
-            up, for `torch.optim.SparseAdam` and the like. False: whole, as most optimizers and `torch.compile` need.
+        sparse: how the gradients of the tables come. True: as sparse tensors of the rows that were looked up, each once
+            and in their order, for `torch.optim.SparseAdam` and the like. False: whole, as most optimizers and
+            `torch.compile` need.
         backend: "auto" or the name of an implementation.
 
     Returns:
@@ -182,7 +183,7 @@ def _run(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ids_BS, word_VD, tables, projections, _documents, _history, ctx.numbers, ctx.sparse, ctx.backend = inputs
+    ids_BS, word_VD, tables, projections, _documents, _history, ctx.numbers, ctx.sparse, _backend = inputs
     ctx.tables, ctx.words = len(tables), word_VD.shape[0]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(ids_BS, output[1], *tables, *projections)
@@ -206,7 +207,6 @@ def _backward(ctx: Any, grad_BSD: Tensor, _hashes: None) -> tuple[Any, ...]:
         ctx.numbers,
         ctx.words if wants_word else 0,
         any(wants_projections),
-        ctx.backend,
     )
     grad_tables = grads[: ctx.tables]
     if not whole:
@@ -216,7 +216,7 @@ def _backward(ctx: Any, grad_BSD: Tensor, _hashes: None) -> tuple[Any, ...]:
 
 
 def _number_rows(hashes_BSN: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The rows of each table that were looked up, ascending, and in their place [B, S, N] their numbers in that list."""
+    """The rows of each table that were looked up, ascending; for each lookup, [B, S, N], its place among them."""
     keys, slots = [], []
     for hashes_BS in hashes_BSN.unbind(2):
         keys_U, slots_BS = hashes_BS.unique(return_inverse=True)
@@ -230,9 +230,7 @@ def _row_gradient(table_RW: Tensor, keys_U: Tensor, grad_UW: Tensor, sparse: boo
     keys_U, grad_UW = keys_U.to(table_RW.device), grad_UW.to(table_RW.device)
     if not sparse:
         return torch.zeros_like(table_RW).index_copy_(0, keys_U, grad_UW)
-    return torch.sparse_coo_tensor(
-        keys_U[None], grad_UW, table_RW.shape, check_invariants=False, is_coalesced=True
-    )
+    return torch.sparse_coo_tensor(keys_U[None], grad_UW, table_RW.shape, check_invariants=False, is_coalesced=True)
 
 
 def _allocate_weight_grad(
@@ -246,7 +244,6 @@ def _allocate_weight_grad(
     numbers: list[int],
     words: int,
     projected: bool,
-    backend: str,
 ) -> list[Tensor]:
     dim = grad_BSD.shape[2]
     shapes = [(words, dim), *((size, p.shape[1]) for size, p in zip(sizes, projections, strict=True))]
@@ -256,14 +253,13 @@ def _allocate_weight_grad(
 
 def _run_weight_grad(*arguments: Any) -> list[Tensor]:
     outputs = _allocate_weight_grad(*arguments)
-    *inputs, backend = arguments
-    choose("ngram_embedding_weight_grad", IMPLS_WEIGHT_GRAD, backend, *inputs).run(*inputs, *outputs)
+    spec.weight_grad(*arguments, *outputs)
     return outputs
 
 
 _op_weight_grad = register(
     "ngram_embedding_weight_grad(Tensor grad, Tensor ids, Tensor hashes, Tensor slots, SymInt[] sizes, "
-    "Tensor[] tables, Tensor[] projections, int[] rule, SymInt words, bool projected, str backend) -> Tensor[]",
+    "Tensor[] tables, Tensor[] projections, int[] rule, SymInt words, bool projected) -> Tensor[]",
     _run_weight_grad,
     _allocate_weight_grad,
 )
@@ -277,7 +273,9 @@ _op = register(
 )
 
 
-def _why_not_cpu(ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], *_: Any) -> str | None:
+def _why_not_cpu(
+    ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], *_: Any
+) -> str | None:
     if word_VD.device.type != "cpu":
         return f"takes tensors on the CPU, got {word_VD.device}"
     if word_VD.dtype not in (torch.float32, torch.bfloat16):
@@ -295,9 +293,5 @@ def _cpu(*arguments: Any) -> None:
 IMPLS: dict[str, Impl] = {
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": Impl(spec.forward, lambda *inputs: None),
-}
-IMPLS_WEIGHT_GRAD: dict[str, Impl] = {
-    "cpu": Impl(spec.weight_grad, lambda *inputs: None),
-    "reference": Impl(spec.weight_grad, lambda *inputs: None),
 }
 OP = Op("ngram_embedding", ngram_embedding, IMPLS, spec)

@@ -1,8 +1,8 @@
 // N-gram embedding: hash, lookup, projection and mean. reference/ngram_embedding.py defines it.
 //
-// A live token has a hash that is not 0. Its output is (word[id] + sum over tables i of projections[i] row_i) / (1 + N);
-// the others have no product, only their word row. Each sum is float32, in one order whatever the number of threads and
-// whatever else is in the batch.
+// A live token has a hash that is not 0. Its output is (word[id] + sum over tables i of projections[i] row_i) / (1 +
+// N); the others have no product, only their word row. Each sum is float32, in one order whatever the number of threads
+// and whatever else is in the batch.
 #pragma once
 
 #include <cstdint>
