@@ -210,8 +210,8 @@ def _backward(ctx: Any, grad_BSD: Tensor, _hashes: None) -> tuple[Any, ...]:
     )
     grad_tables = grads[: ctx.tables]
     if not whole:
-        parts = zip(tables, keys, grad_tables, wants_tables, strict=True)
-        grad_tables = [_row_gradient(*part, ctx.sparse) if wanted else None for *part, wanted in parts]
+        for i, wanted in enumerate(wants_tables):
+            grad_tables[i] = _row_gradient(tables[i], keys[i], grad_tables[i], ctx.sparse) if wanted else None
     return None, grad_word, grad_tables, grads[ctx.tables :], None, None, None, None, None
 
 
