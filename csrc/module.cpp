@@ -1,6 +1,7 @@
 // longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
 #include "bindings/ema_update.h"
 #include "bindings/ngram_embedding.h"
+#include "bindings/ngram_embedding_weight_grad.h"
 #include "bindings/rvq_decode.h"
 #include "bindings/rvq_encode.h"
 #include "bindings/rvq_encode_backward.h"
@@ -36,4 +37,5 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_rvq_decode(m);
     longcat::bind_ema_update(m);
     longcat::bind_ngram_embedding(m);
+    longcat::bind_ngram_embedding_weight_grad(m);
 }

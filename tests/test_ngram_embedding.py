@@ -169,6 +169,7 @@ def test_refuses_a_width_that_the_tables_cannot_share() -> None:
 needs_native = pytest.mark.skipif(native.why_not() is not None, reason=f"compiled module: {native.why_not()}")
 ISAS = native.module().build_info()["isas_available"] if native.why_not() is None else []
 WIDE = Case(2, 37, 9, 11, 444, neighbors=4, dtype=torch.bfloat16)  # widths of 74: whole steps and a rest
+LONG = Case(1, 601, 9, 11, 30, neighbors=2, splits=1)  # tokens of several blocks
 
 
 def by_kernel(case: Case, *, isa: str = "auto", threads: int = 1, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,6 +202,40 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(isa: str) -> None:
     for row, want in zip(ids, whole, strict=True):
         assert torch.equal(by_kernel(WIDE, isa=isa, ids=row[None])[0][0], want)
         assert torch.equal(by_kernel(WIDE, isa=isa, ids=row[None, :5])[0][0], want[:5])
+
+
+def grads_by_kernel(case: Case, *, isa: str, threads: int = 1) -> list[torch.Tensor]:
+    """Of word, tables (whole) and projections, for a fixed gradient of the output."""
+    ids, word, tables, projections, _, _, numbers = record(OP, inputs(case)).arguments[:7]
+    hashed, dim, dtype = by_kernel(case)[1], word.shape[1], word.dtype
+    grad = torch.randn(ids.numel(), dim, generator=torch.Generator().manual_seed(4)).to(dtype)
+    outputs = [torch.full_like(tensor, torch.nan) for tensor in (word, *tables, *projections)]
+    parts = (outputs[0], outputs[1 : 1 + len(tables)], outputs[1 + len(tables) :])
+    native.module().ngram_embedding_weight_grad(
+        grad, ids, hashed, hashed, tables, projections, numbers, *parts, threads=threads, isa=isa
+    )
+    return outputs
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [EDGE[3], WIDE, LONG], ids=["edge", "bf16", "long"])
+def test_every_instruction_set_gives_the_true_gradients(case: Case, isa: str) -> None:
+    call = record(OP, inputs(case))
+    leaves = [
+        [t.detach().double().requires_grad_() for t in part] for part in ([call.arguments[1]], *call.arguments[2:4])
+    ]
+    rest = call.arguments[4:-1]
+    out = OP.spec.ngram_embedding(call.arguments[0], leaves[0][0], leaves[1], leaves[2], *rest)[0]
+    grad = torch.randn(out.numel() // out.shape[2], out.shape[2], generator=torch.Generator().manual_seed(4)).to(
+        case.dtype
+    )
+    truth = torch.autograd.grad(out, [t for part in leaves for t in part], grad.double().view_as(out))
+    got = grads_by_kernel(case, isa=isa)
+    for actual, wanted in zip(got, truth, strict=True):
+        assert_close(actual, wanted)
+    again = grads_by_kernel(case, isa=isa, threads=3)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 def test_ids_of_any_strides() -> None:
@@ -255,7 +290,7 @@ def test_optimizers_of_rows_move_what_was_looked_up_and_nothing_else(optimizer: 
     embed, word, ids = lookups()
     tables = [t.weight for t in embed.embedders]
     goal = torch.randn(2, 30, 12, generator=torch.Generator().manual_seed(2))
-    before, adam = [t.detach().clone() for t in tables], torch.optim.SparseAdam(tables, lr=0.05)
+    before, adam = [t.detach().clone() for t in tables], torch.optim.SparseAdam(tables, lr=0.3)
     state, errors = [torch.zeros(len(t)) for t in tables], []
     for _ in range(20):
         adam.zero_grad()

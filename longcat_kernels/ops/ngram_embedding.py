@@ -183,7 +183,7 @@ def _run(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ids_BS, word_VD, tables, projections, _documents, _history, ctx.numbers, ctx.sparse, _backend = inputs
+    ids_BS, word_VD, tables, projections, _documents, _history, ctx.numbers, ctx.sparse, ctx.backend = inputs
     ctx.tables, ctx.words = len(tables), word_VD.shape[0]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(ids_BS, output[1], *tables, *projections)
@@ -207,6 +207,7 @@ def _backward(ctx: Any, grad_BSD: Tensor, _hashes: None) -> tuple[Any, ...]:
         ctx.numbers,
         ctx.words if wants_word else 0,
         any(wants_projections),
+        ctx.backend,
     )
     grad_tables = grads[: ctx.tables]
     if not whole:
@@ -244,6 +245,7 @@ def _allocate_weight_grad(
     numbers: list[int],
     words: int,
     projected: bool,
+    backend: str,
 ) -> list[Tensor]:
     dim = grad_BSD.shape[2]
     shapes = [(words, dim), *((size, p.shape[1]) for size, p in zip(sizes, projections, strict=True))]
@@ -253,13 +255,14 @@ def _allocate_weight_grad(
 
 def _run_weight_grad(*arguments: Any) -> list[Tensor]:
     outputs = _allocate_weight_grad(*arguments)
-    spec.weight_grad(*arguments, *outputs)
+    *inputs, backend = arguments
+    choose("ngram_embedding_weight_grad", IMPLS_WEIGHT_GRAD, backend, *inputs).run(*inputs, *outputs)
     return outputs
 
 
 _op_weight_grad = register(
     "ngram_embedding_weight_grad(Tensor grad, Tensor ids, Tensor hashes, Tensor slots, SymInt[] sizes, "
-    "Tensor[] tables, Tensor[] projections, int[] rule, SymInt words, bool projected) -> Tensor[]",
+    "Tensor[] tables, Tensor[] projections, int[] rule, SymInt words, bool projected, str backend) -> Tensor[]",
     _run_weight_grad,
     _allocate_weight_grad,
 )
@@ -290,8 +293,36 @@ def _cpu(*arguments: Any) -> None:
     native.module().ngram_embedding(*inputs, out_BSD, hashes_BSN, threads=torch.get_num_threads())
 
 
+def _why_not_cpu_weight_grad(
+    grad_BSD: Tensor, _ids: Tensor, _hashes: Tensor, _slots: Tensor, _sizes: list[int], tables: list[Tensor], *rest: Any
+) -> str | None:
+    return _why_not_cpu(grad_BSD, grad_BSD.new_empty(0, 0), tables, rest[0])
+
+
+def _cpu_weight_grad(*arguments: Any) -> None:
+    grad_BSD, ids_BS, hashes_BSN, slots_BSN, _sizes, tables, projections, numbers, _words, _projected = arguments[:10]
+    grad_word, *grads = arguments[10:]
+    native.module().ngram_embedding_weight_grad(
+        grad_BSD.contiguous().flatten(0, 1),
+        ids_BS,
+        hashes_BSN,
+        slots_BSN.contiguous(),
+        tables,
+        projections,
+        numbers,
+        grad_word,
+        grads[: len(tables)],
+        grads[len(tables) :],
+        threads=torch.get_num_threads(),
+    )
+
+
 IMPLS: dict[str, Impl] = {
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": Impl(spec.forward, lambda *inputs: None),
+}
+IMPLS_WEIGHT_GRAD: dict[str, Impl] = {
+    "cpu": Impl(_cpu_weight_grad, _why_not_cpu_weight_grad),
+    "reference": Impl(spec.weight_grad, lambda *inputs: None),
 }
 OP = Op("ngram_embedding", ngram_embedding, IMPLS, spec)
