@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longcat_kernels import fused_moe
-from longcat_kernels.modules import MoE
-from longcat_kernels.modules.expert_parallel import ExpertParallel
+from longcat_kernels.modules import ExpertParallel, MoE
 from longcat_kernels.testing import assert_close
 
 DIM, WIDTH, EXPERTS, ZERO, SLOTS = 16, 12, 8, 3, 4

@@ -263,6 +263,9 @@ class WeightGrad {
         : p(problem), kernels(kernels_for(problem.isa, T{})), tables(int64_t(problem.tables.size())) {
         for (int64_t t = 0; t < p.grad.rows; ++t) {
             const int64_t* hashes = p.hashes + t * tables;
+            for (int64_t i = 0; i < tables; ++i)
+                LC_CHECK(hashes[i] >= 0 && hashes[i] < p.tables[size_t(i)].rows.rows,
+                         "ngram_embedding_weight_grad: hashes must be rows of the tables");
             if (std::any_of(hashes, hashes + tables, [](int64_t n) { return n != 0; })) live.push_back(t);
         }
     }
@@ -291,6 +294,8 @@ class WeightGrad {
     void sum_runs(int64_t count, const Key& key, const Row& add, const Scale& scale, void* out, int64_t size,
                   int64_t width) {
         const Runs runs(count, key);
+        LC_CHECK(runs.order.empty() || key(runs.order.back()) < size,
+                 "ngram_embedding_weight_grad: ids and slots must be rows of the gradients");
         T* rows = static_cast<T*>(out);
 #pragma omp parallel num_threads(p.threads)
         {
