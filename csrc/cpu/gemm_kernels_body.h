@@ -1,0 +1,268 @@
+// gemm_kernels.h for one instruction set. Included once for each, inside its namespace and target. No include guard:
+// see gemm_kernels.cpp.
+
+constexpr int kWidth = Lanes::kWidth, kPanelColumns = 2 * kWidth;
+using Element = std::conditional_t<kStep == 1, float, BFloat16>;
+
+template <class Body>
+static inline void with_type(DType dtype, Body&& body) {
+    if (dtype == DType::float32) return body(float{});
+    if (dtype == DType::bfloat16) return body(BFloat16{});
+    body(Float16{});
+}
+
+template <class To, class From>
+static inline To converted(From value) {
+    if constexpr (std::is_same_v<To, From>)
+        return value;
+    else
+        return from_float<To>(to_float(value));
+}
+
+template <class To, class From>
+static inline void convert(const From* __restrict from, int64_t count, To* __restrict to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = converted<To>(from[i]);
+}
+
+template <class T>
+static inline void to_units(const T* line, int64_t count, uint32_t* out) {
+    auto* elements = reinterpret_cast<Element*>(out);
+    convert(line, count, elements);
+    for (int64_t i = count; i % kStep != 0; ++i) elements[i] = Element{};
+}
+
+static void pack_rows(const Lines& lines, int64_t first, int64_t count, int64_t depth, uint32_t* out, int64_t pitch) {
+    with_type(lines.dtype, [&](auto type) {
+        for (int64_t i = 0; i < count; ++i) to_units(lines.at<decltype(type)>(first + i), depth, out + i * pitch);
+    });
+}
+
+// One unit of depth of `count` rows or columns; `second` is null past the end.
+template <class T>
+static inline void pair_up(const T* __restrict one, const T* __restrict second, int64_t count,
+                           uint32_t* __restrict out) {
+    if constexpr (kStep == 1) {
+        convert(one, count, reinterpret_cast<float*>(out));
+    } else if (second == nullptr) {
+        for (int64_t i = 0; i < count; ++i) out[i] = converted<BFloat16>(one[i]).bits;
+    } else {
+        for (int64_t i = 0; i < count; ++i)
+            out[i] = uint32_t(converted<BFloat16>(one[i]).bits) | uint32_t(converted<BFloat16>(second[i]).bits) << 16;
+    }
+}
+
+static void pack_steps(const Lines& lines, int64_t depth, int64_t first, int64_t count, int64_t width, uint32_t* out,
+                       int64_t pitch) {
+    with_type(lines.dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t k = 0; k < depth; k += kStep, out += pitch) {
+            const T* second = k + 1 < depth ? lines.at<T>(k + 1) + first : nullptr;
+            if (count == kWidth)
+                pair_up(lines.at<T>(k) + first, second, kWidth, out);
+            else
+                pair_up(lines.at<T>(k) + first, second, count, out);
+            std::fill(out + count, out + width, 0u);
+        }
+    });
+}
+
+// `count` units of kWidth columns from unit `unit` on, transposed into one half of a panel.
+template <class T>
+static inline void transpose_units(const Lines& lines, const int64_t* at, int64_t columns, int64_t depth, int64_t unit,
+                                   uint32_t* out) {
+    const int64_t first = unit * kStep, count = std::min<int64_t>(kWidth * kStep, depth - first);
+    const bool direct = std::is_same_v<T, Element> && count == kWidth * kStep;
+    Lanes units[kWidth];
+#pragma GCC unroll 16
+    for (int c = 0; c < kWidth; ++c) {
+        if (c >= columns) {
+            units[c] = Lanes::splat(0);
+            continue;
+        }
+        const T* line = static_cast<const T*>(lines.data) + at[c] + first;
+        __builtin_prefetch(reinterpret_cast<const char*>(line) + kAhead);
+        if (direct) {
+            units[c] = Lanes::load_units(reinterpret_cast<const uint32_t*>(line));
+        } else {
+            alignas(64) uint32_t room[kWidth] = {};
+            to_units(line, count, room);
+            units[c] = Lanes::load_units(room);
+        }
+    }
+    transpose(units);
+    for (int64_t u = 0; u * kStep < count; ++u) units[u].store_units(out + u * kPanelColumns);
+}
+
+static void pack_columns(const Lines& lines, const Halves& halves, int64_t depth, uint32_t* panel) {
+    with_type(lines.dtype, [&](auto type) {
+        using T = decltype(type);
+        int64_t at[2][kWidth] = {};
+        for (int h = 0; h < 2; ++h)
+            for (int64_t c = 0; c < halves.count[h]; ++c)
+                at[h][c] = lines.at<T>(halves.first[h] + c) - static_cast<const T*>(lines.data);
+        for (int64_t unit = 0; unit * kStep < depth; unit += kWidth)
+            for (int h = 0; h < 2; ++h)
+                transpose_units<T>(lines, at[h], halves.count[h], depth, unit,
+                                   panel + unit * kPanelColumns + h * kWidth);
+    });
+}
+
+template <int kRows, bool kByDepth>
+static void product_tile(const uint32_t* rows, int64_t pitch, const uint32_t* panel, int64_t units, float* out,
+                         int64_t out_pitch) {
+    Lanes sums[kRows][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = Lanes::splat(0);
+    // Three rows a pointer: more pointers than that do not fit the registers.
+    constexpr int kPointers = kByDepth ? 1 : (kRows + 2) / 3;
+    const uint32_t* at[kPointers];
+#pragma GCC unroll 4
+    for (int group = 0; group < kPointers; ++group) at[group] = rows + 3 * group * pitch;
+    const uint32_t* end = panel + units * kPanelColumns;
+    for (; panel != end; panel += kPanelColumns) {
+        const Lanes columns[2] = {Lanes::load_units(panel), Lanes::load_units(panel + kWidth)};
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            const Lanes x = Lanes::splat_unit(kByDepth ? at[0] + i : at[i / 3] + (i % 3) * pitch);
+            sums[i][0] = Lanes::multiply_add(x, columns[0], sums[i][0]);
+            sums[i][1] = Lanes::multiply_add(x, columns[1], sums[i][1]);
+        }
+#pragma GCC unroll 4
+        for (int group = 0; group < kPointers; ++group) at[group] += kByDepth ? pitch : 1;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+        sums[i][0].store(out + i * out_pitch);
+        sums[i][1].store(out + i * out_pitch + kWidth);
+    }
+}
+
+using ProductTile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, int64_t);
+
+template <bool kByDepth, int... kLess>
+static ProductTile product_tile_of(int rows, std::integer_sequence<int, kLess...>) {
+    static constexpr ProductTile tiles[] = {product_tile<kLess + 1, kByDepth>...};
+    return tiles[rows - 1];
+}
+
+static void product(const TileRows& rows, const uint32_t* panel, int64_t units, float* out, int64_t pitch) {
+    constexpr auto counts = std::make_integer_sequence<int, kTileRows>{};
+    const ProductTile tile = rows.by_depth ? product_tile_of<true>(rows.count, counts)  //
+                                           : product_tile_of<false>(rows.count, counts);
+    tile(rows.units, rows.pitch, panel, units, out, pitch);
+}
+
+static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t count, void* out, DType dtype,
+                  int64_t pitch, bool add) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t i = 0; i < rows; ++i) {
+            T* to = static_cast<T*>(out) + i * pitch;
+            const float* from = tile + i * tile_pitch;
+            if (add)
+                for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(to_float(to[j]) + from[j]);
+            else
+                convert(from, count, to);
+        }
+    });
+}
+
+// e^x to two roundings, without branches: x = n ln 2 + r, and a polynomial for e^r (Cephes expf).
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const float value = p * (r * r) + (r + 1.0f);
+    return value * float_of((bits_of(shifted) - 0x4b400000u + 127u) << 23);
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+static void swiglu(const SwigluTile& t) {
+    for (int64_t i = 0; i < t.rows; ++i) {
+        const float *gate = t.tile + i * kPanelColumns, *up = gate + kWidth;
+        alignas(64) Element act[kWidth];
+        for (int j = 0; j < kWidth; ++j) act[j] = converted<Element>(gate[j] * sigmoid(gate[j]) * up[j]);
+        std::memcpy(static_cast<Element*>(t.act) + i * t.act_pitch, act, size_t(t.count) * sizeof(Element));
+    }
+    if (t.gate == nullptr) return;
+    store(t.tile, kPanelColumns, t.rows, t.count, t.gate, t.dtype, t.hidden_pitch, false);
+    store(t.tile + kWidth, kPanelColumns, t.rows, t.count, t.up, t.dtype, t.hidden_pitch, false);
+}
+
+// Sum of a panel's columns: halves are folded onto each other.
+static inline float folded(float* terms) {
+#pragma GCC unroll 5
+    for (int half = kPanelColumns / 2; half >= 1; half /= 2)
+        for (int j = 0; j < half; ++j) terms[j] += terms[j + half];
+    return terms[0];
+}
+
+template <class T>
+static inline void swiglu_grad_row(const SwigluGradTile& t, int64_t i) {
+    constexpr int kCount = kPanelColumns;
+    alignas(64) float gate[kCount] = {}, up[kCount] = {}, by_weight[kCount];
+    alignas(64) T grad_gate[kCount], grad_up[kCount];
+    const float *grad = t.tile + i * kCount, weight = t.weights[i];
+    convert(static_cast<const T*>(t.gate) + i * t.pitch, t.count, gate);
+    convert(static_cast<const T*>(t.up) + i * t.pitch, t.count, up);
+    for (int j = 0; j < kCount; ++j) {
+        const float s = sigmoid(gate[j]), silu = gate[j] * s, weighted = weight * grad[j];
+        by_weight[j] = grad[j] * (silu * up[j]);
+        grad_gate[j] = from_float<T>(weighted * up[j] * (s + silu * (1.0f - s)));
+        grad_up[j] = from_float<T>(weighted * silu);
+    }
+    t.by_weight[i * t.by_weight_pitch] = folded(by_weight);
+    std::memcpy(static_cast<T*>(t.grad_gate) + i * t.pitch, grad_gate, size_t(t.count) * sizeof(T));
+    std::memcpy(static_cast<T*>(t.grad_up) + i * t.pitch, grad_up, size_t(t.count) * sizeof(T));
+}
+
+static void swiglu_grad(const SwigluGradTile& t) {
+    with_type(t.dtype, [&](auto type) {
+        for (int64_t i = 0; i < t.rows; ++i) swiglu_grad_row<decltype(type)>(t, i);
+    });
+}
+
+static void activate(const Lines& gate, const Lines& up, const float* weights, int64_t rows, int64_t first,
+                     int64_t count, float* out, int64_t pitch) {
+    with_type(gate.dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t i = 0; i < rows; ++i) {
+            const T *g = gate.at<T>(i) + first, *u = up.at<T>(i) + first;
+            float* __restrict to = out + i * pitch;
+            for (int64_t j = 0; j < count; ++j) {
+                const float value = to_float(g[j]);
+                to[j] = value * sigmoid(value) * to_float(u[j]) * weights[i];
+            }
+        }
+    });
+}
+
+static void add_scaled(const void* line, DType dtype, float scale, int64_t count, float* __restrict sum) {
+    with_type(dtype, [&](auto type) {
+        const auto* from = static_cast<const decltype(type)*>(line);
+        for (int64_t j = 0; j < count; ++j) sum[j] += scale * to_float(from[j]);
+    });
+}
+
+static float dot(const void* a, const void* b, DType dtype, int64_t count) {
+    alignas(64) float sums[kPanelColumns] = {};
+    with_type(dtype, [&](auto type) {
+        const auto *one = static_cast<const decltype(type)*>(a), *other = static_cast<const decltype(type)*>(b);
+        int64_t j = 0;
+        for (; j + kPanelColumns <= count; j += kPanelColumns)
+            for (int c = 0; c < kPanelColumns; ++c) sums[c] += to_float(one[j + c]) * to_float(other[j + c]);
+        for (int c = 0; j < count; ++j, ++c) sums[c] += to_float(one[j]) * to_float(other[j]);
+    });
+    return folded(sums);
+}
+
+const GemmKernels kKernels = {kTileRows, kPanelColumns, kStep,    pack_rows,  pack_steps, pack_columns, product, store,
+                              swiglu,    swiglu_grad,   activate, add_scaled, dot};
