@@ -32,10 +32,10 @@ void up_share(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& 
                     false};
     const Lines first{p.gate_up.data, p.dtype, p.gate_up.row_stride};
     const Lines lines = matrix_lines(first, p.gate_up.expert_stride, share.group);
-    const auto panel = [&](int64_t i, uint32_t* to) -> const uint32_t* {
-        if (p.packed[0] != nullptr) return static_cast<const uint32_t*>(p.packed[0]) + (share.group * panels + i) * units;
-        kernels.pack_columns(lines, swiglu_halves(kernels, p.width, i), p.dim, to);
-        return to;
+    const auto panel = [&](int64_t i, uint32_t* to, bool few) {
+        const Halves halves = swiglu_halves(kernels, p.width, i);
+        if (p.packed[0] == nullptr) return panel_of(kernels, lines, false, p.dim, halves, to, few);
+        return Panel{static_cast<const uint32_t*>(p.packed[0]) + (share.group * panels + i) * units, lines, halves};
     };
     const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
     const auto take = [&](const Place& place, const float* tile) {

@@ -15,9 +15,8 @@ void activation_share(const FusedMoeInputGrad& p, const GemmKernels& kernels, co
     const Left left{plan.rows_of(share.group), p.dim,
                     {p.grad.data, p.dtype, p.grad.stride, &plan.token[size_t(first_row)]}, false};
     const Lines lines = matrix_lines({p.down.data, p.dtype, p.down.row_stride}, p.down.expert_stride, share.group);
-    const auto panel = [&](int64_t i, uint32_t* to) {
-        pack_panel(kernels, lines, true, p.dim, halves_of(kernels, p.width, i), to);
-        return to;
+    const auto panel = [&](int64_t i, uint32_t* to, bool) {
+        return panel_of(kernels, lines, true, p.dim, halves_of(kernels, p.width, i), to, false);
     };
     const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
     const auto take = [&](const Place& place, const float* tile) {
@@ -58,10 +57,10 @@ void weight_of_slots(const FusedMoeInputGrad& p, const GemmKernels& kernels, con
 }
 
 // Outer products of rows, summed over the rows of each expert: out [experts, rows, columns].
-// `left(e)` gives the rows; `panel(e, halves, units)` packs those columns of the other side.
-template <class LeftOf, class Panel>
+// `left(e)` gives the rows; `pack(e, halves, units)` packs those columns of the other side.
+template <class LeftOf, class Pack>
 void outer_products(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const RoutingPlan& plan, int64_t rows,
-                    int64_t columns, void* out, const LeftOf& left, const Panel& panel_of) {
+                    int64_t columns, void* out, const LeftOf& left, const Pack& pack) {
     const int64_t width = kernels.panel_columns, panels = ceil_div(columns, width), size = bytes_of(p.grad_dtype);
     int64_t row_units = 0, depth = 0;
     for (int64_t e = 0; e < p.experts; ++e) {
@@ -75,9 +74,8 @@ void outer_products(const GemmKernels& kernels, const FusedMoeWeightGrad& p, con
     take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
         const Share& share = parts[size_t(i)];
         char* first = static_cast<char*>(out) + share.group * rows * columns * size;
-        const auto panel = [&](int64_t at, uint32_t* units) {
-            panel_of(share.group, halves_of(kernels, columns, at), units);
-            return units;
+        const auto panel = [&](int64_t at, uint32_t* units, bool) {
+            return pack(share.group, halves_of(kernels, columns, at), units);
         };
         const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
         const auto take = [&](const Place& place, const float* tile) {
@@ -97,7 +95,7 @@ void gate_up_grad(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const
     };
     const auto panel = [&](int64_t e, const Halves& halves, uint32_t* units) {
         const Lines x{p.x.data, p.dtype, p.x.stride, plan.token.data() + plan.offsets[size_t(e)]};
-        pack_panel(kernels, x, true, plan.rows_of(e), halves, units);
+        return panel_of(kernels, x, true, plan.rows_of(e), halves, units, false);
     };
     outer_products(kernels, p, plan, 2 * p.width, p.dim, p.grad_gate_up, left, panel);
 }
@@ -116,7 +114,7 @@ void down_grad(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const Ro
         const int64_t count = halves.count[0] + halves.count[1];
         kernels.activate(gate, up, weights.data() + first, depth, halves.first[0], count, act, pitch);
         const Halves here{{0, pitch / 2}, {halves.count[0], halves.count[1]}};
-        pack_panel(kernels, {act, DType::float32, pitch}, true, depth, here, units);
+        return panel_of(kernels, {act, DType::float32, pitch}, true, depth, here, units, false);
     };
     outer_products(kernels, p, plan, p.dim, p.width, p.grad_down, left, panel);
 }

@@ -82,13 +82,22 @@ struct Place {
     int64_t panel, row, rows;
 };
 
-// Multiplies the rows with panels [first, last): `panel(p, room)` gives panel p in units, packed into `room` or not;
-// `target(place, tile, pitch)` where a tile's sums go, `tile` itself or elsewhere; `take(place, sums)` uses them.
-template <class Panel, class Target, class Take>
+// A panel of the other side: packed, or where its columns are to be read as they lie.
+struct Panel {
+    const uint32_t* units;  // or null
+    Lines lines;
+    Halves halves;
+};
+
+// Multiplies the rows with panels [first, last): `panel(p, room, few)` gives panel p, which only `few` rows allow to be
+// left unpacked; `target(place, tile, pitch)` where a tile's sums go, `tile` itself or elsewhere; `take(place, sums)`
+// uses them.
+template <class PanelOf, class Target, class Take>
 void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64_t last, const Room& room,
-              const Panel& panel, const Target& target, const Take& take) {
+              const PanelOf& panel, const Target& target, const Take& take) {
     const int64_t units = ceil_div(left.depth, kernels.step);
     const int64_t block = left.units == nullptr ? left.block_rows(kernels) : std::max<int64_t>(left.rows, 1);
+    const bool few = left.rows <= std::min(kFewRows, kernels.tile_rows) && !left.by_depth;
     for (int64_t start = 0; start < left.rows; start += block) {
         const int64_t rows = std::min(block, left.rows - start);
         TileRows tile{left.units, left.pitch, left.by_depth, 0};
@@ -102,7 +111,7 @@ void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64
         const uint32_t* base = tile.units;
         const int64_t tiles = ceil_div(rows, kernels.tile_rows);
         for (int64_t p = first; p < last; ++p) {
-            const uint32_t* columns = panel(p, room.panel.data());
+            const Panel columns = panel(p, room.panel.data(), few);
             for (int64_t i = 0; i < tiles; ++i) {
                 const int64_t row = i * rows / tiles;
                 tile.count = int((i + 1) * rows / tiles - row);
@@ -110,7 +119,10 @@ void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64
                 const Place place{p, start + row, tile.count};
                 int64_t pitch = kernels.panel_columns;
                 float* sums = target(place, room.tile.data(), pitch);
-                kernels.product(tile, columns, units, sums, pitch);
+                if (columns.units != nullptr)
+                    kernels.product(tile, columns.units, units, sums, pitch);
+                else
+                    kernels.stream(tile, columns.lines, columns.halves, left.depth, sums, pitch);
                 take(place, sums);
             }
         }
@@ -124,14 +136,19 @@ inline Halves halves_of(const GemmKernels& kernels, int64_t columns, int64_t p) 
     return {{first, first + width}, {count(first), count(first + width)}};
 }
 
-// Packs the panel of these columns of a matrix whose lines are its columns or, `by_depth`, its rows.
-inline void pack_panel(const GemmKernels& kernels, const Lines& lines, bool by_depth, int64_t depth,
-                       const Halves& halves, uint32_t* panel) {
-    if (!by_depth) return kernels.pack_columns(lines, halves, depth, panel);
+// The panel of these columns of a matrix whose lines are its columns or, `by_depth`, its rows.
+inline Panel panel_of(const GemmKernels& kernels, const Lines& lines, bool by_depth, int64_t depth,
+                      const Halves& halves, uint32_t* room, bool few) {
+    if (few && !by_depth) return {nullptr, lines, halves};
+    if (!by_depth) {
+        kernels.pack_columns(lines, halves, depth, room);
+        return {room, lines, halves};
+    }
     const int64_t width = kernels.panel_columns / 2;
     for (int h = 0; h < 2; ++h)
         kernels.pack_steps(lines, depth, halves.count[h] ? halves.first[h] : 0, halves.count[h], width,
-                           panel + h * width, kernels.panel_columns);
+                           room + h * width, kernels.panel_columns);
+    return {room, lines, halves};
 }
 
 }  // namespace longcat

@@ -14,6 +14,7 @@
 namespace longcat {
 
 constexpr int kMostTileRows = 12, kMostPanelColumns = 32;
+constexpr int kFewRows = 6;  // that do not pay for packing
 
 // A matrix as lines whose elements are adjacent; line i begins `stride` elements times index[i], or i, after `data`.
 struct Lines {
@@ -82,6 +83,10 @@ struct GemmKernels {
 
     // out[i * pitch + j] = the product of row i with column j of the panel.
     void (*product)(const TileRows& rows, const uint32_t* panel, int64_t units, float* out, int64_t pitch);
+
+    // The same for at most `kFewRows` rows by row, and columns that are not packed.
+    void (*stream)(const TileRows& rows, const Lines& lines, const Halves& halves, int64_t depth, float* out,
+                   int64_t pitch);
 
     // Rounds rows of a tile to `dtype`, or adds them to what is there.
     void (*store)(const float* tile, int64_t tile_pitch, int64_t rows, int64_t count, void* out, DType dtype,

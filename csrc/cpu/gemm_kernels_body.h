@@ -51,59 +51,132 @@ static inline void pair_up(const T* __restrict one, const T* __restrict second, 
     }
 }
 
+// The same of a register's width.
+template <class T>
+static inline void pair_up_lanes(const T* one, const T* second, uint32_t* out) {
+    __builtin_prefetch(one + kPanelColumns);
+    if (second != nullptr) __builtin_prefetch(second + kPanelColumns);
+    if constexpr (std::is_same_v<T, float> && kStep == 1)
+        Lanes::load(one).store_units(out);
+    else
+        pair_up(one, second, kWidth, out);
+}
+
 static void pack_steps(const Lines& lines, int64_t depth, int64_t first, int64_t count, int64_t width, uint32_t* out,
                        int64_t pitch) {
     with_type(lines.dtype, [&](auto type) {
         using T = decltype(type);
         for (int64_t k = 0; k < depth; k += kStep, out += pitch) {
-            const T* second = k + 1 < depth ? lines.at<T>(k + 1) + first : nullptr;
-            if (count == kWidth)
-                pair_up(lines.at<T>(k) + first, second, kWidth, out);
-            else
-                pair_up(lines.at<T>(k) + first, second, count, out);
+            const T *one = lines.at<T>(k) + first, *second = k + 1 < depth ? lines.at<T>(k + 1) + first : nullptr;
+            if (count == kWidth && width == kWidth) {
+                pair_up_lanes(one, kStep == 1 ? nullptr : second, out);
+                continue;
+            }
+            pair_up(one, second, count, out);
             std::fill(out + count, out + width, 0u);
         }
     });
 }
 
-// `count` units of kWidth columns from unit `unit` on, transposed into one half of a panel.
+// The columns of a panel, as lines.
 template <class T>
-static inline void transpose_units(const Lines& lines, const int64_t* at, int64_t columns, int64_t depth, int64_t unit,
-                                   uint32_t* out) {
-    const int64_t first = unit * kStep, count = std::min<int64_t>(kWidth * kStep, depth - first);
-    const bool direct = std::is_same_v<T, Element> && count == kWidth * kStep;
-    Lanes units[kWidth];
-#pragma GCC unroll 16
-    for (int c = 0; c < kWidth; ++c) {
-        if (c >= columns) {
-            units[c] = Lanes::splat(0);
-            continue;
+struct Columns {
+    const T* line[2][kWidth];
+    int64_t count[2], depth;
+    int64_t next;  // from a line to the one in its place in the next panel
+
+    Columns(const Lines& lines, const Halves& halves, int64_t depth) : depth(depth) {
+        for (int h = 0; h < 2; ++h) {
+            count[h] = halves.count[h];
+            for (int64_t c = 0; c < kWidth; ++c)
+                line[h][c] = c < count[h] ? lines.at<T>(halves.first[h] + c) : nullptr;
         }
-        const T* line = static_cast<const T*>(lines.data) + at[c] + first;
-        __builtin_prefetch(reinterpret_cast<const char*>(line) + kAhead);
-        if (direct) {
-            units[c] = Lanes::load_units(reinterpret_cast<const uint32_t*>(line));
+        next = (halves.first[1] == halves.first[0] + kWidth ? kPanelColumns : kWidth) * lines.stride;
+    }
+
+    // Units of one half from element `first` on, a register a unit; gives how many.
+    inline __attribute__((always_inline)) int64_t load(int h, int64_t first, Lanes (&units)[kWidth]) const {
+        const int64_t elements = std::min<int64_t>(kWidth * kStep, depth - first);
+        constexpr int64_t kAheadElements = kAhead / int64_t(sizeof(T));
+        const int64_t ahead = kAheadElements + (first + kAheadElements < depth ? 0 : next - depth);
+        if (std::is_same_v<T, Element> && elements == kWidth * kStep && count[h] == kWidth) {
+#pragma GCC unroll 16
+            for (int c = 0; c < kWidth; ++c) {
+                __builtin_prefetch(line[h][c] + first + ahead, 0, 2);
+                units[c] = Lanes::load_units(reinterpret_cast<const uint32_t*>(line[h][c] + first));
+            }
         } else {
+            load_part(h, first, elements, units);
+        }
+        transpose(units);
+        return (elements + kStep - 1) / kStep;
+    }
+
+    void load_part(int h, int64_t first, int64_t elements, Lanes (&units)[kWidth]) const {
+        for (int c = 0; c < kWidth; ++c) {
             alignas(64) uint32_t room[kWidth] = {};
-            to_units(line, count, room);
+            if (c < count[h]) to_units(line[h][c] + first, elements, room);
             units[c] = Lanes::load_units(room);
         }
     }
-    transpose(units);
-    for (int64_t u = 0; u * kStep < count; ++u) units[u].store_units(out + u * kPanelColumns);
-}
+};
 
 static void pack_columns(const Lines& lines, const Halves& halves, int64_t depth, uint32_t* panel) {
     with_type(lines.dtype, [&](auto type) {
+        const Columns<decltype(type)> columns(lines, halves, depth);
+        for (int64_t first = 0; first < depth; first += kWidth * kStep)
+            for (int h = 0; h < 2; ++h) {
+                Lanes units[kWidth];
+                uint32_t* out = panel + first / kStep * kPanelColumns + h * kWidth;
+                const int64_t count = columns.load(h, first, units);
+#pragma GCC unroll 16
+                for (int64_t u = 0; u < kWidth; ++u)
+                    if (u < count) units[u].store_units(out + u * kPanelColumns);
+            }
+    });
+}
+
+template <class T, int kRows>
+static void stream_rows(const uint32_t* rows, int64_t pitch, const Columns<T>& columns, float* out, int64_t out_pitch) {
+    Lanes sums[kRows][2];
+    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = Lanes::splat(0);
+    for (int64_t first = 0; first < columns.depth; first += kWidth * kStep)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+            Lanes units[kWidth];
+            const int64_t count = columns.load(h, first, units);
+#pragma GCC unroll 16
+            for (int64_t u = 0; u < kWidth; ++u) {
+                if (u >= count) break;
+#pragma GCC unroll 8
+                for (int i = 0; i < kRows; ++i)
+                    sums[i][h] = Lanes::multiply_add(Lanes::splat_unit(rows + i * pitch + first / kStep + u), units[u],
+                                                     sums[i][h]);
+            }
+        }
+    for (int i = 0; i < kRows; ++i)
+        for (int h = 0; h < 2; ++h) sums[i][h].store(out + i * out_pitch + h * kWidth);
+}
+
+static void stream(const TileRows& rows, const Lines& lines, const Halves& halves, int64_t depth, float* out,
+                   int64_t pitch) {
+    with_type(lines.dtype, [&](auto type) {
         using T = decltype(type);
-        int64_t at[2][kWidth] = {};
-        for (int h = 0; h < 2; ++h)
-            for (int64_t c = 0; c < halves.count[h]; ++c)
-                at[h][c] = lines.at<T>(halves.first[h] + c) - static_cast<const T*>(lines.data);
-        for (int64_t unit = 0; unit * kStep < depth; unit += kWidth)
-            for (int h = 0; h < 2; ++h)
-                transpose_units<T>(lines, at[h], halves.count[h], depth, unit,
-                                   panel + unit * kPanelColumns + h * kWidth);
+        const Columns<T> columns(lines, halves, depth);
+        switch (rows.count) {
+            case 1:
+                return stream_rows<T, 1>(rows.units, rows.pitch, columns, out, pitch);
+            case 2:
+                return stream_rows<T, 2>(rows.units, rows.pitch, columns, out, pitch);
+            case 3:
+                return stream_rows<T, 3>(rows.units, rows.pitch, columns, out, pitch);
+            case 4:
+                return stream_rows<T, 4>(rows.units, rows.pitch, columns, out, pitch);
+            case 5:
+                return stream_rows<T, 5>(rows.units, rows.pitch, columns, out, pitch);
+            default:
+                return stream_rows<T, 6>(rows.units, rows.pitch, columns, out, pitch);
+        }
     });
 }
 
@@ -161,6 +234,10 @@ static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t c
             const float* from = tile + i * tile_pitch;
             if (add)
                 for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(to_float(to[j]) + from[j]);
+            else if (count == kPanelColumns)
+                convert(from, kPanelColumns, to);
+            else if (count == kWidth)
+                convert(from, kWidth, to);
             else
                 convert(from, count, to);
         }
@@ -186,11 +263,15 @@ static inline float exponential(float x) {
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 static void swiglu(const SwigluTile& t) {
-    for (int64_t i = 0; i < t.rows; ++i) {
+    for (int64_t i = 0; i < t.rows && t.act != nullptr; ++i) {
         const float *gate = t.tile + i * kPanelColumns, *up = gate + kWidth;
         alignas(64) Element act[kWidth];
         for (int j = 0; j < kWidth; ++j) act[j] = converted<Element>(gate[j] * sigmoid(gate[j]) * up[j]);
-        std::memcpy(static_cast<Element*>(t.act) + i * t.act_pitch, act, size_t(t.count) * sizeof(Element));
+        Element* to = static_cast<Element*>(t.act) + i * t.act_pitch;
+        if (t.count == kWidth)  // a count that is known needs no call to copy
+            std::memcpy(to, act, sizeof act);
+        else
+            std::memcpy(to, act, size_t(t.count) * sizeof(Element));
     }
     if (t.gate == nullptr) return;
     store(t.tile, kPanelColumns, t.rows, t.count, t.gate, t.dtype, t.hidden_pitch, false);
@@ -206,13 +287,13 @@ static inline float folded(float* terms) {
 }
 
 template <class T>
-static inline void swiglu_grad_row(const SwigluGradTile& t, int64_t i) {
+static inline __attribute__((always_inline)) void swiglu_grad_row(const SwigluGradTile& t, int64_t i, int64_t count) {
     constexpr int kCount = kPanelColumns;
     alignas(64) float gate[kCount] = {}, up[kCount] = {}, by_weight[kCount];
     alignas(64) T grad_gate[kCount], grad_up[kCount];
     const float *grad = t.tile + i * kCount, weight = t.weights[i];
-    convert(static_cast<const T*>(t.gate) + i * t.pitch, t.count, gate);
-    convert(static_cast<const T*>(t.up) + i * t.pitch, t.count, up);
+    convert(static_cast<const T*>(t.gate) + i * t.pitch, count, gate);
+    convert(static_cast<const T*>(t.up) + i * t.pitch, count, up);
     for (int j = 0; j < kCount; ++j) {
         const float s = sigmoid(gate[j]), silu = gate[j] * s, weighted = weight * grad[j];
         by_weight[j] = grad[j] * (silu * up[j]);
@@ -220,13 +301,19 @@ static inline void swiglu_grad_row(const SwigluGradTile& t, int64_t i) {
         grad_up[j] = from_float<T>(weighted * silu);
     }
     t.by_weight[i * t.by_weight_pitch] = folded(by_weight);
-    std::memcpy(static_cast<T*>(t.grad_gate) + i * t.pitch, grad_gate, size_t(t.count) * sizeof(T));
-    std::memcpy(static_cast<T*>(t.grad_up) + i * t.pitch, grad_up, size_t(t.count) * sizeof(T));
+    std::memcpy(static_cast<T*>(t.grad_gate) + i * t.pitch, grad_gate, size_t(count) * sizeof(T));
+    std::memcpy(static_cast<T*>(t.grad_up) + i * t.pitch, grad_up, size_t(count) * sizeof(T));
 }
 
 static void swiglu_grad(const SwigluGradTile& t) {
     with_type(t.dtype, [&](auto type) {
-        for (int64_t i = 0; i < t.rows; ++i) swiglu_grad_row<decltype(type)>(t, i);
+        using T = decltype(type);
+        for (int64_t i = 0; i < t.rows; ++i) {
+            if (t.count == kPanelColumns)  // a count that is known needs no call to copy
+                swiglu_grad_row<T>(t, i, kPanelColumns);
+            else
+                swiglu_grad_row<T>(t, i, t.count);
+        }
     });
 }
 
@@ -264,5 +351,5 @@ static float dot(const void* a, const void* b, DType dtype, int64_t count) {
     return folded(sums);
 }
 
-const GemmKernels kKernels = {kTileRows, kPanelColumns, kStep,    pack_rows,  pack_steps, pack_columns, product, store,
-                              swiglu,    swiglu_grad,   activate, add_scaled, dot};
+const GemmKernels kKernels = {kTileRows, kPanelColumns, kStep,       pack_rows, pack_steps, pack_columns, product,
+                              stream,    store,         swiglu,      swiglu_grad, activate, add_scaled,  dot};

@@ -73,10 +73,11 @@ void multiply_and_combine(const GemmKernels& kernels, const MoeProduct& p, const
         take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
             const Share& part = parts[size_t(i)];
             const Lines lines = matrix_lines(p.matrix, p.expert_stride, part.group);
-            const auto panel = [&](int64_t at, uint32_t* room) -> const uint32_t* {
-                if (p.packed != nullptr) return p.packed + (part.group * panels + start + at) * units;
-                pack_panel(kernels, lines, p.by_depth, p.depth, halves_of(kernels, p.dim, start + at), room);
-                return room;
+            const auto panel = [&](int64_t at, uint32_t* room, bool few) {
+                const Halves halves = halves_of(kernels, p.dim, start + at);
+                if (p.packed != nullptr)
+                    return Panel{p.packed + (part.group * panels + start + at) * units, lines, halves};
+                return panel_of(kernels, lines, p.by_depth, p.depth, halves, room, few);
             };
             float* first = y.data() + p.plan.offsets[size_t(part.group)] * pitch;
             const auto target = [&](const Place& place, float*, int64_t& out_pitch) {
