@@ -21,8 +21,9 @@ inline MoeMatrices moe_matrices(const char* name, const TensorView& t, DType dty
                                 int64_t columns) {
     LC_CHECK(t.device == "cpu" && t.dtype == dtype && t.shape == (std::vector<int64_t>{experts, rows, columns}) &&
                  (columns <= 1 || t.is_empty() || t.strides[2] == 1),
-             std::string(name) + " must be on the CPU, of x's dtype and the shape that the others give, and have "
-                                 "adjacent elements in rows");
+             std::string(name) +
+                 " must be on the CPU, of x's dtype and the shape that the others give, and have "
+                 "adjacent elements in rows");
     return {t.data, t.strides[0], t.strides[1]};
 }
 
@@ -65,8 +66,7 @@ inline void set_packed(FusedMoe& p, const std::vector<TensorView>& packed) {
     LC_CHECK(packed.size() == 2, "fused_moe: packed must be two tensors or none");
     int64_t bytes[2];
     packed_experts_bytes(p.experts, p.dim, p.width, p.dtype, p.isa, bytes);
-    for (int i = 0; i < 2; ++i)
-        p.packed[i] = packed[size_t(i)].whole("fused_moe: packed", DType::uint8, {bytes[i]});
+    for (int i = 0; i < 2; ++i) p.packed[i] = packed[size_t(i)].whole("fused_moe: packed", DType::uint8, {bytes[i]});
 }
 
 inline void bind_fused_moe(pybind11::module_& m) {

@@ -22,10 +22,10 @@ inline void bind_fused_moe_backward(pybind11::module_& m) {
             p.hidden_rows = hidden_rows("fused_moe_input_grad: hidden", hidden, p.dtype, p.width);
             p.hidden = hidden.data;
             p.grad_x = grad_x.whole("fused_moe_input_grad: grad_x", p.dtype, {p.tokens, p.dim});
-            p.grad_weights = grad_weights.whole<float>("fused_moe_input_grad: grad_weights", DType::float32,
-                                                       {p.tokens, p.slots});
-            p.grad_hidden = grad_hidden.whole("fused_moe_input_grad: grad_hidden", p.dtype,
-                                              {p.hidden_rows, 2 * p.width});
+            p.grad_weights =
+                grad_weights.whole<float>("fused_moe_input_grad: grad_weights", DType::float32, {p.tokens, p.slots});
+            p.grad_hidden =
+                grad_hidden.whole("fused_moe_input_grad: grad_hidden", p.dtype, {p.hidden_rows, 2 * p.width});
             py::gil_scoped_release unlocked;
             fused_moe_input_grad(p);
         },
@@ -48,15 +48,15 @@ inline void bind_fused_moe_backward(pybind11::module_& m) {
             p.grad = moe_rows("fused_moe_weight_grad: grad", grad, p.dtype, p.tokens, p.dim);
             p.hidden_rows = hidden_rows("fused_moe_weight_grad: hidden", hidden, p.dtype, p.width);
             p.hidden = hidden.data;
-            p.grad_hidden = grad_hidden.whole("fused_moe_weight_grad: grad_hidden", p.dtype,
-                                              {p.hidden_rows, 2 * p.width});
+            p.grad_hidden =
+                grad_hidden.whole("fused_moe_weight_grad: grad_hidden", p.dtype, {p.hidden_rows, 2 * p.width});
             LC_CHECK(is_float(p.grad_dtype), "fused_moe_weight_grad: gradients must be float32, bfloat16 or float16");
             if (grad_gate_up)
                 p.grad_gate_up = grad_gate_up->whole("fused_moe_weight_grad: grad_gate_up", p.grad_dtype,
                                                      {p.experts, 2 * p.width, p.dim});
             if (grad_down)
-                p.grad_down = grad_down->whole("fused_moe_weight_grad: grad_down", p.grad_dtype,
-                                               {p.experts, p.dim, p.width});
+                p.grad_down =
+                    grad_down->whole("fused_moe_weight_grad: grad_down", p.grad_dtype, {p.experts, p.dim, p.width});
             py::gil_scoped_release unlocked;
             fused_moe_weight_grad(p);
         },

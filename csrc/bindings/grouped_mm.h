@@ -80,7 +80,8 @@ inline void bind_grouped_mm(pybind11::module_& m) {
             for (const TensorView* t : {&a, &b})
                 LC_CHECK((t->shape.size() == 2 || t->shape.size() == 3) && t->device == "cpu",
                          "grouped_mm: a and b must be 2-D or 3-D tensors on the CPU");
-            LC_CHECK(a.shape.back() == b.shape[b.shape.size() - 2], "grouped_mm: b must have as many rows as a columns");
+            LC_CHECK(a.shape.back() == b.shape[b.shape.size() - 2],
+                     "grouped_mm: b must have as many rows as a columns");
             LC_CHECK(threads >= 1, "grouped_mm: threads must be at least 1");
             p.a = last_two_axes(a), p.b = last_two_axes(b);
             p.threads = at_most_threads(threads), p.isa = isa_named(isa);

@@ -13,9 +13,7 @@ Halves swiglu_halves(const GemmKernels& kernels, int64_t width, int64_t p) {
     return {{first, width + first}, {count, count}};
 }
 
-int64_t swiglu_panels(const GemmKernels& kernels, int64_t width) {
-    return ceil_div(width, kernels.panel_columns / 2);
-}
+int64_t swiglu_panels(const GemmKernels& kernels, int64_t width) { return ceil_div(width, kernels.panel_columns / 2); }
 
 // Activations of all rows, in units.
 struct Activations {
@@ -28,8 +26,8 @@ void up_share(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& 
               const Room& room, const Activations* act) {
     const int64_t units = panel_units(kernels, p.dim), panels = swiglu_panels(kernels, p.width);
     const int64_t first_row = plan.offsets[size_t(share.group)], lanes = kernels.panel_columns / 2;
-    const Left left{plan.rows_of(share.group), p.dim, {p.x.data, p.dtype, p.x.stride, &plan.token[size_t(first_row)]},
-                    false};
+    const Left left{
+        plan.rows_of(share.group), p.dim, {p.x.data, p.dtype, p.x.stride, &plan.token[size_t(first_row)]}, false};
     const Lines first{p.gate_up.data, p.dtype, p.gate_up.row_stride};
     const Lines lines = matrix_lines(first, p.gate_up.expert_stride, share.group);
     const auto panel = [&](int64_t i, uint32_t* to, bool few) {
@@ -61,9 +59,8 @@ void up_pass(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& p
     for (int64_t e = 0; e < p.experts; ++e)
         row_units = std::max(row_units, Left{plan.rows_of(e), p.dim, {}, false}.block_units(kernels));
     const auto rooms = rooms_for(p.threads, row_units, panel_units(kernels, p.dim));
-    const auto parts = shares(p.experts, p.threads, [&](int64_t e) {
-        return plan.rows_of(e) == 0 ? 0 : swiglu_panels(kernels, p.width);
-    });
+    const auto parts = shares(p.experts, p.threads,
+                              [&](int64_t e) { return plan.rows_of(e) == 0 ? 0 : swiglu_panels(kernels, p.width); });
     take_turns(p.threads, int64_t(parts.size()),
                [&](int t, int64_t i) { up_share(p, kernels, plan, parts[size_t(i)], rooms[size_t(t)], act); });
 }
@@ -71,8 +68,22 @@ void up_pass(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& p
 void down_pass(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& plan, const Activations& act) {
     const Lines matrix{p.down.data, p.dtype, p.down.row_stride};
     const Lines x{p.x.data, p.dtype, p.x.stride}, residual{p.residual.data, p.dtype, p.residual.stride};
-    const MoeProduct product{p.tokens, p.slots, p.experts, p.dim, p.width, plan, p.ids, matrix, p.down.expert_stride,
-                             false, static_cast<const uint32_t*>(p.packed[1]), p.weights, true, x, residual, p.threads,
+    const MoeProduct product{p.tokens,
+                             p.slots,
+                             p.experts,
+                             p.dim,
+                             p.width,
+                             plan,
+                             p.ids,
+                             matrix,
+                             p.down.expert_stride,
+                             false,
+                             static_cast<const uint32_t*>(p.packed[1]),
+                             p.weights,
+                             true,
+                             x,
+                             residual,
+                             p.threads,
                              p.out};
     multiply_and_combine(kernels, product, [&](int64_t e) {
         const uint32_t* units = act.units.data() + plan.offsets[size_t(e)] * act.pitch;
@@ -94,7 +105,8 @@ void fused_moe(const FusedMoe& p) {
     if (p.out == nullptr) return up_pass(p, kernels, plan, nullptr);
     const int64_t units = ceil_div(p.width, kernels.step), pitch = odd_pitch(units);
     const Activations act{Buffer<uint32_t>(rows * pitch), pitch};
-    for (int64_t row = 0; row < rows && units > 0; ++row) act.units.data()[row * pitch + units - 1] = 0;  // if half full
+    for (int64_t row = 0; row < rows && units > 0; ++row)
+        act.units.data()[row * pitch + units - 1] = 0;  // if half full
     up_pass(p, kernels, plan, &act);
     down_pass(p, kernels, plan, act);
 }
@@ -110,7 +122,8 @@ void pack_experts(const PackExperts& p) {
     const int64_t ups = swiglu_panels(kernels, p.width), downs = ceil_div(p.dim, kernels.panel_columns);
     const int64_t up_units = panel_units(kernels, p.dim), down_units = panel_units(kernels, p.width);
     take_turns(p.threads, p.experts, [&](int, int64_t e) {
-        const Lines first{p.gate_up.data, p.dtype, p.gate_up.row_stride}, second{p.down.data, p.dtype, p.down.row_stride};
+        const Lines first{p.gate_up.data, p.dtype, p.gate_up.row_stride},
+            second{p.down.data, p.dtype, p.down.row_stride};
         const Lines up = matrix_lines(first, p.gate_up.expert_stride, e);
         const Lines down = matrix_lines(second, p.down.expert_stride, e);
         for (int64_t i = 0; i < ups; ++i)

@@ -12,8 +12,8 @@ void activation_share(const FusedMoeInputGrad& p, const GemmKernels& kernels, co
                       const float* weights, const Share& share, const Room& room, float* by_weight) {
     const int64_t first_row = plan.offsets[size_t(share.group)], columns = kernels.panel_columns;
     const int64_t panels = ceil_div(p.width, columns), size = bytes_of(p.dtype);
-    const Left left{plan.rows_of(share.group), p.dim,
-                    {p.grad.data, p.dtype, p.grad.stride, &plan.token[size_t(first_row)]}, false};
+    const Left left{
+        plan.rows_of(share.group), p.dim, {p.grad.data, p.dtype, p.grad.stride, &plan.token[size_t(first_row)]}, false};
     const Lines lines = matrix_lines({p.down.data, p.dtype, p.down.row_stride}, p.down.expert_stride, share.group);
     const auto panel = [&](int64_t i, uint32_t* to, bool) {
         return panel_of(kernels, lines, true, p.dim, halves_of(kernels, p.width, i), to, false);
@@ -46,9 +46,9 @@ void weight_of_slots(const FusedMoeInputGrad& p, const GemmKernels& kernels, con
                 for (int64_t i = 0; i < panels; ++i) sum += by_weight[row * panels + i];
             } else if (p.ids[slot] >= p.experts) {
                 if (!known)
-                    identity = kernels.dot(static_cast<const char*>(p.grad.data) + token * p.grad.stride * size,
-                                           static_cast<const char*>(p.x.data) + token * p.x.stride * size, p.dtype,
-                                           p.dim);
+                    identity =
+                        kernels.dot(static_cast<const char*>(p.grad.data) + token * p.grad.stride * size,
+                                    static_cast<const char*>(p.x.data) + token * p.x.stride * size, p.dtype, p.dim);
                 known = true, sum = identity;
             }
             p.grad_weights[slot] = sum;
@@ -142,8 +142,9 @@ void fused_moe_input_grad(const FusedMoeInputGrad& p) {
 
     const Lines matrix{p.gate_up.data, p.dtype, p.gate_up.row_stride}, grad{p.grad.data, p.dtype, p.grad.stride};
     const Lines none{nullptr, p.dtype, 0};
-    const MoeProduct product{p.tokens, p.slots, p.experts, p.dim, 2 * p.width, plan, p.ids, matrix,
-                             p.gate_up.expert_stride, true, nullptr, p.weights, false, grad, none, p.threads, p.grad_x};
+    const MoeProduct product{
+        p.tokens, p.slots, p.experts, p.dim, 2 * p.width, plan, p.ids,     matrix,  p.gate_up.expert_stride,
+        true,     nullptr, p.weights, false, grad,        none, p.threads, p.grad_x};
     multiply_and_combine(kernels, product, [&](int64_t e) {
         const Lines lines = rows_from(p.grad_hidden, p.dtype, 2 * p.width, plan.offsets[size_t(e)]);
         return Left{plan.rows_of(e), 2 * p.width, lines, false};

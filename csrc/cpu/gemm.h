@@ -62,8 +62,7 @@ std::vector<Share> shares(int64_t groups, int threads, const Panels& panels) {
     std::vector<Share> parts;
     for (int64_t group = 0; group < groups; ++group) {
         const int64_t count = panels(group), pieces = std::min<int64_t>(count, threads);
-        for (int64_t i = 0; i < pieces; ++i)
-            parts.push_back({group, i * count / pieces, (i + 1) * count / pieces});
+        for (int64_t i = 0; i < pieces; ++i) parts.push_back({group, i * count / pieces, (i + 1) * count / pieces});
     }
     return parts;
 }

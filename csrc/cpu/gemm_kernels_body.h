@@ -88,8 +88,7 @@ struct Columns {
     Columns(const Lines& lines, const Halves& halves, int64_t depth) : depth(depth) {
         for (int h = 0; h < 2; ++h) {
             count[h] = halves.count[h];
-            for (int64_t c = 0; c < kWidth; ++c)
-                line[h][c] = c < count[h] ? lines.at<T>(halves.first[h] + c) : nullptr;
+            for (int64_t c = 0; c < kWidth; ++c) line[h][c] = c < count[h] ? lines.at<T>(halves.first[h] + c) : nullptr;
         }
         next = (halves.first[1] == halves.first[0] + kWidth ? kPanelColumns : kWidth) * lines.stride;
     }
@@ -351,5 +350,5 @@ static float dot(const void* a, const void* b, DType dtype, int64_t count) {
     return folded(sums);
 }
 
-const GemmKernels kKernels = {kTileRows, kPanelColumns, kStep,       pack_rows, pack_steps, pack_columns, product,
-                              stream,    store,         swiglu,      swiglu_grad, activate, add_scaled,  dot};
+const GemmKernels kKernels = {kTileRows, kPanelColumns, kStep,  pack_rows,   pack_steps, pack_columns, product,
+                              stream,    store,         swiglu, swiglu_grad, activate,   add_scaled,   dot};

@@ -68,8 +68,7 @@ void multiply_and_combine(const GemmKernels& kernels, const MoeProduct& p, const
     const auto rooms = rooms_for(p.threads, row_units, units);
     for (int64_t start = 0; start < panels; start += step) {
         const int64_t count = std::min(step, panels - start);
-        const auto parts =
-            shares(p.experts, p.threads, [&](int64_t e) { return p.plan.rows_of(e) == 0 ? 0 : count; });
+        const auto parts = shares(p.experts, p.threads, [&](int64_t e) { return p.plan.rows_of(e) == 0 ? 0 : count; });
         take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
             const Share& part = parts[size_t(i)];
             const Lines lines = matrix_lines(p.matrix, p.expert_stride, part.group);

@@ -100,8 +100,8 @@ input_grad = register(
     _allocate_input_grad,
 )
 weight_grad = register(
-    "fused_moe_weight_grad(Tensor grad, Tensor x, Tensor ids, Tensor weights, Tensor hidden, Tensor grad_hidden, SymInt experts, "
-    "bool wants_gate_up, bool wants_down, str backend) -> (Tensor grad_gate_up, Tensor grad_down)",
+    "fused_moe_weight_grad(Tensor grad, Tensor x, Tensor ids, Tensor weights, Tensor hidden, Tensor grad_hidden, "
+    "SymInt experts, bool wants_gate_up, bool wants_down, str backend) -> (Tensor grad_gate_up, Tensor grad_down)",
     _run_weight_grad,
     _allocate_weight_grad,
 )

@@ -125,17 +125,18 @@ def _check(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, 
 
 
 def _check_optional(
-    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, residual: Tensor | None, *main: Tensor | None
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, residual_TD: Tensor | None, *main: Tensor | None
 ) -> None:
-    for name, tensor, like, dtype in (
-        ("residual", residual, x_TD, x_TD.dtype),
-        ("main_grads", main[0], gate_up_EFD, torch.float32),
-        ("main_grads", main[1], down_EDF, torch.float32),
-    ):
-        if tensor is not None:
-            wanted, found = f"{dtype} {list(like.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
-            check(wanted == found, lambda n=name, w=wanted, f=found: f"fused_moe: {n} must be {w}, got {f}")
-            _check_same("device", name, tensor.device, x_TD.device)
+    _check_like("residual", residual_TD, x_TD, x_TD.dtype)
+    _check_like("main_grads", main[0], gate_up_EFD, torch.float32)
+    _check_like("main_grads", main[1], down_EDF, torch.float32)
+
+
+def _check_like(name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> None:
+    if tensor is not None:
+        wanted, found = f"{dtype} {list(like.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
+        check(wanted == found, lambda: f"fused_moe: {name} must be {wanted}, got {found}")
+        _check_same("device", name, tensor.device, like.device)
 
 
 def _check_same(what: str, name: str, found: Any, wanted: Any) -> None:
@@ -169,7 +170,9 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
     return outputs
 
 
-def _allocate_hidden(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids: Tensor, rows: int, backend: str) -> Tensor:
+def _allocate_hidden(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids: Tensor, rows: int, backend: str
+) -> Tensor:
     return torch.empty(rows, gate_up_EFD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
 
 

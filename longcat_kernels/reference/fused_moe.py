@@ -286,7 +286,9 @@ REFUSALS = (
     Refusal("ids must be int64 [0, k] with k >= 1, got torch.int32 [0, 2]", lambda a: {"ids": a["ids"].int()}),
     Refusal("ids must be int64 [0, k] with k >= 1, got torch.int64 [0, 0]", lambda a: {"ids": a["ids"][:, :0]}),
     Refusal("weights must be floating point [0, 2], got torch.float32 [0, 3]", lambda a: {"weights": torch.ones(0, 3)}),
-    Refusal("residual must be torch.float32 [0, 8], got torch.float32 [0, 7]", lambda a: {"residual": torch.ones(0, 7)}),
+    Refusal(
+        "residual must be torch.float32 [0, 8], got torch.float32 [0, 7]", lambda a: {"residual": torch.ones(0, 7)}
+    ),
     Refusal("save must be h or x, got 'y'", lambda a: {"save": "y"}),
     Refusal(
         "main_grads must be torch.float32 [2, 8, 8], got torch.float64 [2, 8, 8]",
