@@ -67,7 +67,7 @@ void outer_products(const GemmKernels& kernels, const FusedMoeWeightGrad& p, con
         row_units = std::max(row_units, left(e).block_units(kernels));
         depth = std::max(depth, plan.rows_of(e));
     }
-    // A panel, and before it is packed its elements as floats.
+    // A panel, and its elements before they are packed.
     const auto rooms = rooms_for(p.threads, row_units, panel_units(kernels, depth) + depth * width);
     const auto parts =
         shares(p.experts, p.threads, [&](int64_t e) { return p.add && plan.rows_of(e) == 0 ? 0 : panels; });
@@ -108,13 +108,14 @@ void down_grad(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const Ro
     };
     const auto panel = [&](int64_t e, const Halves& halves, uint32_t* units) {
         const int64_t first = plan.offsets[size_t(e)], depth = plan.rows_of(e), pitch = kernels.panel_columns;
-        auto* act = reinterpret_cast<float*>(units + panel_units(kernels, depth));
+        uint32_t* act = units + panel_units(kernels, depth);
         const Lines gate = rows_from(p.hidden, p.dtype, 2 * p.width, first);
         const Lines up{static_cast<const char*>(gate.data) + p.width * bytes_of(p.dtype), p.dtype, gate.stride};
         const int64_t count = halves.count[0] + halves.count[1];
         kernels.activate(gate, up, weights.data() + first, depth, halves.first[0], count, act, pitch);
         const Halves here{{0, pitch / 2}, {halves.count[0], halves.count[1]}};
-        return panel_of(kernels, {act, DType::float32, pitch}, true, depth, here, units, false);
+        return panel_of(kernels, {act, kernels.step == 1 ? DType::float32 : DType::bfloat16, pitch}, true, depth, here,
+                        units, false);
     };
     outer_products(kernels, p, plan, p.dim, p.width, p.grad_down, left, panel);
 }

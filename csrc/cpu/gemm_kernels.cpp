@@ -105,6 +105,10 @@ namespace avx512_bf16 {
 namespace {
 
 using avx512::transpose;
+inline void narrow(const float* from, BFloat16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
+}
+
 #include "gemm_kernels_body.h"
 
 }  // namespace

@@ -95,9 +95,10 @@ struct GemmKernels {
     void (*swiglu)(const SwigluTile& tile);
     void (*swiglu_grad)(const SwigluGradTile& tile);
 
-    // silu(gate) * up * weight of elements [first, first + count) of each row: out[i * pitch + j].
+    // silu(gate) * up * weight of elements [first, first + count) of each row, at most a panel's columns, as elements
+    // of products: out[i * pitch + j].
     void (*activate)(const Lines& gate, const Lines& up, const float* weights, int64_t rows, int64_t first,
-                     int64_t count, float* out, int64_t pitch);
+                     int64_t count, void* out, int64_t pitch);
 
     // sum[j] += scale * line[j].
     void (*add_scaled)(const void* line, DType dtype, float scale, int64_t count, float* sum);

@@ -21,7 +21,10 @@ static inline To converted(From value) {
 
 template <class To, class From>
 static inline void convert(const From* __restrict from, int64_t count, To* __restrict to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = converted<To>(from[i]);
+    int64_t i = 0;
+    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, BFloat16> && kStep == 2)
+        for (; i + kWidth <= count; i += kWidth) narrow(from + i, to + i);
+    for (; i < count; ++i) to[i] = converted<To>(from[i]);
 }
 
 template <class T>
@@ -243,10 +246,11 @@ static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t c
     });
 }
 
-// e^x to two roundings, without branches: x = n ln 2 + r, and a polynomial for e^r (Cephes expf).
+// e^x to two roundings, without branches: x = n ln 2 + r, and a polynomial for e^r (Cephes expf). Of NaN some number:
+// what is made of it is multiplied by x again.
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
+    x = x > -87.0f ? x : -87.0f;
+    x = x < 88.0f ? x : 88.0f;
     const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -264,13 +268,13 @@ static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 static void swiglu(const SwigluTile& t) {
     for (int64_t i = 0; i < t.rows && t.act != nullptr; ++i) {
         const float *gate = t.tile + i * kPanelColumns, *up = gate + kWidth;
-        alignas(64) Element act[kWidth];
-        for (int j = 0; j < kWidth; ++j) act[j] = converted<Element>(gate[j] * sigmoid(gate[j]) * up[j]);
+        alignas(64) float act[kWidth];
+        for (int j = 0; j < kWidth; ++j) act[j] = gate[j] * sigmoid(gate[j]) * up[j];
         Element* to = static_cast<Element*>(t.act) + i * t.act_pitch;
         if (t.count == kWidth)  // a count that is known needs no call to copy
-            std::memcpy(to, act, sizeof act);
+            convert(act, kWidth, to);
         else
-            std::memcpy(to, act, size_t(t.count) * sizeof(Element));
+            convert(act, t.count, to);
     }
     if (t.gate == nullptr) return;
     store(t.tile, kPanelColumns, t.rows, t.count, t.gate, t.dtype, t.hidden_pitch, false);
@@ -289,19 +293,19 @@ template <class T>
 static inline __attribute__((always_inline)) void swiglu_grad_row(const SwigluGradTile& t, int64_t i, int64_t count) {
     constexpr int kCount = kPanelColumns;
     alignas(64) float gate[kCount] = {}, up[kCount] = {}, by_weight[kCount];
-    alignas(64) T grad_gate[kCount], grad_up[kCount];
+    alignas(64) float grad_gate[kCount], grad_up[kCount];
     const float *grad = t.tile + i * kCount, weight = t.weights[i];
     convert(static_cast<const T*>(t.gate) + i * t.pitch, count, gate);
     convert(static_cast<const T*>(t.up) + i * t.pitch, count, up);
     for (int j = 0; j < kCount; ++j) {
         const float s = sigmoid(gate[j]), silu = gate[j] * s, weighted = weight * grad[j];
         by_weight[j] = grad[j] * (silu * up[j]);
-        grad_gate[j] = from_float<T>(weighted * up[j] * (s + silu * (1.0f - s)));
-        grad_up[j] = from_float<T>(weighted * silu);
+        grad_gate[j] = weighted * up[j] * (s + silu * (1.0f - s));
+        grad_up[j] = weighted * silu;
     }
     t.by_weight[i * t.by_weight_pitch] = folded(by_weight);
-    std::memcpy(static_cast<T*>(t.grad_gate) + i * t.pitch, grad_gate, size_t(count) * sizeof(T));
-    std::memcpy(static_cast<T*>(t.grad_up) + i * t.pitch, grad_up, size_t(count) * sizeof(T));
+    convert(grad_gate, count, static_cast<T*>(t.grad_gate) + i * t.pitch);
+    convert(grad_up, count, static_cast<T*>(t.grad_up) + i * t.pitch);
 }
 
 static void swiglu_grad(const SwigluGradTile& t) {
@@ -317,16 +321,17 @@ static void swiglu_grad(const SwigluGradTile& t) {
 }
 
 static void activate(const Lines& gate, const Lines& up, const float* weights, int64_t rows, int64_t first,
-                     int64_t count, float* out, int64_t pitch) {
+                     int64_t count, void* out, int64_t pitch) {
     with_type(gate.dtype, [&](auto type) {
         using T = decltype(type);
         for (int64_t i = 0; i < rows; ++i) {
             const T *g = gate.at<T>(i) + first, *u = up.at<T>(i) + first;
-            float* __restrict to = out + i * pitch;
+            alignas(64) float act[kPanelColumns];
             for (int64_t j = 0; j < count; ++j) {
                 const float value = to_float(g[j]);
-                to[j] = value * sigmoid(value) * to_float(u[j]) * weights[i];
+                act[j] = value * sigmoid(value) * to_float(u[j]) * weights[i];
             }
+            convert(act, count, static_cast<Element*>(out) + i * pitch);
         }
     });
 }

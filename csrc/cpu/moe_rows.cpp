@@ -13,9 +13,11 @@ void combine_token(const GemmKernels& kernels, const MoeProduct& p, int64_t toke
     std::fill(sum, sum + count, 0.0f);
     float identity = 0;
     bool has_identity = false;
+    const int64_t total = p.tokens * p.slots;
     for (int64_t slot = token * p.slots; slot < (token + 1) * p.slots; ++slot) {
         if (p.ids[slot] >= p.experts) identity += p.weights[slot], has_identity = true;
-        const int32_t row = p.plan.row[size_t(slot)];
+        const int32_t row = p.plan.row[size_t(slot)], next = slot + 1 < total ? p.plan.row[size_t(slot) + 1] : -1;
+        for (int64_t j = 0; next >= 0 && j < count; j += 16) __builtin_prefetch(y + next * pitch + j);
         if (row < 0) continue;
         kernels.add_scaled(y + row * pitch, DType::float32, p.weighted ? p.weights[slot] : 1.0f, count, sum);
     }
