@@ -4,6 +4,7 @@
 #include "bindings/fused_moe_backward.h"
 #include "bindings/grouped_mm.h"
 #include "bindings/moe_plan.h"
+#include "bindings/moe_route.h"
 #include "bindings/rvq_decode.h"
 #include "bindings/rvq_encode.h"
 #include "bindings/rvq_encode_backward.h"
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_ema_update(m);
     longcat::bind_grouped_mm(m);
     longcat::bind_moe_plan(m);
+    longcat::bind_moe_route(m);
     longcat::bind_fused_moe(m);
     longcat::bind_fused_moe_backward(m);
 }
