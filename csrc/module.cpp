@@ -2,6 +2,11 @@
 #include "bindings/cuda.h"
 #include "bindings/ema_update.h"
 #include "bindings/ema_update_cuda.h"
+#include "bindings/fused_moe.h"
+#include "bindings/fused_moe_backward.h"
+#include "bindings/grouped_mm.h"
+#include "bindings/moe_plan.h"
+#include "bindings/moe_route.h"
 #include "bindings/ngram_embedding.h"
 #include "bindings/ngram_embedding_weight_grad.h"
 #include "bindings/peak.h"
@@ -48,4 +53,9 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_peak(m);
     longcat::bind_ngram_embedding(m);
     longcat::bind_ngram_embedding_weight_grad(m);
+    longcat::bind_grouped_mm(m);
+    longcat::bind_moe_plan(m);
+    longcat::bind_moe_route(m);
+    longcat::bind_fused_moe(m);
+    longcat::bind_fused_moe_backward(m);
 }

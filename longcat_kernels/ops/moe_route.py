@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_kernels import native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import moe_route as spec
@@ -129,7 +130,35 @@ _op = register(
     backward=_backward,
 )
 
+
+def _why_not_cpu(logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, *_: Any) -> str | None:
+    if logits_TE.device.type != "cpu":
+        return f"takes tensors on the CPU, got {logits_TE.device}"
+    if torch.float64 in (logits_TE.dtype, None if bias_E is None else bias_E.dtype):
+        return "routes in float32, got torch.float64"
+    return native.why_not()
+
+
+def _cpu(
+    logits_TE: Tensor,
+    k: int,
+    n_real: int,
+    bias_E: Tensor | None,
+    score: str,
+    renorm: bool,
+    scale: float,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+) -> None:
+    """Scores by torch, so that they are the reference's to the bit, and with them the choice; the rest in one pass."""
+    p_TE = spec.probabilities(logits_TE, score)
+    choice_TE = spec.choice(p_TE, bias_E)
+    arguments = (p_TE.contiguous(), choice_TE.contiguous(), renorm, scale, weights_Tk, ids_Tk)
+    native.module().moe_route(*arguments, threads=torch.get_num_threads())
+
+
 IMPLS: dict[str, Impl] = {
+    "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.moe_route),
 }
 OP = Op("moe_route", moe_route, IMPLS, spec)
