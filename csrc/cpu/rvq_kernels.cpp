@@ -48,7 +48,6 @@ RowBounds row_bounds(double all, double kept, double lost, int64_t dim) {
     bounds.by_length = up(error + (g + 64 * kUnit) * length);
     bounds.by_error = up((1 + g) * length);
     bounds.margin = up(0x1p-45 * norm * norm);
-    bounds.norm = up(norm);
     return bounds;
 }
 

@@ -58,7 +58,6 @@ constexpr int kMostCandidates = 32;  // held for a row before they are resolved
 // What the bound takes from a row: A, B and margin above.
 struct RowBounds {
     float by_length, by_error, margin;
-    float norm;  // at least |r|
     bool finite, exhaustive;
 };
 
