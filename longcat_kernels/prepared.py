@@ -30,6 +30,15 @@ class PreparedCodebook:
 
     Raises:
         ValueError: words is not such a tensor.
+
+    Example:
+        >>> from longcat_kernels import rvq_encode
+        >>> book = PreparedCodebook(torch.tensor([[1.0], [3.0]]))
+        >>> rvq_encode(torch.tensor([[2.5]]), [book]).codes.tolist()  # packed here, and kept
+        [[1]]
+        >>> _ = book.words.neg_()
+        >>> rvq_encode(torch.tensor([[-2.5]]), [book]).codes.tolist()  # packed anew
+        [[1]]
     """
 
     words: Tensor  # [K, D] float32

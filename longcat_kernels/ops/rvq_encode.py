@@ -50,6 +50,9 @@ def rvq_encode(
     for any batch size, row order, thread count and implementation. Gradients reach x only: 1 through `quantized`
     (whatever the number of levels) and 2 (x - cumulative quantized) / count through `losses`.
 
+    Sources: LongCat-Next report, equation (3), and SoundStream, arXiv 2107.03312, for the residual recursion;
+    `reference.rvq_encode` defines the scores to the last bit.
+
     Args:
         x: [..., D], float32, bfloat16 or float16, any strides. A row with NaN or infinity gets code 0 at every level,
             shows in its own residual and in the losses, and changes no other row.
