@@ -13,6 +13,7 @@ namespace longcat {
 template <class View>
 Codebook words_view(const View& words) {
     words.matrix("rvq_encode: words", DType::float32);
+    LC_CHECK(words.shape[0] >= 1 && words.shape[1] >= 1, "rvq_encode: words must have at least one element");
     return codebook_view("rvq_encode: words", words, words.shape[1], "itself");
 }
 
@@ -44,7 +45,10 @@ RvqEncode rvq_encode_params(const View& x, const std::vector<View>& codebooks, c
     p.x = x.matrix("rvq_encode: x", x.dtype), p.dtype = x.dtype;
     p.rows = x.shape[0], p.dim = x.shape[1], p.row_stride = x.strides[0], p.column_stride = x.strides[1];
     LC_CHECK(p.dim >= 1, "rvq_encode: x must have at least one column");
-    for (const View& book : codebooks) p.levels.push_back(codebook_view("rvq_encode: codebooks", book, p.dim, "x"));
+    for (const View& book : codebooks) {
+        p.levels.push_back(codebook_view("rvq_encode: codebooks", book, p.dim, "x"));
+        LC_CHECK(book.shape[0] >= 1, "rvq_encode: codebooks must have at least one row");
+    }
     LC_CHECK(is_float(p.dtype) && is_float(residual_dtype),
              "rvq_encode: x and residual_dtype must be float32, bfloat16 or float16");
     const int64_t levels = int64_t(p.levels.size());
