@@ -17,6 +17,7 @@ constexpr int64_t kPieceBytes = 8 << 20;   // of a codebook packed at a time
 constexpr int64_t kCachedBytes = 3 << 20;  // of rows that pass each panel together: what the last cache keeps
 constexpr int64_t kMostTiles = 64;         // of them: short rows, whose states fill the second-level cache
 constexpr size_t kGramRows = 4;            // that take turns in the Gram form
+constexpr size_t kGramLevels = 32;         // for more the bound has no room, and residuals could grow past float32
 constexpr int64_t kScoresBytes = 8 << 20;  // of a thread's scores in the Gram form
 
 // Memory on cache lines, uninitialised.
@@ -330,8 +331,8 @@ void encode_by_gram(const Batch& batch, double* squares) {
 }
 
 bool by_gram(const RvqEncode& p) {
-    return p.gram != nullptr && p.levels.size() > 1 && p.residual_dtype == DType::float32 &&
-           !p.packed[0].header->exhaustive;
+    return p.gram != nullptr && p.levels.size() > 1 && p.levels.size() <= kGramLevels &&
+           p.residual_dtype == DType::float32 && !p.packed[0].header->exhaustive;
 }
 
 void encode_batch(const Batch& batch, Pieces& pieces, std::vector<double>& totals) {
