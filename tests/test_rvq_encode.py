@@ -223,7 +223,12 @@ def test_residual_dtype_rounds_between_levels() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sixteen_bit_conversions_are_those_of_torch_for_every_value(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("flush", [False, True])
+def test_sixteen_bit_conversions_are_those_of_torch_for_every_value(
+    dtype: torch.dtype, flush: bool, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(lambda: torch.set_flush_denormal(False))
+    torch.set_flush_denormal(flush)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     every = every[every.isfinite()][:, None]
     zero = torch.zeros(1, 1)
@@ -353,20 +358,6 @@ def test_the_gram_form_gives_the_same_bits(
     assert torch.equal(got[1].nan_to_num(7), want.residual.nan_to_num(7))
 
 
-@pytest.mark.parametrize("levels", [6, 200])
-def test_the_gram_form_is_exact_where_products_of_words_near_overflow(levels: int) -> None:
-    g = torch.Generator().manual_seed(14)
-    around = torch.randn(1, 4, generator=g)
-    around = around / around.norm()
-    words, x = (around * size + torch.randn(40, 4, generator=g) / 20 for size in (1.2, 0.9))
-    words, x = words * 1e18, x[:30] * 1e18
-    if levels == 200:  # residuals that grow, level by level, and words of which the sampled half has no centre
-        words, x = torch.full((512, 1), torch.nan), torch.zeros(3, 1)
-        words[1::2] = torch.linspace(9e17, 8e17, 256)[:, None]
-    got = rvq_encode(x, PreparedCodebook(words, gram=True), levels=levels)
-    assert torch.equal(got.codes, rvq_encode(x, words, levels=levels, backend="reference").codes)
-
-
 @pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
 def test_a_shared_codebook_with_its_products_gives_the_same_bits(residual_dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
@@ -400,19 +391,6 @@ def test_a_codeword_too_long_for_float32_products_leaves_the_others_exact(isa: s
     x, book = torch.randn(30, 20, generator=g), torch.randn(50, 20, generator=g)
     book[9], x[5] = 1e25, 1e30
     assert torch.equal(encode_by(isa, x, [book])[3], rvq_encode(x, [book], backend="reference").codes)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-def test_equal_codewords_of_two_pieces_go_to_the_lower_even_if_the_later_piece_is_scored_exhaustively(isa: str) -> None:
-    book = torch.randn(16411, 300, generator=torch.Generator().manual_seed(0))  # two pieces
-    book[16000], book[16001] = book[5], 1e25
-    assert encode_by(isa, book[5:6] + 0.001, [book])[3].tolist() == [[5]]
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("value", [1e26, 3e38])
-def test_codewords_that_are_all_alike_and_too_long_for_float32_are_scored(isa: str, value: float) -> None:
-    assert (encode_by(isa, torch.randn(3, 8), [torch.full((64, 8), value)])[3] == 0).all()
 
 
 def test_a_codebook_that_is_packed_in_pieces_and_rows_that_come_in_batches() -> None:
