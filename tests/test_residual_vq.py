@@ -368,6 +368,15 @@ def test_encodes_in_one_graph_and_in_inference_mode() -> None:
         assert made(x).codes.shape == (30, 1)
 
 
+def test_trains_inside_a_compiled_function() -> None:
+    torch.manual_seed(0)
+    module = ResidualVQ([12, 9], 8, kmeans_init=False)
+    alone, compiled = copy.deepcopy(module), torch.compile(module, backend="aot_eager")
+    for seed in range(3):
+        x = torch.randn(60, 8, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(compiled(x).codes, alone(x).codes) and same_state(module, alone)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(0, 30),

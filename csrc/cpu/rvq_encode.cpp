@@ -12,6 +12,7 @@ constexpr int64_t kBatchBytes = 8 << 20;   // of rows prepared at a time
 constexpr int64_t kPieceBytes = 8 << 20;   // of a codebook packed at a time
 constexpr int64_t kCachedBytes = 3 << 20;  // of rows that pass each panel together: what the last cache keeps
 constexpr int64_t kMostTiles = 64;         // of them: short rows, whose states fill the second-level cache
+constexpr size_t kGramLevels = 32;         // for more the bound has no room, and residuals could grow past float32
 
 void round_residual(const RvqEncode& p, float* row) {
     if (p.residual_dtype == DType::float32) return;
@@ -176,8 +177,8 @@ void encode_level(const Batch& batch, size_t level, Pieces& pieces) {
 }
 
 bool by_gram(const RvqEncode& p) {
-    return p.gram != nullptr && p.levels.size() > 1 && p.residual_dtype == DType::float32 &&
-           !p.packed[0].header->exhaustive;
+    return p.gram != nullptr && p.levels.size() > 1 && p.levels.size() <= kGramLevels &&
+           p.residual_dtype == DType::float32 && !p.packed[0].header->exhaustive;
 }
 
 void encode_batch(const Batch& batch, Pieces& pieces, std::vector<double>& totals) {

@@ -100,6 +100,7 @@ void sum_up(Queue& queue, const longcat::RvqEncode& p, const Workspace& work) {
 }  // namespace
 
 void pack(Queue& queue, const Codebook& book, const PackScratch& scratch) {
+    LC_CHECK(book.dim <= kWidest, "rvq_encode: a packed codebook must have at most 65536 columns");
     const RvqPack p = {book, scratch.chunks, scratch.sums, scratch.largest};
     const unsigned warps = kPackThreads / 32, rows = blocks_of(book.padded_entries, warps);
     queue.zero(scratch.largest, sizeof *scratch.largest);

@@ -96,6 +96,8 @@ def ema_update(
     )
     if prepared is not None and packed is not None:
         prepared.mark_current()
+    elif prepared is not None and known:
+        prepared.mark_stale()  # `embed` may count its writes apart, as `words.data` does
     return restarted
 
 

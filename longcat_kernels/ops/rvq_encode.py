@@ -21,7 +21,6 @@ from longcat_kernels.reference import rvq_encode as spec
 from longcat_kernels.spec import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_COLUMNS = 65536  # of the CUDA kernels
 Codebook: TypeAlias = Tensor | PreparedCodebook
 
 
@@ -296,8 +295,8 @@ _op = register(
 
 def _why_not_cuda(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
     reason = cuda.why_not("rvq_encode", x_TD) or cuda.why_not_books(codebooks)
-    if reason is None and x_TD.shape[1] > MOST_COLUMNS:
-        reason = f"takes at most {MOST_COLUMNS} columns, got {x_TD.shape[1]}"
+    if reason is None and x_TD.shape[1] > cuda.MOST_COLUMNS:
+        reason = f"takes at most {cuda.MOST_COLUMNS} columns, got {x_TD.shape[1]}"
     return reason
 
 
