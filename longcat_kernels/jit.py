@@ -162,14 +162,12 @@ def _read(entry: Path) -> bytes | None:
 
 def _write(entry: Path, code: bytes) -> None:
     """Renames a finished file into place, so that a reader never sees half of one."""
+    partial = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        partial = tempfile.NamedTemporaryFile(dir=entry.parent, prefix=entry.name, delete=False)
-    except OSError:
-        return  # no place to keep it: the next process compiles again
-    try:
-        with partial:
+        with tempfile.NamedTemporaryFile(dir=entry.parent, prefix=entry.name, delete=False) as partial:
             partial.write(hashlib.sha256(code).digest() + code)
         os.replace(partial.name, entry)
-    except OSError:
-        Path(partial.name).unlink(missing_ok=True)
+    except OSError:  # no place to keep it: the next process compiles again
+        if partial is not None:
+            Path(partial.name).unlink(missing_ok=True)

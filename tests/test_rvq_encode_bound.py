@@ -44,8 +44,8 @@ def equal_lengths(g: torch.Generator) -> tuple[Tensor, Tensor]:
 def one_long_word_often(g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Near duplicates so wide that the float32 sum of the products decides."""
     word = torch.randn(4096, generator=g).abs()
-    book = torch.cat([word * (1 + 2.0**-22 * torch.randn(40, 4096, generator=g)), -word[None]])
-    return word.repeat(12, 1) * 3, book
+    near = word * (1 + 2.0**-22 * torch.randn(40, 4096, generator=g))
+    return word.repeat(12, 1) * 3, torch.cat([near, -near])
 
 
 def far_from_zero(g: torch.Generator) -> tuple[Tensor, Tensor]:

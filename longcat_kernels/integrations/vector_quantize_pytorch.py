@@ -301,7 +301,6 @@ class ResidualVQ(nn.Module):
         losses = encoding.losses * weight if weight else torch.zeros_like(encoding.losses)
         return nn.functional.pad(losses, (0, self.num_quantizers - len(losses)))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _initialize(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """k-means of the rows of all ranks, where it is still to be done; gives them."""
@@ -317,7 +316,6 @@ class ResidualVQ(nn.Module):
                 book.initted.fill_(True)
         return rows_ND
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _update(self, x: Tensor, encoding: RVQEncoding, first_ND: Tensor | None, levels: int) -> None:
         books = self._books()[:levels]

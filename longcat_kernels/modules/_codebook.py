@@ -59,7 +59,8 @@ class Codebook(nn.Module, ABC):
 
     def move(self, vectors_ND: Tensor, codes_N: Tensor, **rule: Any) -> None:
         """`ema_update` by `rule`."""
-        ema_update(self.entries, self.sums, self.counts, vectors_ND, codes_N, prepared=self.prepared(), **rule)
+        prepared = None if torch.compiler.is_compiling() else self.prepared()
+        ema_update(self.entries, self.sums, self.counts, vectors_ND, codes_N, prepared=prepared, **rule)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own prepared form."""

@@ -206,7 +206,6 @@ class ResidualVQ(nn.Module):
     def _books(self) -> list[Codebook]:
         return [book for book in self.codebooks if isinstance(book, Codebook)]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _initialize(self, x: Tensor, mask: Tensor | None, step: int) -> Tensor:
         """k-means over the finite, unmasked rows of all ranks; gives them. Without any, nothing happens."""
@@ -218,7 +217,6 @@ class ResidualVQ(nn.Module):
             self.initialized.fill_(True)
         return rows_ND
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _update(self, rows_ND: Tensor, codes_NL: Tensor, step: int) -> None:
         update(
