@@ -2,6 +2,8 @@
 #include "bindings/cuda.h"
 #include "bindings/ema_update.h"
 #include "bindings/ema_update_cuda.h"
+#include "bindings/ngram_embedding.h"
+#include "bindings/ngram_embedding_weight_grad.h"
 #include "bindings/peak.h"
 #include "bindings/rvq_decode.h"
 #include "bindings/rvq_decode_cuda.h"
@@ -44,4 +46,6 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_rvq_decode_cuda(m);
     longcat::bind_ema_update_cuda(m);
     longcat::bind_peak(m);
+    longcat::bind_ngram_embedding(m);
+    longcat::bind_ngram_embedding_weight_grad(m);
 }

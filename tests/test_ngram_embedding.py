@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longcat_kernels import ngram_embedding
+from longcat_kernels import native, ngram_embedding
 from longcat_kernels.modules import NGramEmbedding
-from longcat_kernels.reference.ngram_embedding import Rule, hashes
+from longcat_kernels.ops.ngram_embedding import OP
+from longcat_kernels.reference.ngram_embedding import EDGE, Case, Rule, hashes, inputs
+from longcat_kernels.testing import assert_close, record
 
 RELEASED = Rule(base=131_072, neighbors=4, splits=4, ignored=(131_072, 131_125))
 RELEASED_ROWS = [78 * 131_072 + 2 * i + 1 for i in range(12)]
@@ -36,15 +38,27 @@ GOLDEN = (
 )
 
 
+def op_hashes(ids: list[int], backend: str) -> torch.Tensor:
+    """[S, N]: the hashes by an implementation, of tables that take no memory."""
+    tables = [torch.zeros(1, 1).expand(rows, 1) for rows in RELEASED_ROWS]
+    numbers, word = RELEASED.numbers(), torch.zeros(1, 1).expand(RELEASED.ignored[1], 1)
+    overload = torch.ops.longcat.ngram_embedding.default
+    inputs = (torch.tensor([ids]), word, tables, [torch.zeros(1, 1)] * 12, None, None, numbers, True)
+    return overload(*inputs, backend)[1][0]
+
+
+@pytest.mark.parametrize("backend", OP.impls)
 @pytest.mark.parametrize(("ids", "position", "expected"), GOLDEN)
-def test_hashes_are_the_released_ones(ids: list[int], position: int, expected: list[int]) -> None:
+def test_hashes_are_the_released_ones(ids: list[int], position: int, expected: list[int], backend: str) -> None:
     assert hashes(torch.tensor([ids]), RELEASED_ROWS, RELEASED)[0, position].tolist() == expected
+    assert op_hashes(ids, backend)[position].tolist() == expected
 
 
 def test_hashes_stay_exact_at_the_largest_ids() -> None:
     ids = [131_071, 131_070, 131_069, 131_068]
     want = [sum(n * 131_072**p for p, n in enumerate(ids[: i // 4 + 2])) % rows for i, rows in enumerate(RELEASED_ROWS)]
     assert hashes(torch.tensor([ids[::-1]]), RELEASED_ROWS, RELEASED)[0, 3].tolist() == want
+    assert all(op_hashes(ids[::-1], backend)[3].tolist() == want for backend in OP.impls)
 
 
 def module(**changes: Any) -> tuple[NGramEmbedding, torch.Tensor]:
@@ -119,7 +133,9 @@ def test_gradients_are_exact() -> None:
 
     def run(word: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         tables, projections = list(weights[:2]), list(weights[2:])
-        return ngram_embedding(ids, word, tables, projections, base=6, neighbors=3, splits=1, ignored=(6, 8), eos=2)
+        return ngram_embedding(
+            ids, word, tables, projections, base=6, neighbors=3, splits=1, ignored=(6, 8), sparse=False
+        )
 
     assert torch.autograd.gradcheck(run, leaves)
 
@@ -134,7 +150,7 @@ def test_row_zero_of_a_table_is_never_read_nor_moved() -> None:
     out = embed(ids, word)
     out.sum().backward()
     assert torch.equal(out, clean)
-    assert all((table.weight.grad[0] == 0).all() for table in embed.embedders)
+    assert all((table.weight.grad.to_dense()[0] == 0).all() for table in embed.embedders)
 
 
 def test_state_dict_names_are_the_released_ones() -> None:
@@ -145,3 +161,108 @@ def test_state_dict_names_are_the_released_ones() -> None:
 def test_refuses_a_width_that_the_tables_cannot_share() -> None:
     with pytest.raises(ValueError, match=r"NGramEmbedding: \(neighbors - 1\) \* splits must divide hidden 12, got 5"):
         module(neighbors=2, splits=5)
+
+
+needs_native = pytest.mark.skipif(native.why_not() is not None, reason=f"compiled module: {native.why_not()}")
+ISAS = native.module().build_info()["isas_available"] if native.why_not() is None else []
+WIDE = Case(2, 37, 9, 11, 444, neighbors=4, dtype=torch.bfloat16)  # widths of 74: whole steps and a rest
+LONG = Case(1, 601, 9, 11, 30, neighbors=2, splits=1)  # tokens of several blocks
+
+
+def by_kernel(case: Case, *, isa: str = "auto", threads: int = 1, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments = record(OP, {**inputs(case), **changes}).arguments[:-2]
+    ids, word, tables = arguments[:3]
+    out, hashed = torch.empty(*ids.shape, word.shape[1], dtype=word.dtype), ids.new_empty(*ids.shape, len(tables))
+    detached = [
+        [t.detach() for t in a] if isinstance(a, list) and isinstance(a[0], torch.Tensor) else a for a in arguments
+    ]
+    native.module().ngram_embedding(*detached, out, hashed, threads=threads, isa=isa)
+    return out, hashed
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [EDGE[4], WIDE, Case(2, 37, 9, 11, 444, neighbors=4)], ids=["edge", "bf16", "fp32"])
+def test_every_instruction_set_gives_the_truth(case: Case, isa: str) -> None:
+    truth, hashed = record(OP, inputs(case)).truth(OP)
+    got = by_kernel(case, isa=isa)
+    assert_close(got[0], truth)
+    assert torch.equal(got[1], hashed)
+    assert torch.equal(by_kernel(case, isa=isa, threads=3)[0], got[0])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(isa: str) -> None:
+    ids = inputs(WIDE)["ids"]
+    whole = by_kernel(WIDE, isa=isa)[0]
+    for row, want in zip(ids, whole, strict=True):
+        assert torch.equal(by_kernel(WIDE, isa=isa, ids=row[None])[0][0], want)
+        assert torch.equal(by_kernel(WIDE, isa=isa, ids=row[None, :5])[0][0], want[:5])
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    ids=st.lists(ROWS, min_size=1, max_size=3),
+    starts=st.lists(st.booleans(), min_size=12, max_size=12),
+    past=st.none() | st.lists(st.integers(-1, 23), min_size=3, max_size=3),
+    neighbors=st.integers(2, 4),
+    splits=st.integers(1, 3),
+)
+def test_the_kernel_equals_the_definition(
+    ids: list[list[int]], starts: list[bool], past: list[int] | None, neighbors: int, splits: int
+) -> None:
+    length, count = min(map(len, ids)), (neighbors - 1) * splits
+    rows, g = torch.tensor([row[:length] for row in ids]), torch.Generator().manual_seed(0)
+    documents = torch.tensor(starts[:length]).long().cumsum(0).expand(len(ids), -1)
+    history = None if past is None else torch.tensor(past[: neighbors - 1]).expand(len(ids), -1)
+    tables = [torch.randn(29 + i, 5, generator=g) for i in range(count)]
+    projections = [torch.randn(7, 5, generator=g) for _ in range(count)]
+    numbers = Rule(20, neighbors, splits, (20, 24)).numbers()
+    arguments = (rows, torch.randn(24, 7, generator=g), tables, projections, documents, history, numbers, True)
+    got, want = (torch.ops.longcat.ngram_embedding.default(*arguments, name) for name in ("cpu", "reference"))
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+
+
+def grads_by_kernel(case: Case, *, isa: str, threads: int = 1) -> list[torch.Tensor]:
+    """Of word, tables (whole) and projections, for a fixed gradient of the output."""
+    ids, word, tables, projections, _, _, numbers = record(OP, inputs(case)).arguments[:7]
+    hashed, dim, dtype = by_kernel(case)[1], word.shape[1], word.dtype
+    grad = torch.randn(ids.numel(), dim, generator=torch.Generator().manual_seed(4)).to(dtype)
+    outputs = [torch.full_like(tensor, torch.nan) for tensor in (word, *tables, *projections)]
+    parts = (outputs[0], outputs[1 : 1 + len(tables)], outputs[1 + len(tables) :])
+    native.module().ngram_embedding_weight_grad(
+        grad, ids, hashed, hashed, tables, projections, numbers, *parts, threads=threads, isa=isa
+    )
+    return outputs
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [EDGE[3], WIDE, LONG], ids=["edge", "bf16", "long"])
+def test_every_instruction_set_gives_the_true_gradients(case: Case, isa: str) -> None:
+    call = record(OP, inputs(case))
+    leaves = [
+        [t.detach().double().requires_grad_() for t in part] for part in ([call.arguments[1]], *call.arguments[2:4])
+    ]
+    rest = call.arguments[4:-1]
+    out = OP.spec.ngram_embedding(call.arguments[0], leaves[0][0], leaves[1], leaves[2], *rest)[0]
+    grad = torch.randn(out.numel() // out.shape[2], out.shape[2], generator=torch.Generator().manual_seed(4)).to(
+        case.dtype
+    )
+    truth = torch.autograd.grad(out, [t for part in leaves for t in part], grad.double().view_as(out))
+    got = grads_by_kernel(case, isa=isa)
+    for actual, wanted in zip(got, truth, strict=True):
+        assert_close(actual, wanted)
+    again = grads_by_kernel(case, isa=isa, threads=3)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_ids_of_any_strides() -> None:
+    case = Case(3, 17, 9, 11, 8, documents=True, history=True)
+    good = inputs(case)
+    strided = {name: good[name].mT.contiguous().mT for name in ("ids", "documents", "history")}
+    assert strided["ids"].stride(1) != 1
+    assert torch.equal(ngram_embedding(**{**good, **strided}), ngram_embedding(**good))
