@@ -14,6 +14,7 @@ from longcat_kernels.layouts import HalfLayout
 
 LEAST_CAPABILITY = (7, 5)  # what NVRTC 13 compiles for
 MOST_LEVELS = 32  # of which the kernels take pointers
+MOST_COLUMNS = 65536  # whose exact sums the kernels of rvq_encode hold
 
 
 def why_not(op: str, tensor: Tensor) -> str | None:
@@ -63,6 +64,14 @@ def why_not_books(codebooks: list[Tensor]) -> str | None:
     if len(codebooks) > MOST_LEVELS:
         return f"takes at most {MOST_LEVELS} levels, got {len(codebooks)}"
     return None
+
+
+def why_not_packed(words_KD: Tensor) -> str | None:
+    """None where the kernels can pack a codebook [K, D] float32, else the reason."""
+    reason = why_not("rvq_encode", words_KD) or why_not_books([words_KD])
+    if reason is None and words_KD.shape[1] > MOST_COLUMNS:
+        reason = f"takes at most {MOST_COLUMNS} columns, got {words_KD.shape[1]}"
+    return reason
 
 
 def packed(words_KD: Tensor) -> Tensor:

@@ -57,7 +57,10 @@ def cubin(op: str, arch: str, cache: Path | None = None) -> bytes:
     nvrtc = _nvrtc(op, arch)
     version = _checked(nvrtc, *nvrtc.nvrtcVersion())
     key = hashlib.sha256(repr((source_hash(), op, arch, version, OPTIONS)).encode()).hexdigest()[:16]
-    entry = (cache or cache_folder()) / f"{op}.{arch}.{key}.cubin"
+    folder = cache or cache_folder()
+    if folder is None:
+        return compile_cubin(op, arch)
+    entry = folder / f"{op}.{arch}.{key}.cubin"
     known = _read(entry)
     if known is not None:
         return known
@@ -101,10 +104,15 @@ def source_hash() -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
-def cache_folder() -> Path:
-    """As the XDG Base Directory Specification has it."""
+def cache_folder() -> Path | None:
+    """As the XDG Base Directory Specification has it; None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "longcat-kernels"
+    if os.path.isabs(base):
+        return Path(base) / "longcat-kernels"
+    try:
+        return Path.home() / ".cache" / "longcat-kernels"
+    except RuntimeError:
+        return None
 
 
 def _prebuilt(op: str, arch: str) -> Path:
@@ -154,10 +162,12 @@ def _read(entry: Path) -> bytes | None:
 
 def _write(entry: Path, code: bytes) -> None:
     """Renames a finished file into place, so that a reader never sees half of one."""
+    partial = None
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=entry.parent, prefix=entry.name, delete=False) as partial:
             partial.write(hashlib.sha256(code).digest() + code)
         os.replace(partial.name, entry)
-    except OSError:
-        return  # no place to keep it: the next process compiles again
+    except OSError:  # no place to keep it: the next process compiles again
+        if partial is not None:
+            Path(partial.name).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 // Arguments of rvq_decode and of its backward from Python.
 #pragma once
 
+#include "bindings/codebook.h"
 #include "bindings/tensor_view.h"
 #include "longcat/rvq_decode.h"
 
@@ -20,12 +21,8 @@ RvqDecode rvq_decode_params(const View& codes, const std::vector<View>& codebook
     p.codes = codes_view("rvq_decode: codes", codes, codebooks.size());
     out.matrix("rvq_decode: out", DType::float32);
     p.dim = out.shape[1];
-    for (const View& book : codebooks) {
-        const auto* words = book.template matrix<const float>("rvq_decode: codebooks", DType::float32);
-        LC_CHECK(book.shape[1] == p.dim && (p.dim == 1 || book.strides[1] == 1),
-                 "rvq_decode: codebooks must be as wide as out, with adjacent elements");
-        p.codebooks.push_back({words, book.shape[0], book.strides[0]});
-    }
+    for (const View& book : codebooks)
+        p.codebooks.push_back(codebook_view("rvq_decode: codebooks", book, p.dim, "out"));
     p.out = out.template whole<float>("rvq_decode: out", DType::float32, {p.codes.rows, p.dim});
     return p;
 }

@@ -3,17 +3,18 @@
 
 #include <optional>
 
+#include "bindings/codebook.h"
 #include "bindings/tensor_view.h"
 #include "longcat/rvq_encode.h"
 
 namespace longcat {
 
+// The codewords that are packed, [entries, dim].
 template <class View>
-Codebook codebook(const View& book) {
-    const auto* words = book.template matrix<float>("rvq_encode: codebooks", DType::float32);
-    LC_CHECK(book.shape[0] >= 1 && book.shape[1] >= 1 && (book.shape[1] == 1 || book.strides[1] == 1),
-             "rvq_encode: codebooks must have rows with adjacent elements");
-    return {words, book.shape[0], book.strides[0]};
+Codebook words_view(const View& words) {
+    words.matrix("rvq_encode: words", DType::float32);
+    LC_CHECK(words.shape[0] >= 1 && words.shape[1] >= 1, "rvq_encode: words must have at least one element");
+    return codebook_view("rvq_encode: words", words, words.shape[1], "itself");
 }
 
 // A view of packed bytes, whatever they hold.
@@ -45,8 +46,8 @@ RvqEncode rvq_encode_params(const View& x, const std::vector<View>& codebooks, c
     p.rows = x.shape[0], p.dim = x.shape[1], p.row_stride = x.strides[0], p.column_stride = x.strides[1];
     LC_CHECK(p.dim >= 1, "rvq_encode: x must have at least one column");
     for (const View& book : codebooks) {
-        p.levels.push_back(codebook(book));
-        LC_CHECK(book.shape[1] == p.dim, "rvq_encode: codebooks must be as wide as x");
+        p.levels.push_back(codebook_view("rvq_encode: codebooks", book, p.dim, "x"));
+        LC_CHECK(book.shape[0] >= 1, "rvq_encode: codebooks must have at least one row");
     }
     LC_CHECK(is_float(p.dtype) && is_float(residual_dtype),
              "rvq_encode: x and residual_dtype must be float32, bfloat16 or float16");
@@ -102,7 +103,7 @@ inline void bind_rvq_encode(pybind11::module_& m) {
     m.def(
         "pack_codebook",
         [](const TensorView& words, const TensorView& packed, int threads, const std::optional<std::string>& isa) {
-            const Codebook book = codebook(words);
+            const Codebook book = words_view(words);
             const int64_t dim = words.shape[1];
             const PackedCodebook view = isa ? packed_bytes_of(packed, book.entries, dim, isa_named(*isa))
                                             : packed_codebook(packed, book.entries, dim);
@@ -116,7 +117,7 @@ inline void bind_rvq_encode(pybind11::module_& m) {
     m.def(
         "rvq_gram",
         [](const TensorView& words, const TensorView& packed, const TensorView& gram, int threads) {
-            const Codebook book = codebook(words);
+            const Codebook book = words_view(words);
             const PackedCodebook view = packed_codebook(packed, book.entries, words.shape[1]);
             auto* out = gram.whole<float>("rvq_gram: gram", DType::float32, {view.entries, view.padded});
             LC_CHECK(threads >= 1, "rvq_gram: threads must be at least 1");

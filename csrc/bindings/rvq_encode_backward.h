@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "bindings/codebook.h"
 #include "bindings/tensor_view.h"
 #include "longcat/rvq_encode_backward.h"
 
@@ -23,12 +24,8 @@ RvqEncodeBackward rvq_encode_backward_params(const std::optional<View>& grad, co
         p.grad = {grad->matrix("rvq_encode_backward: grad", p.dtype), grad->strides[0], grad->strides[1]};
         LC_CHECK(grad->shape == x.shape, "rvq_encode_backward: grad must have the shape of x");
     }
-    for (const View& book : codebooks) {
-        const auto* words = book.template matrix<const float>("rvq_encode_backward: codebooks", DType::float32);
-        LC_CHECK(book.shape[1] == p.dim && (p.dim == 1 || book.strides[1] == 1),
-                 "rvq_encode_backward: codebooks must be as wide as x, with adjacent elements");
-        p.codebooks.push_back({words, book.shape[0], book.strides[0]});
-    }
+    for (const View& book : codebooks)
+        p.codebooks.push_back(codebook_view("rvq_encode_backward: codebooks", book, p.dim, "x"));
     LC_CHECK(!codebooks.empty(), "rvq_encode_backward: the number of codebooks must be at least 1");
     const int64_t levels = int64_t(codebooks.size());
     if (scales) p.scales = scales->template whole<float>("rvq_encode_backward: scales", DType::float32, {levels});

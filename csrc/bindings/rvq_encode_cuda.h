@@ -37,7 +37,7 @@ inline void rvq_encode_cuda(CudaModule& kernels, uintptr_t stream, const CudaAll
 inline void rvq_pack_cuda(CudaModule& kernels, uintptr_t stream, const CudaAllocate& allocate,
                           const CudaTensorView& words, const CudaTensorView& packed) {
     check_device("rvq_encode", kernels, words);
-    const Codebook book = codebook(words);
+    const Codebook book = words_view(words);
     void* place = half_codebook(packed, book, words.shape[1]);
     run_with_workspace(kernels, stream, allocate, [&](cuda::Queue& queue, void* workspace) {
         return cuda::rvq_pack(queue, book.words, book.stride, book.entries, words.shape[1], place, workspace);

@@ -100,6 +100,7 @@ void sum_up(Queue& queue, const longcat::RvqEncode& p, const Workspace& work) {
 }  // namespace
 
 void pack(Queue& queue, const Codebook& book, const PackScratch& scratch) {
+    LC_CHECK(book.dim <= kWidest, "rvq_encode: a packed codebook must have at most 65536 columns");
     const RvqPack p = {book, scratch.chunks, scratch.sums, scratch.largest};
     const unsigned warps = kPackThreads / 32, rows = blocks_of(book.padded_entries, warps);
     queue.zero(scratch.largest, sizeof *scratch.largest);
@@ -119,14 +120,13 @@ ScreenPlan plan_screen(const Device& device, int64_t rows, int entries) {
     const Schedule schedule = {row_blocks, best_parts(row_blocks, tiles, workers, fewest), tiles, 4096 / block_rows};
     const unsigned units = unsigned(schedule.units());
     if (hopper)
-        return {"rvq_coarse_wgmma",
-                1,
+        return {1,
                 {"rvq_coarse_wgmma", kWgmmaCluster * std::min(units, unsigned(workers)), 1, kWgmmaThreads,
                  kWgmmaSharedBytes},
                 schedule};
     if (device.major >= 8)
-        return {"rvq_coarse_mma", int(kMmaLists), {"rvq_coarse_mma", units, 1, kMmaThreads, kMmaSharedBytes}, schedule};
-    return {"rvq_coarse_plain", 1, {"rvq_coarse_plain", units, 1, kPlainThreads}, schedule};
+        return {int(kMmaLists), {"rvq_coarse_mma", units, 1, kMmaThreads, kMmaSharedBytes}, schedule};
+    return {1, {"rvq_coarse_plain", units, 1, kPlainThreads}, schedule};
 }
 
 int64_t rvq_encode(Queue& queue, const longcat::RvqEncode& p, const std::vector<void*>& packed, void* workspace) {

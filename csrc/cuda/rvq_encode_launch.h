@@ -11,7 +11,6 @@ namespace longcat::cuda {
 
 // Which screen a device runs, and how its grid covers a level.
 struct ScreenPlan {
-    const char* kernel;
     int lists;  // of candidates that a part writes
     Launch launch;
     Schedule schedule;

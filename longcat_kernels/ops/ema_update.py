@@ -64,7 +64,17 @@ def ema_update(
     moving sum that row times its new count.
 
     Raises:
-        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
+        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors. Codes are looked at
+            only on the CPU, where that costs no synchronisation.
+
+    Example:
+        >>> embed = torch.tensor([[0.0], [9.0]])
+        >>> sums, counts = embed.clone(), torch.ones(2)
+        >>> rows, codes = torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([0, 0, 1])
+        >>> ema_update(embed, sums, counts, rows, codes, decay=0.5, eps=0.0).item()  # none restarted
+        0
+        >>> counts.tolist(), sums[:, 0].tolist(), embed[1].item()
+        ([1.5, 1.0], [2.0, 9.0], 9.0)
     """
     check(-(2**63) <= seed < 2**63, lambda: f"ema_update: seed must be in [-2^63, 2^63), got {seed}")
     known = prepared is not None and not torch.compiler.is_compiling()  # a trace cannot tell versions
@@ -86,6 +96,8 @@ def ema_update(
     )
     if prepared is not None and packed is not None:
         prepared.mark_current()
+    elif prepared is not None and known:
+        prepared.mark_stale()  # `embed` may count its writes apart, as `words.data` does
     return restarted
 
 
@@ -116,11 +128,14 @@ def _check(
         vectors_ND.dtype in DTYPES,
         lambda: f"ema_update: vectors must be float32, bfloat16 or float16, got {vectors_ND.dtype}",
     )
-    for tensor in (embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N):
-        check(
-            tensor.device == embed_KD.device,
-            lambda: f"ema_update: all tensors must be on {embed_KD.device} as embed is, got another device",
-        )
+    for name, tensor in (
+        ("embed_ema", embed_ema_KD),
+        ("cluster_size_ema", cluster_size_ema_K),
+        ("vectors", vectors_ND),
+        ("codes", codes_N),
+    ):
+        if tensor.device != embed_KD.device:
+            raise ValueError(f"ema_update: {name} must be on {embed_KD.device}, got {tensor.device}")
 
 
 def _allocate(

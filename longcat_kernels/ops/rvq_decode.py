@@ -38,7 +38,8 @@ def rvq_decode(
         [..., D] float32.
 
     Raises:
-        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
+        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors. Codes are looked at
+            only on the CPU, where that costs no synchronisation.
 
     Example:
         >>> rvq_decode(torch.tensor([[1, 0], [0, -1]]), [torch.tensor([[1.0], [3.0]]), torch.tensor([[0.5]])]).tolist()

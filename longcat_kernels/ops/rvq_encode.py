@@ -21,7 +21,6 @@ from longcat_kernels.reference import rvq_encode as spec
 from longcat_kernels.spec import Op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_COLUMNS = 65536  # of the CUDA kernels
 Codebook: TypeAlias = Tensor | PreparedCodebook
 
 
@@ -49,6 +48,9 @@ def rvq_encode(
     Codes are exact: of the float32 residual recursion, nearest in float64, ties to the lower index; bit-identical
     for any batch size, row order, thread count and implementation. Gradients reach x only: 1 through `quantized`
     (whatever the number of levels) and 2 (x - cumulative quantized) / count through `losses`.
+
+    Sources: LongCat-Next report, equation (3), and SoundStream, arXiv 2107.03312, for the residual recursion;
+    `reference.rvq_encode` defines the scores to the last bit.
 
     Args:
         x: [..., D], float32, bfloat16 or float16, any strides. A row with NaN or infinity gets code 0 at every level,
@@ -293,8 +295,8 @@ _op = register(
 
 def _why_not_cuda(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
     reason = cuda.why_not("rvq_encode", x_TD) or cuda.why_not_books(codebooks)
-    if reason is None and x_TD.shape[1] > MOST_COLUMNS:
-        reason = f"takes at most {MOST_COLUMNS} columns, got {x_TD.shape[1]}"
+    if reason is None and x_TD.shape[1] > cuda.MOST_COLUMNS:
+        reason = f"takes at most {cuda.MOST_COLUMNS} columns, got {x_TD.shape[1]}"
     return reason
 
 

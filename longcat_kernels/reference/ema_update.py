@@ -156,6 +156,7 @@ REFUSALS = (
         "codes must be below 4, got 4",
         lambda a: {"codes": torch.tensor([4]), "vectors": torch.ones(1, 8)},
     ),
+    Refusal("vectors must be on cpu, got meta", lambda a: {"vectors": a["vectors"].to("meta")}),
     Refusal("seed must be in [-2^63, 2^63), got 9223372036854775808", lambda a: {"seed": 2**63}),
     Refusal("decay must be in [0, 1], got 1.5", lambda a: {"decay": 1.5}),
     Refusal("eps must be at least 0, got -1.0", lambda a: {"eps": -1.0}),

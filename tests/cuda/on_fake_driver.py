@@ -34,7 +34,7 @@ class OnDevice:
 
     def __init__(self, tensor: Tensor, index: int = 0) -> None:
         self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
-        self.device = SimpleNamespace(type="cuda", index=index)
+        self.device, self.is_cpu = SimpleNamespace(type="cuda", index=index), False
 
     def data_ptr(self) -> int:
         return self.tensor.data_ptr()

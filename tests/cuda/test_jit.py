@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,15 @@ def test_a_cache_that_cannot_be_written_does_no_harm(counted: list[tuple[str, st
     assert len(counted) == 2
 
 
+def test_a_disk_that_is_full_keeps_no_half_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jit.os, "replace", refuse)
+    jit._write(tmp_path / "entry.cubin", b"code")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_prebuilt_cubin_of_the_same_source_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit, "_PACKAGE", tmp_path / "longcat_kernels")
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
@@ -148,6 +158,19 @@ def test_the_cache_stands_where_caches_stand(monkeypatch: pytest.MonkeyPatch, tm
     for other in ("", "relative"):  # which the specification says to ignore
         monkeypatch.setenv("XDG_CACHE_HOME", other)
         assert jit.cache_folder() == Path.home() / ".cache" / "longcat-kernels"
+
+
+def test_a_user_without_a_home_compiles_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(jit.Path, "home", refuse)
+    monkeypatch.setattr(jit, "_prebuilt", lambda op, arch: Path("/nonexistent"))
+    monkeypatch.setattr(jit, "_nvrtc", lambda op, arch: SimpleNamespace(nvrtcVersion=lambda: (0, 12, 0)))
+    monkeypatch.setattr(jit, "_checked", lambda nvrtc, result, *values: values)
+    monkeypatch.setattr(jit, "compile_cubin", lambda op, arch: b"compiled")
+    assert jit.cache_folder() is None and jit.cubin("rvq_encode", "sm_80") == b"compiled"
 
 
 def test_importing_the_package_loads_no_compiler() -> None:
