@@ -160,6 +160,7 @@ def combine_kernel(
     inside = (token < T)[:, None] & (column < D)[None, :]
     sum_ = tl.zeros((ROWS, WIDTH), tl.float32)
     identity = tl.zeros((ROWS,), tl.float32)
+    has_identity = tl.zeros((ROWS,), tl.int32)
     for first in range(0, SLOTS, AT_ONCE):
         for step in tl.static_range(AT_ONCE):
             slot = first + step
@@ -169,11 +170,12 @@ def combine_kernel(
             other = here & (tl.load(ids_ptr + at, here, other=-1) >= E)
             weight = tl.load(weights_ptr + at, other | (row >= 0), other=0.0).to(tl.float32)
             identity += tl.where(other, weight, 0.0)
+            has_identity |= other.to(tl.int32)
             y_ptrs = y_ptr + row.to(tl.int64)[:, None] * D + column[None, :]
             y = tl.load(y_ptrs, inside & (row >= 0)[:, None], other=0.0).to(tl.float32)
             sum_ += y * weight[:, None] if WEIGHTED else y
     x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_row + column.to(tl.int64)[None, :] * x_column
-    sum_ += tl.load(x_ptrs, inside & (identity != 0)[:, None], other=0.0).to(tl.float32) * identity[:, None]
+    sum_ += tl.load(x_ptrs, inside & (has_identity != 0)[:, None], other=0.0).to(tl.float32) * identity[:, None]
     if RESIDUAL:
         at = token.to(tl.int64)[:, None] * residual_row + column.to(tl.int64)[None, :] * residual_column
         sum_ += tl.load(residual_ptr + at, inside, other=0.0).to(tl.float32)
