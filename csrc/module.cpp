@@ -1,5 +1,9 @@
 // longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
 #include "bindings/ema_update.h"
+#include "bindings/fused_moe.h"
+#include "bindings/fused_moe_backward.h"
+#include "bindings/grouped_mm.h"
+#include "bindings/moe_plan.h"
 #include "bindings/peak.h"
 #include "bindings/rvq_decode.h"
 #include "bindings/rvq_encode.h"
@@ -36,4 +40,8 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_rvq_decode(m);
     longcat::bind_ema_update(m);
     longcat::bind_peak(m);
+    longcat::bind_grouped_mm(m);
+    longcat::bind_moe_plan(m);
+    longcat::bind_fused_moe(m);
+    longcat::bind_fused_moe_backward(m);
 }

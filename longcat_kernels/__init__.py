@@ -10,11 +10,12 @@ from longcat_kernels.ops.depth_decode import depth_decode
 from longcat_kernels.ops.ema_update import ema_update
 from longcat_kernels.ops.fused_moe import fused_moe
 from longcat_kernels.ops.grouped_mm import grouped_mm
+from longcat_kernels.ops.moe_plan import RoutingPlan, moe_plan
 from longcat_kernels.ops.moe_route import moe_route
 from longcat_kernels.ops.ngram_embedding import ngram_embedding
 from longcat_kernels.ops.rvq_decode import rvq_decode
 from longcat_kernels.ops.rvq_encode import RVQEncoding, rvq_encode
-from longcat_kernels.prepared import PreparedCodebook
+from longcat_kernels.prepared import PreparedCodebook, PreparedExperts
 from longcat_kernels.reference.depth_decode import DepthDecoding, DepthWeights
 from longcat_kernels.reference.sampling import sample
 
@@ -22,11 +23,14 @@ __all__ = [
     "DepthDecoding",
     "DepthWeights",
     "PreparedCodebook",
+    "PreparedExperts",
     "RVQEncoding",
+    "RoutingPlan",
     "depth_decode",
     "ema_update",
     "fused_moe",
     "grouped_mm",
+    "moe_plan",
     "moe_route",
     "ngram_embedding",
     "rvq_decode",

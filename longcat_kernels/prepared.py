@@ -1,7 +1,7 @@
-"""A codebook with what the kernels of `rvq_encode` make of it, kept so that it is made once and not in every call.
+"""Weights with what kernels make of them, kept so that it is made once and not in every call.
 
 Dimension key
-    D width    K entries
+    D width    K entries    E experts    F hidden units of an expert
 """
 
 from __future__ import annotations
@@ -90,6 +90,69 @@ class PreparedCodebook:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["words"], gram=state["_wants_gram"])  # type: ignore[misc]
+
+
+class PreparedExperts:
+    """The weights of experts and their packed form, of the same size, for `fused_moe(..., prepared=)`: for inference.
+
+    It never goes stale: writes to the weights are noticed by their versions, and the packed form is made anew at the
+    next use.
+
+    Args:
+        gate_up: [E, 2 F, D], down: [E, D, F] of one dtype; kept, not copied.
+
+    Raises:
+        ValueError: the weights do not fit each other.
+
+    Example:
+        >>> gate_up, down = torch.randn(4, 2 * 8, 16), torch.randn(4, 16, 8)
+        >>> PreparedExperts(gate_up, down).refresh().is_current
+        True
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    packed: list[Tensor]  # uint8, one each, opaque; empty where no kernel wants them
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        fits = gate_up.ndim == down.ndim == 3 and gate_up.dtype == down.dtype and down.shape[0] >= 1
+        if not fits or list(gate_up.shape) != [down.shape[0], 2 * down.shape[2], down.shape[1]]:
+            raise ValueError(
+                "PreparedExperts: gate_up and down must be [E, 2 F, D] and [E, D, F] of one dtype, got "
+                f"{gate_up.dtype} {list(gate_up.shape)} and {down.dtype} {list(down.shape)}"
+            )
+        self.gate_up, self.down, self.packed = gate_up, down, []
+        self._versions = (-1, -1)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the packed form is that of the weights as they are."""
+        return self._versions == (self.gate_up._version, self.down._version)
+
+    def refresh(self) -> PreparedExperts:
+        """Makes the packed form anew if the weights have changed since; gives itself."""
+        if not self.is_current:
+            self._pack()
+            self._versions = (self.gate_up._version, self.down._version)
+        return self
+
+    def _pack(self) -> None:
+        weights = (self.gate_up.detach(), self.down.detach())
+        on_cpu = self.down.device.type == "cpu" and all(w.stride(2) == 1 for w in weights)
+        if not on_cpu or self.down.dtype not in (torch.float32, torch.bfloat16, torch.float16) or native.why_not():
+            return
+        module = native.module()
+        if not self.packed:
+            sizes = module.packed_experts_bytes(*self.down.shape, self.down.dtype)
+            self.packed = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        module.pack_experts(*weights, *self.packed, threads=torch.get_num_threads())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the weights alone."""
+        return {"gate_up": self.gate_up, "down": self.down}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
 def repack(words: Tensor, packed: Tensor) -> None:

@@ -10,7 +10,8 @@ The module `reference/<op>.py` is the op's specification. It holds
                                checked too
     cost(case)                 `Cost` of one call
     REFUSALS                   tuple of `Refusal`: changes to the call of EDGE[0] that must be refused, and how
-A `Case` may have a field `tolerance`: how many times the usual error it is allowed, with the reason beside it.
+A `Case` may have `tolerance`: how many times the usual error it is allowed, and `inner`: which share of the largest
+result may be lost because operands inside are rounded to a narrow dtype; each with the reason beside it.
 """
 
 from __future__ import annotations

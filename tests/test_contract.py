@@ -39,14 +39,14 @@ def arguments_or_skip(op: Op, backend: str, case: Any) -> tuple[dict[str, Any], 
 def test_equals_the_truth(op: Op, backend: str, case: Any, poisoned: None) -> None:
     _, call = arguments_or_skip(op, backend, case)
     for actual, truth in zip(call.run(backend), call.truth(op), strict=True):
-        assert_close(actual, truth, getattr(case, "tolerance", 1.0))
+        assert_close(actual, truth, getattr(case, "tolerance", 1.0), getattr(case, "inner", 0.0))
 
 
 @every(lambda spec: spec.EDGE)
 def test_gradients_equal_the_truth(op: Op, backend: str, case: Any, poisoned: None) -> None:
     _, call = arguments_or_skip(op, backend, case)
     for actual, truth in zip(call.gradients(op, backend), call.gradients(op, None), strict=True):
-        assert_close(actual, truth, getattr(case, "tolerance", 1.0))
+        assert_close(actual, truth, getattr(case, "tolerance", 1.0), getattr(case, "inner", 0.0))
 
 
 @every(lambda spec: spec.EDGE)

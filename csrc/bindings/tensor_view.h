@@ -61,6 +61,7 @@ inline DType dtype_named(const std::string& name) {
     if (name == "torch.bfloat16") return DType::bfloat16;
     if (name == "torch.float16") return DType::float16;
     if (name == "torch.int64") return DType::int64;
+    if (name == "torch.int32") return DType::int32;
     if (name == "torch.bool") return DType::boolean;
     if (name == "torch.uint8") return DType::uint8;
     return DType::other;

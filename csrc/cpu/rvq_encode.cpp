@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 
+#include "buffer.h"
 #include "rvq_kernels.h"
 
 namespace longcat {
@@ -18,21 +17,6 @@ constexpr int64_t kCachedBytes = 3 << 20;  // of rows that pass each panel toget
 constexpr int64_t kMostTiles = 64;         // of them: short rows, whose states fill the second-level cache
 constexpr size_t kGramRows = 4;            // that take turns in the Gram form
 constexpr int64_t kScoresBytes = 8 << 20;  // of a thread's scores in the Gram form
-
-// Memory on cache lines, uninitialised.
-template <class T>
-class Buffer {
-  public:
-    explicit Buffer(int64_t count) : data_(static_cast<T*>(::operator new(size_t(count + 1) * sizeof(T), kLine))) {}
-    T* data() const { return data_.get(); }
-
-  private:
-    static constexpr std::align_val_t kLine{64};
-    struct Free {
-        void operator()(T* pointer) const { ::operator delete(pointer, kLine); }
-    };
-    std::unique_ptr<T, Free> data_;
-};
 
 bool is_kept(const RvqEncode& p, int64_t row) { return p.mask == nullptr || p.mask[row]; }
 

@@ -2,30 +2,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "lanes.h"
 #include "longcat/dtypes.h"
-
-#if LC_X86
-// GCC 12 takes the undefined operands inside its own intrinsics for mistakes.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#endif
-
-#if defined(__clang__)
-#define LC_SHUFFLE(Type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define LC_SHUFFLE(Type, a, b, ...) __builtin_shuffle(a, b, Type{__VA_ARGS__})
-#endif
 
 namespace longcat {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kUnit = 0x1p-24;
-constexpr float kTiny = 0x1p-126f;  // elements below are taken as zero, as products may
 
 // Not below `value`, which double arithmetic gave, and not above it by more than 5 u.
 float up(double value) { return float(value + std::fabs(value) * 0x1p-22 + 0x1p-126); }
@@ -112,38 +98,6 @@ void resolve_all(Candidates& found, const RvqKernels& kernels, const Part& part,
 namespace portable {
 namespace {
 
-struct Lanes {
-    static constexpr int kWidth = 4;
-    typedef float Vector __attribute__((vector_size(16), aligned(4)));
-    Vector v;
-    static Lanes load(const float* p) { return {*reinterpret_cast<const Vector*>(p)}; }
-    static Lanes load_units(const uint32_t* p) {
-        Lanes lanes;
-        std::memcpy(&lanes.v, p, sizeof lanes.v);
-        return lanes;
-    }
-    static Lanes splat(float x) { return {Vector{x, x, x, x}}; }
-    static Lanes splat_unit(const uint32_t* p) { return splat(float_of(*p)); }
-    static Lanes to_elements(Lanes a, uint32_t* out) {
-        const auto normal = (a.v >= kTiny) | (a.v <= -kTiny);
-        const Lanes element = {normal ? a.v : a.v * 0.0f};
-        std::memcpy(out, &element.v, sizeof element.v);
-        return element;
-    }
-    static Lanes multiply(Lanes a, Lanes b) { return {a.v * b.v}; }
-    static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {a.v * b.v + c.v}; }
-    static Lanes add(Lanes a, Lanes b) { return {a.v + b.v}; }
-    static Lanes subtract(Lanes a, Lanes b) { return {a.v - b.v}; }
-    static Lanes larger(Lanes a, Lanes b) { return {a.v > b.v ? a.v : b.v}; }
-    static uint32_t not_below(Lanes a, Lanes b) {
-        const auto met = a.v >= b.v;
-        return (uint32_t(met[0]) & 1) | (uint32_t(met[1]) & 2) | (uint32_t(met[2]) & 4) | (uint32_t(met[3]) & 8);
-    }
-    float largest() const { return std::max(std::max(v[0], v[1]), std::max(v[2], v[3])); }
-    float total() const { return (v[0] + v[2]) + (v[1] + v[3]); }
-    void store(float* p) const { *reinterpret_cast<Vector*>(p) = v; }
-};
-constexpr int kTileRows = 6, kStep = 1;
 extern const RvqKernels kKernels;
 #include "rvq_kernels_body.h"
 
@@ -155,40 +109,6 @@ LC_TARGET_AVX2
 namespace avx2 {
 namespace {
 
-struct Lanes {
-    static constexpr int kWidth = 8;
-    __m256 v;
-    static Lanes load(const float* p) { return {_mm256_loadu_ps(p)}; }
-    static Lanes load_units(const uint32_t* p) { return {_mm256_loadu_ps(reinterpret_cast<const float*>(p))}; }
-    static Lanes splat(float x) { return {_mm256_set1_ps(x)}; }
-    static Lanes splat_unit(const uint32_t* p) { return {_mm256_broadcast_ss(reinterpret_cast<const float*>(p))}; }
-    static Lanes to_elements(Lanes a, uint32_t* out) {
-        const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
-        const __m256 element = _mm256_and_ps(a.v, _mm256_cmp_ps(size, _mm256_set1_ps(kTiny), _CMP_GE_OQ));
-        _mm256_storeu_ps(reinterpret_cast<float*>(out), element);
-        return {element};
-    }
-    static Lanes multiply(Lanes a, Lanes b) { return {_mm256_mul_ps(a.v, b.v)}; }
-    static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-    static Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.v, b.v)}; }
-    static Lanes subtract(Lanes a, Lanes b) { return {_mm256_sub_ps(a.v, b.v)}; }
-    static Lanes larger(Lanes a, Lanes b) { return {_mm256_max_ps(a.v, b.v)}; }
-    static uint32_t not_below(Lanes a, Lanes b) {
-        return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
-    }
-    float largest() const {
-        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-    }
-    float total() const {
-        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-    }
-    void store(float* p) const { _mm256_storeu_ps(p, v); }
-};
-constexpr int kTileRows = 6, kStep = 1;
 extern const RvqKernels kKernels;
 #include "rvq_kernels_body.h"
 
@@ -200,30 +120,6 @@ LC_TARGET_AVX512
 namespace avx512 {
 namespace {
 
-struct Lanes {
-    static constexpr int kWidth = 16;
-    __m512 v;
-    static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-    static Lanes load_units(const uint32_t* p) { return {_mm512_loadu_ps(p)}; }
-    static Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
-    static Lanes splat_unit(const uint32_t* p) { return splat(float_of(*p)); }
-    static Lanes to_elements(Lanes a, uint32_t* out) {
-        const __mmask16 normal = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(kTiny), _CMP_GE_OQ);
-        const __m512 element = _mm512_maskz_mov_ps(normal, a.v);
-        _mm512_storeu_ps(out, element);
-        return {element};
-    }
-    static Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
-    static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-    static Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
-    static Lanes subtract(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
-    static Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
-    static uint32_t not_below(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
-    float largest() const { return _mm512_reduce_max_ps(v); }
-    float total() const { return _mm512_reduce_add_ps(v); }
-    void store(float* p) const { _mm512_storeu_ps(p, v); }
-};
-constexpr int kTileRows = 12, kStep = 1;
 extern const RvqKernels kKernels;
 #include "rvq_kernels_body.h"
 
@@ -235,33 +131,6 @@ LC_TARGET_AVX512_BF16
 namespace avx512_bf16 {
 namespace {
 
-struct Lanes {
-    static constexpr int kWidth = 16;
-    __m512 v;
-    static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-    static Lanes load_units(const uint32_t* p) { return {_mm512_loadu_ps(p)}; }
-    static Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
-    static Lanes splat_unit(const uint32_t* p) { return splat(float_of(*p)); }
-    static Lanes to_elements(Lanes a, uint32_t* out) {
-        const __mmask16 normal = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(kTiny), _CMP_GE_OQ);
-        const __m256i element = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_mov_ps(normal, a.v));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), element);
-        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(element), 16))};
-    }
-    static Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
-    // Of pairs of bfloat16: two products a lane.
-    static Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
-        return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
-    }
-    static Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
-    static Lanes subtract(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
-    static Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
-    static uint32_t not_below(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
-    float largest() const { return _mm512_reduce_max_ps(v); }
-    float total() const { return _mm512_reduce_add_ps(v); }
-    void store(float* p) const { _mm512_storeu_ps(p, v); }
-};
-constexpr int kTileRows = 12, kStep = 2;
 extern const RvqKernels kKernels;
 #include "rvq_kernels_body.h"
 

@@ -1,10 +1,7 @@
 """Mixture of SwiGLU and identity experts, from ids to sum (LongCat-Flash, arXiv 2509.01322, section 2.1).
 
-The input pass and the weight pass of backward are ops of their own: the weight pass runs only where a weight wants a
-gradient, and both use the pre-activations that forward saved.
-
 Dimension key
-    T tokens    k slots of a token    R rows: T * k, those of real experts first, sorted by expert    E real experts
+    T tokens    k slots of a token    R rows: the slots of real experts, sorted by expert    E real experts
     D model     F hidden units of an expert
 """
 
@@ -15,18 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_kernels import native
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.library import check, register
+from longcat_kernels.ops._fused_moe_backward import add_weight_grad, adjacent, input_grad, weight_grad, why_not_cpu
+from longcat_kernels.prepared import PreparedExperts
 from longcat_kernels.reference import fused_moe as spec
 from longcat_kernels.spec import Op
 
+SAVES = ("h", "x")
+
 
 def fused_moe(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, *, backend: str = "auto"
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    residual: Tensor | None = None,
+    save: str = "h",
+    main_grads: tuple[Tensor, Tensor] | None = None,
+    prepared: PreparedExperts | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Sums, for each token, its experts' outputs by weight.
 
-    Expert e is down[e] @ (silu(gate) * up) with gate | up = gate_up[e] @ x.
+    Expert e is down[e] @ (silu(gate) * up) with gate | up = gate_up[e] @ x. Sums are float32, slot after slot; on the
+    CPU what a token gets depends on no other token and not on the number of threads, to the last bit.
 
     Args:
         x: [T, D], floating point.
@@ -35,22 +48,53 @@ def fused_moe(
         ids: int64 [T, k] as `moe_route` gives them: in [0, E) a real expert, from E on the identity (adds weight * x),
             negative nothing.
         weights: [T, k] floating point, of any dtype.
+        residual: [T, D] of x's dtype, added to the sum before it is rounded.
+        save: what backward keeps besides its inputs: "h" the pre-activations of the real experts' rows in x's dtype
+            (on the CPU as many rows as there are; elsewhere, and inside `torch.compile`, T * k), "x" nothing, and
+            computes them again.
+        main_grads: float32 [E, 2 F, D] and [E, D, F]: backward adds the gradients of gate_up and down to these, and
+            gives none to gate_up and down themselves. Not inside `torch.compile`.
+        prepared: the packed form of these very weights, for inference: spares every call the packing.
         backend: "auto" or the name of an implementation.
 
     Returns:
-        out: [T, D] of x's dtype, summed in at least float32; gradients to x, gate_up, down and weights, once
-            differentiable. Backward keeps x and, in at least float32, the pre-activations of the real experts' rows.
+        out: [T, D] of x's dtype; gradients to x, gate_up, down, weights and residual, once differentiable.
 
     Raises:
-        ValueError: a shape, dtype or device is wrong, or no implementation takes the tensors.
+        ValueError: a shape, dtype, device or option is wrong, or no implementation takes the tensors.
 
     Example:
         >>> x, gate_up, down = torch.ones(1, 2), torch.ones(1, 2, 2), torch.ones(1, 2, 1)
         >>> fused_moe(x, gate_up, down, torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.5]]))
         tensor([[4.0232, 4.0232]])
     """
-    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, weights))
-    return _op(x, gate_up, down, ids, weights, wants_grad, backend)[0]
+    check(save in SAVES, lambda: f"fused_moe: save must be {' or '.join(SAVES)}, got {save!r}")
+    main_gate_up, main_down = main_grads or (None, None)
+    rows = _saved_rows(ids, down) if _wants_grad(x, gate_up, down, weights, residual) else 0
+    packed = _packed(prepared, gate_up, down)
+    arguments = (x, gate_up, down, ids, weights, residual, main_gate_up, main_down, packed, rows, save == "x")
+    return _op(*arguments, backend)[0]
+
+
+def _wants_grad(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _saved_rows(ids_Tk: Tensor, down_EDF: Tensor) -> int:
+    """How many rows backward needs: all slots where their number would cost a wait, or cannot be known."""
+    if torch.compiler.is_compiling() or ids_Tk.device.type != "cpu" or down_EDF.ndim != 3:
+        return ids_Tk.numel()
+    return int(((ids_Tk >= 0) & (ids_Tk < down_EDF.shape[0])).sum())
+
+
+def _packed(prepared: PreparedExperts | None, gate_up: Tensor, down: Tensor) -> list[Tensor]:
+    if prepared is None or torch.compiler.is_compiling():  # a trace cannot tell whether weights have changed
+        return []
+    check(
+        prepared.gate_up is gate_up and prepared.down is down,
+        lambda: "fused_moe: prepared must be made of gate_up and down, got one made of other tensors",
+    )
+    return prepared.refresh().packed
 
 
 def _check(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> None:
@@ -80,107 +124,100 @@ def _check(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, 
         _check_same("device", name, tensor.device, x_TD.device)
 
 
+def _check_optional(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, residual_TD: Tensor | None, *main: Tensor | None
+) -> None:
+    _check_like("residual", residual_TD, x_TD, x_TD.dtype)
+    _check_like("main_grads", main[0], gate_up_EFD, torch.float32)
+    _check_like("main_grads", main[1], down_EDF, torch.float32)
+
+
+def _check_like(name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> None:
+    if tensor is not None:
+        wanted, found = f"{dtype} {list(like.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
+        check(wanted == found, lambda: f"fused_moe: {name} must be {wanted}, got {found}")
+        _check_same("device", name, tensor.device, like.device)
+
+
 def _check_same(what: str, name: str, found: Any, wanted: Any) -> None:
     check(found == wanted, lambda: f"fused_moe: {name} must have the {what} of x, {wanted}, got {found}")
 
 
 def _allocate(
-    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, save: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    _check(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk)
-    rows = ids_Tk.shape[0] * ids_Tk.shape[1] if save else 0
-    wide = torch.promote_types(x_TD.dtype, torch.float32)
-    hidden_RF = torch.empty(rows, gate_up_EFD.shape[1], dtype=wide, device=x_TD.device)
-    return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device), hidden_RF
-
-
-def _run(
-    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor, save: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    inputs = (x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, save)
-    outputs = _allocate(*inputs, backend)
-    choose("fused_moe", IMPLS, backend, *inputs).run(*inputs, *outputs)
-    return outputs
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, _save_hidden, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, output[1])
-
-
-def _backward(ctx: Any, grad_TD: Tensor, _hidden: None) -> tuple[Any, ...]:
-    x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, hidden_RF = ctx.saved_tensors
-    grad_x, grad_weights, grad_hidden = _op_input_grad(
-        grad_TD, x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, hidden_RF, ctx.backend
-    )
-    grad_gate_up = grad_down = None
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_gate_up, grad_down = _op_weight_grad(
-            grad_TD, x_TD, ids_Tk, weights_Tk, hidden_RF, grad_hidden, gate_up_EFD.shape[0], ctx.backend
-        )
-    return grad_x, grad_gate_up, grad_down, None, grad_weights, None, None
-
-
-def _allocate_input_grad(
-    grad_TD: Tensor,
     x_TD: Tensor,
     gate_up_EFD: Tensor,
     down_EDF: Tensor,
     ids_Tk: Tensor,
     weights_Tk: Tensor,
-    hidden_RF: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    def like(t: Tensor) -> Tensor:
-        return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-    return like(x_TD), like(weights_Tk), like(hidden_RF)
-
-
-def _run_input_grad(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _allocate_input_grad(*arguments)
-    *inputs, backend = arguments
-    choose("fused_moe_input_grad", IMPLS_INPUT_GRAD, backend, *inputs).run(*inputs, *outputs)
-    return outputs
-
-
-def _allocate_weight_grad(
-    grad_TD: Tensor,
-    x_TD: Tensor,
-    ids_Tk: Tensor,
-    weights_Tk: Tensor,
-    hidden_RF: Tensor,
-    grad_hidden_RF: Tensor,
-    experts: int,
+    residual_TD: Tensor | None,
+    main_gate_up: Tensor | None,
+    main_down: Tensor | None,
+    packed: list[Tensor],
+    rows: int,
+    recompute: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    width, dim = hidden_RF.shape[1], x_TD.shape[1]
-    grad_gate_up_EFD = torch.empty(experts, width, dim, dtype=x_TD.dtype, device=x_TD.device)
-    return grad_gate_up_EFD, torch.empty(experts, dim, width // 2, dtype=x_TD.dtype, device=x_TD.device)
+    _check(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk)
+    _check_optional(x_TD, gate_up_EFD, down_EDF, residual_TD, main_gate_up, main_down)
+    hidden_RF = torch.empty(0 if recompute else rows, gate_up_EFD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+    return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device), hidden_RF
 
 
-def _run_weight_grad(*arguments: Any) -> tuple[Tensor, Tensor]:
-    outputs = _allocate_weight_grad(*arguments)
+def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
+    outputs = _allocate(*arguments)
     *inputs, backend = arguments
-    choose("fused_moe_weight_grad", IMPLS_WEIGHT_GRAD, backend, *inputs).run(*inputs, *outputs)
+    choose("fused_moe", IMPLS, backend, *inputs).run(*inputs, *outputs)
     return outputs
 
 
-_op_input_grad = register(
-    "fused_moe_input_grad(Tensor grad, Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, "
-    "Tensor hidden, str backend) -> (Tensor grad_x, Tensor grad_weights, Tensor grad_hidden)",
-    _run_input_grad,
-    _allocate_input_grad,
-)
-_op_weight_grad = register(
-    "fused_moe_weight_grad(Tensor grad, Tensor x, Tensor ids, Tensor weights, Tensor hidden, Tensor grad_hidden, "
-    "SymInt experts, str backend) -> (Tensor grad_gate_up, Tensor grad_down)",
-    _run_weight_grad,
-    _allocate_weight_grad,
+def _allocate_hidden(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids: Tensor, rows: int, backend: str
+) -> Tensor:
+    return torch.empty(rows, gate_up_EFD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+
+
+def _run_hidden(*arguments: Any) -> Tensor:
+    hidden_RF = _allocate_hidden(*arguments)
+    *inputs, backend = arguments
+    choose("fused_moe_hidden", IMPLS_HIDDEN, backend, *inputs).run(*inputs, hidden_RF)
+    return hidden_RF
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, _residual, *main, _packed, ctx.rows, ctx.recompute, _ = inputs
+    # Main gradients change between forward and backward as they should: no saved tensors, which may not.
+    ctx.main, ctx.backend, ctx.packed = main, inputs[-1], len(_packed)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, *([] if ctx.recompute else [output[1]]))
+
+
+def _backward(ctx: Any, grad_TD: Tensor, _hidden: None) -> tuple[Any, ...]:
+    x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, *saved = ctx.saved_tensors
+    hidden_RF = saved[0] if saved else _op_hidden(x_TD, gate_up_EFD, down_EDF, ids_Tk, ctx.rows, ctx.backend)
+    grad_x, grad_weights, grad_hidden = input_grad(
+        grad_TD, x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, hidden_RF, ctx.backend
+    )
+    wanted = ctx.needs_input_grad[1:3]
+    rows = (grad_TD, x_TD, ids_Tk, weights_Tk, hidden_RF, grad_hidden)
+    grad_gate_up = grad_down = None
+    if any(wanted) and ctx.main[0] is not None:
+        add_weight_grad(*rows, *(m if wants else None for m, wants in zip(ctx.main, wanted, strict=True)), ctx.backend)
+    elif any(wanted):
+        grads = weight_grad(*rows, gate_up_EFD.shape[0], *wanted, ctx.backend)
+        grad_gate_up, grad_down = (g if wants else None for g, wants in zip(grads, wanted, strict=True))
+    grad_residual = grad_TD if ctx.needs_input_grad[5] else None
+    nothing = (None, None, [None] * ctx.packed, None, None, None)
+    return grad_x, grad_gate_up, grad_down, None, grad_weights, grad_residual, *nothing
+
+
+_op_hidden = register(
+    "fused_moe_hidden(Tensor x, Tensor gate_up, Tensor down, Tensor ids, SymInt rows, str backend) -> Tensor",
+    _run_hidden,
+    _allocate_hidden,
 )
 _op = register(
-    "fused_moe(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, bool save, str backend) "
+    "fused_moe(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, Tensor? residual, "
+    "Tensor? main_gate_up, Tensor? main_down, Tensor[] packed, SymInt rows, bool recompute, str backend) "
     "-> (Tensor out, Tensor hidden)",
     _run,
     _allocate,
@@ -188,13 +225,56 @@ _op = register(
     backward=_backward,
 )
 
+
+def _cpu(
+    x_TD: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDF: Tensor,
+    ids_Tk: Tensor,
+    weights_Tk: Tensor,
+    residual_TD: Tensor | None,
+    main_gate_up: Tensor | None,
+    main_down: Tensor | None,
+    packed: list[Tensor],
+    rows: int,
+    recompute: bool,
+    out_TD: Tensor,
+    hidden_RF: Tensor,
+) -> None:
+    native.module().fused_moe(
+        *adjacent(x_TD, gate_up_EFD, down_EDF),
+        ids_Tk.contiguous(),
+        weights_Tk.float().contiguous(),
+        None if residual_TD is None else adjacent(residual_TD)[0],
+        packed,
+        out_TD,
+        hidden_RF if len(hidden_RF) else None,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _cpu_hidden(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, rows: int, hidden_RF: Tensor
+) -> None:
+    weights_Tk = torch.empty(ids_Tk.shape)  # nobody reads them
+    native.module().fused_moe(
+        *adjacent(x_TD, gate_up_EFD, down_EDF),
+        ids_Tk.contiguous(),
+        weights_Tk,
+        None,
+        [],
+        None,
+        hidden_RF,
+        threads=torch.get_num_threads(),
+    )
+
+
 IMPLS: dict[str, Impl] = {
+    "cpu": Impl(_cpu, why_not_cpu),
     "reference": Impl(spec.forward, lambda *inputs: None),
 }
-IMPLS_INPUT_GRAD: dict[str, Impl] = {
-    "reference": Impl(spec.input_grad, lambda *inputs: None),
-}
-IMPLS_WEIGHT_GRAD: dict[str, Impl] = {
-    "reference": Impl(spec.weight_grad, lambda *inputs: None),
+IMPLS_HIDDEN: dict[str, Impl] = {
+    "cpu": Impl(_cpu_hidden, why_not_cpu),
+    "reference": Impl(spec.hidden, lambda *inputs: None),
 }
 OP = Op("fused_moe", fused_moe, IMPLS, spec)

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_kernels import native
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import grouped_mm as spec
 from longcat_kernels.spec import Op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -102,7 +105,27 @@ _op = register(
     backward=_backward,
 )
 
+
+def _why_not_cpu(a: Tensor, *_: Any) -> str | None:
+    if a.device.type != "cpu":
+        return f"takes tensors on the CPU, got {a.device}"
+    if a.dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16, got {a.dtype}"
+    return native.why_not()
+
+
+def _adjacent(matrix: Tensor) -> Tensor:
+    """With adjacent elements in rows or in columns: a copy where neither is so."""
+    return matrix if 1 in matrix.stride()[-2:] else matrix.contiguous()
+
+
+def _cpu(a: Tensor, b: Tensor, offs: Tensor | None, out: Tensor) -> None:
+    ends = None if offs is None else offs.long().contiguous()
+    native.module().grouped_mm(_adjacent(a), _adjacent(b), ends, out, threads=torch.get_num_threads())
+
+
 IMPLS: dict[str, Impl] = {
+    "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.grouped_mm),
 }
 OP = Op("grouped_mm", grouped_mm, IMPLS, spec)

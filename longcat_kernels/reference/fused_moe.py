@@ -11,6 +11,7 @@ Dimension key
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,12 +22,22 @@ from longcat_kernels.spec import Cost, Refusal
 
 
 def fused_moe(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, save: bool
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    residual: Tensor | None,
+    main_gate_up: Tensor | None,
+    main_down: Tensor | None,
+    packed: list[Tensor],
+    rows: int,
+    recompute: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out[t] = sum over slots j of weights[t, j] * expert(ids[t, j])(x[t]), and what backward needs.
+    """out[t] = residual[t] + sum over slots j of weights[t, j] * expert(ids[t, j])(x[t]), and what backward needs.
 
     expert(e)(x) = down[e] @ (silu(gate) * up) with gate | up = gate_up[e] @ x; x itself for e >= E, 0 for e < 0. The
-    second result is gate | up of each row, by expert, then slot, and zeros from row R on; without `save`, no rows.
+    second result is gate | up of each row, by expert, then slot, and zeros up to `rows`; with `recompute`, no rows.
     """
     hidden = []
     out_TD = torch.where(ids >= down.shape[0], weights, 0).sum(1, keepdim=True) * x
@@ -36,9 +47,12 @@ def fused_moe(
         gate_RF, up_RF = hidden[-1].chunk(2, dim=1)
         y_RD = (functional.silu(gate_RF) * up_RF) @ down_DF.T
         out_TD = out_TD.index_add(0, tokens_R, (weights[tokens_R, slots_R, None] * y_RD).to(out_TD.dtype))
+    if residual is not None:
+        out_TD = out_TD + residual
     hidden_RF = torch.cat(hidden)
-    tail_RF = hidden_RF.new_zeros(ids.numel() - len(hidden_RF), gate_up.shape[1])
-    return out_TD, torch.cat([hidden_RF, tail_RF]).detach() if save else hidden_RF[:0].detach()
+    if recompute or rows == 0:
+        return out_TD, hidden_RF[:0].detach()
+    return out_TD, torch.cat([hidden_RF, hidden_RF.new_zeros(rows - len(hidden_RF), gate_up.shape[1])]).detach()
 
 
 @dataclass(frozen=True)
@@ -80,10 +94,11 @@ class Plan:
                 torch.mm(a_R[start:end], w.to(a_R.dtype), out=out_R[start:end])
         return out_R
 
-    def outer_products(self, a_R: Tensor, b_R: Tensor, out_E: Tensor) -> None:
-        """out[e] = a[rows of e]^T @ b[rows of e]; exact zeros for an expert without rows."""
+    def outer_products(self, a_R: Tensor, b_R: Tensor, add: bool, out_E: Tensor) -> None:
+        """out[e] = a[rows of e]^T @ b[rows of e], added if `add`; exact zeros for an expert without rows."""
         for (start, end), out in zip(self.spans, out_E.unbind(), strict=True):
-            out.copy_(a_R[start:end].T @ b_R[start:end])
+            product = a_R[start:end].T @ b_R[start:end]
+            out.copy_(out + product if add else product)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -100,18 +115,39 @@ def _identity_weights(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
 
 
 def forward(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, save: bool, out: Tensor, hidden: Tensor
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    residual: Tensor | None,
+    main_gate_up: Tensor | None,
+    main_down: Tensor | None,
+    packed: list[Tensor],
+    rows: int,
+    recompute: bool,
+    out: Tensor,
+    saved: Tensor,
 ) -> None:
-    """Writes out [T, D] and, if `save`, the pre-activations hidden [T * k, 2 F] (zero past row R)."""
+    """Writes out [T, D] and, where `saved` has rows, the pre-activations [rows, 2 F] (zero past row R)."""
     plan, dtype = Plan.of(ids, down.shape[0]), _wide(x.dtype)
     x_RD = x.to(dtype).index_select(0, plan.tokens)
-    total = len(x_RD)
-    hidden_RF = hidden[:total] if save else x_RD.new_empty(total, gate_up.shape[1])
-    hidden[total:] = 0
-    plan.products(x_RD, gate_up.mT, hidden_RF)
+    hidden_RF = plan.products(x_RD, gate_up.mT, x_RD.new_empty(len(x_RD), gate_up.shape[1]))
+    if len(saved):
+        saved[: len(x_RD)] = hidden_RF
+        saved[len(x_RD) :] = 0
     y_RD = plan.products(_swiglu(hidden_RF), down.mT, torch.empty_like(x_RD))
     identity_T1 = _identity_weights(ids, weights, down.shape[0]).to(dtype)
-    out.copy_(plan.combine(y_RD, weights).addcmul_(x.to(dtype), identity_T1))
+    out_TD = plan.combine(y_RD, weights).addcmul_(x.to(dtype), identity_T1)
+    out.copy_(out_TD if residual is None else out_TD + residual)
+
+
+def hidden(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, rows: int, saved: Tensor) -> None:
+    """Writes the pre-activations alone, as `forward` does."""
+    plan, dtype = Plan.of(ids, down.shape[0]), _wide(x.dtype)
+    x_RD = x.to(dtype).index_select(0, plan.tokens)
+    saved[: len(x_RD)] = plan.products(x_RD, gate_up.mT, x_RD.new_empty(len(x_RD), gate_up.shape[1]))
+    saved[len(x_RD) :] = 0
 
 
 def input_grad(
@@ -126,23 +162,23 @@ def input_grad(
     grad_weights: Tensor,
     grad_hidden: Tensor,
 ) -> None:
-    """Writes grad_x [T, D], grad_weights [T, k] and grad_hidden [T * k, 2 F] (zero past row R), from `hidden`."""
+    """Writes grad_x [T, D], grad_weights [T, k] and grad_hidden [rows, 2 F] (zero past row R), from `hidden`."""
     plan, dtype = Plan.of(ids, down.shape[0]), _wide(x.dtype)
     total = len(plan.slots)
     grad_TD = grad.to(dtype)
-    gate_RF, up_RF = hidden[:total].chunk(2, dim=1)
+    gate_RF, up_RF = hidden[:total].to(dtype).chunk(2, dim=1)
     sigmoid_RF = gate_RF.sigmoid()
     silu_RF = gate_RF * sigmoid_RF
     grad_act_RF = plan.products(grad_TD.index_select(0, plan.tokens), down, torch.empty_like(silu_RF))
     row_grad_R = (grad_act_RF * silu_RF * up_RF).sum(1)
     grad_act_RF *= weights.reshape(-1)[plan.slots, None].to(dtype)
-    grad_gate_RF, grad_up_RF = grad_hidden[:total].chunk(2, dim=1)
-    torch.mul(grad_act_RF * up_RF, sigmoid_RF + silu_RF * (1 - sigmoid_RF), out=grad_gate_RF)
-    torch.mul(grad_act_RF, silu_RF, out=grad_up_RF)
+    grad_gate_RF = grad_act_RF * up_RF * (sigmoid_RF + silu_RF * (1 - sigmoid_RF))
+    grad_RF = torch.cat([grad_gate_RF, grad_act_RF * silu_RF], 1)
+    grad_hidden[:total] = grad_RF
     grad_hidden[total:] = 0
 
     identity = ids >= down.shape[0]
-    grad_x_RD = plan.products(grad_hidden[:total], gate_up, grad_TD.new_empty(total, x.shape[1]))
+    grad_x_RD = plan.products(grad_RF, gate_up, grad_TD.new_empty(total, x.shape[1]))
     identity_T1 = _identity_weights(ids, weights, down.shape[0]).to(dtype)
     grad_x.copy_(plan.combine(grad_x_RD).addcmul_(grad_TD, identity_T1))
     slot_grad = torch.where(identity, (grad_TD * x.to(dtype)).sum(1, keepdim=True), 0).reshape(-1)
@@ -157,17 +193,20 @@ def weight_grad(
     weights: Tensor,
     hidden: Tensor,
     grad_hidden: Tensor,
-    experts: int,
-    grad_gate_up: Tensor,
-    grad_down: Tensor,
+    add: bool,
+    grad_gate_up: Tensor | None,
+    grad_down: Tensor | None,
 ) -> None:
-    """Writes grad_gate_up [E, 2 F, D] and grad_down [E, D, F], from `hidden` and the input pass's grad_hidden."""
-    plan, dtype = Plan.of(ids, experts), _wide(x.dtype)
+    """Writes, or adds to, grad_gate_up [E, 2 F, D] and grad_down [E, D, F], from `hidden` and its gradient."""
+    wanted = [t for t in (grad_gate_up, grad_down) if t is not None]
+    plan, dtype = Plan.of(ids, len(wanted[0])), _wide(x.dtype)
     total = len(plan.slots)
-    x_RD = x.to(dtype).index_select(0, plan.tokens)
-    plan.outer_products(grad_hidden[:total], x_RD, grad_gate_up)
-    act_RF = _swiglu(hidden[:total]) * weights.reshape(-1)[plan.slots, None].to(dtype)
-    plan.outer_products(grad.to(dtype).index_select(0, plan.tokens), act_RF, grad_down)
+    if grad_gate_up is not None:
+        x_RD = x.to(dtype).index_select(0, plan.tokens)
+        plan.outer_products(grad_hidden[:total].to(dtype), x_RD, add, grad_gate_up)
+    if grad_down is not None:
+        act_RF = _swiglu(hidden[:total].to(dtype)) * weights.reshape(-1)[plan.slots, None].to(dtype)
+        plan.outer_products(grad.to(dtype).index_select(0, plan.tokens), act_RF, add, grad_down)
 
 
 @dataclass(frozen=True)
@@ -181,16 +220,24 @@ class Case:
     zero: int
     k: int
     ids: str = "any"
+    residual: bool = False
+    save: str = "h"
     dtype: torch.dtype = torch.float32
+
+    @property
+    def inner(self) -> float:
+        """Pre-activations, activations and their gradients are rounded to the dtype before they are multiplied."""
+        return 0.0 if self.dtype == torch.float32 else torch.finfo(self.dtype).eps
 
 
 EDGE = (
     Case(0, 8, 4, 2, 1, 2),
     Case(1, 1, 1, 1, 0, 1),
-    Case(19, 7, 5, 6, 3, 3),
+    Case(19, 7, 5, 6, 3, 3, residual=True),
     Case(19, 7, 5, 6, 3, 3, "identity"),
-    Case(19, 7, 5, 6, 0, 2, "one"),
+    Case(19, 7, 5, 6, 0, 2, "one", save="x"),
     Case(19, 8, 4, 5, 2, 3, "ignored"),
+    Case(40, 70, 37, 3, 2, 2, "ignored", residual=True, dtype=torch.float16),
     Case(33, 16, 24, 4, 2, 3, dtype=torch.bfloat16),
 )
 MODEL = (Case(4096, 3072, 1024, 256, 128, 12, dtype=torch.bfloat16),)
@@ -215,6 +262,8 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         "down": normal(case.real, case.dim, case.width, fan=case.width),
         "ids": ids_Tk.to(device),
         "weights": torch.rand(case.tokens, case.k, generator=g).to(device).requires_grad_(),
+        "residual": normal(case.tokens, case.dim) if case.residual else None,
+        "save": case.save,
     }
 
 
@@ -237,5 +286,17 @@ REFUSALS = (
     Refusal("ids must be int64 [0, k] with k >= 1, got torch.int32 [0, 2]", lambda a: {"ids": a["ids"].int()}),
     Refusal("ids must be int64 [0, k] with k >= 1, got torch.int64 [0, 0]", lambda a: {"ids": a["ids"][:, :0]}),
     Refusal("weights must be floating point [0, 2], got torch.float32 [0, 3]", lambda a: {"weights": torch.ones(0, 3)}),
+    Refusal(
+        "residual must be torch.float32 [0, 8], got torch.float32 [0, 7]", lambda a: {"residual": torch.ones(0, 7)}
+    ),
+    Refusal("save must be h or x, got 'y'", lambda a: {"save": "y"}),
+    Refusal(
+        "main_grads must be torch.float32 [2, 8, 8], got torch.float64 [2, 8, 8]",
+        lambda a: {"main_grads": (a["gate_up"].double(), a["down"])},
+    ),
+    Refusal(
+        "prepared must be made of gate_up and down, got one made of other tensors",
+        lambda a: {"prepared": SimpleNamespace(gate_up=a["gate_up"], down=a["down"].clone())},
+    ),
     Refusal("backend must be one of auto, ", lambda a: {"backend": "gpu"}),
 )

@@ -53,17 +53,18 @@ def record(op: Op, arguments: dict[str, Any]) -> Call:
     return replace(recorder.calls[0])
 
 
-def assert_close(actual: Tensor, truth: Tensor, tolerance: float = 1.0) -> None:
+def assert_close(actual: Tensor, truth: Tensor, tolerance: float = 1.0, inner: float = 0.0) -> None:
     """Within one rounding of the result's dtype, plus 16 float32 roundings of its largest value for the sums inside.
 
-    Integers must be equal, and so must NaN and infinity. `tolerance` multiplies what is allowed.
+    Integers must be equal, and so must NaN and infinity. `tolerance` multiplies what is allowed; `inner` is allowed on
+    top, as a share of the largest value.
     """
     assert actual.shape == truth.shape, f"shape {list(actual.shape)}, expected {list(truth.shape)}"
     if not actual.is_floating_point():
         assert torch.equal(actual, truth.to(actual.dtype))
         return
     scale = truth.detach().double().nan_to_num(0, 0, 0).abs().amax().item() if truth.numel() else 0.0
-    rtol, atol = tolerance * 1.01 * torch.finfo(actual.dtype).eps, tolerance * 16 * 2.0**-24 * scale
+    rtol, atol = tolerance * 1.01 * torch.finfo(actual.dtype).eps, (tolerance * 16 * 2.0**-24 + inner) * scale
     torch.testing.assert_close(actual.double(), truth.double(), rtol=rtol, atol=atol, equal_nan=True)
 
 

@@ -8,11 +8,17 @@
 
 namespace longcat {
 
-enum class DType { float32, bfloat16, float16, int64, boolean, uint8, other };
+enum class DType { float32, bfloat16, float16, int64, int32, boolean, uint8, other };
 
 // What `dispatch_float` takes: to be checked before a parallel region, out of which no exception may leave.
 inline bool is_float(DType dtype) {
     return dtype == DType::float32 || dtype == DType::bfloat16 || dtype == DType::float16;
+}
+
+inline int64_t bytes_of(DType dtype) {
+    if (dtype == DType::int64) return 8;
+    if (dtype == DType::float32 || dtype == DType::int32) return 4;
+    return dtype == DType::bfloat16 || dtype == DType::float16 ? 2 : 1;
 }
 
 struct BFloat16 {

@@ -14,10 +14,12 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define LC_X86 1
 #define LC_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
-#define LC_TARGET_AVX512 \
-    _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,avx512f,avx512bw,avx512dq,avx512vl\")")
-#define LC_TARGET_AVX512_BF16 \
-    _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16\")")
+#define LC_TARGET_AVX512        \
+    _Pragma("GCC push_options") \
+        _Pragma("GCC target(\"avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512\")")
+#define LC_TARGET_AVX512_BF16   \
+    _Pragma("GCC push_options") \
+        _Pragma("GCC target(\"avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512\")")
 #define LC_TARGET_END _Pragma("GCC pop_options")
 #else
 #define LC_X86 0

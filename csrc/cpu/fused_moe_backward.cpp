@@ -1,0 +1,164 @@
+#include "longcat/fused_moe_backward.h"
+
+#include <cstring>
+
+#include "moe_rows.h"
+
+namespace longcat {
+namespace {
+
+// Gradients of one expert's activations, in panels of hidden units, and what becomes of them.
+void activation_share(const FusedMoeInputGrad& p, const GemmKernels& kernels, const RoutingPlan& plan,
+                      const float* weights, const Share& share, const Room& room, float* by_weight) {
+    const int64_t first_row = plan.offsets[size_t(share.group)], columns = kernels.panel_columns;
+    const int64_t panels = ceil_div(p.width, columns), size = bytes_of(p.dtype);
+    const Left left{
+        plan.rows_of(share.group), p.dim, {p.grad.data, p.dtype, p.grad.stride, &plan.token[size_t(first_row)]}, false};
+    const Lines lines = matrix_lines({p.down.data, p.dtype, p.down.row_stride}, p.down.expert_stride, share.group);
+    const auto panel = [&](int64_t i, uint32_t* to, bool) {
+        return panel_of(kernels, lines, true, p.dim, halves_of(kernels, p.width, i), to, false);
+    };
+    const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
+    const auto take = [&](const Place& place, const float* tile) {
+        const int64_t row = first_row + place.row, column = place.panel * columns;
+        const int64_t gate = (row * 2 * p.width + column) * size, up = gate + p.width * size;
+        SwigluGradTile t{};
+        t.tile = tile, t.rows = place.rows, t.count = std::min(columns, p.width - column);
+        t.dtype = p.dtype, t.pitch = 2 * p.width;
+        t.gate = static_cast<const char*>(p.hidden) + gate, t.up = static_cast<const char*>(p.hidden) + up;
+        t.grad_gate = static_cast<char*>(p.grad_hidden) + gate, t.grad_up = static_cast<char*>(p.grad_hidden) + up;
+        t.weights = weights + row, t.by_weight = by_weight + row * panels + place.panel, t.by_weight_pitch = panels;
+        kernels.swiglu_grad(t);
+    };
+    multiply(kernels, left, share.first_panel, share.last_panel, room, panel, target, take);
+}
+
+void weight_of_slots(const FusedMoeInputGrad& p, const GemmKernels& kernels, const RoutingPlan& plan,
+                     const float* by_weight) {
+    const int64_t panels = ceil_div(p.width, kernels.panel_columns), size = bytes_of(p.dtype);
+    take_turns(p.threads, p.tokens, [&](int, int64_t token) {
+        float identity = 0;
+        bool known = false;
+        for (int64_t slot = token * p.slots; slot < (token + 1) * p.slots; ++slot) {
+            const int32_t row = plan.row[size_t(slot)];
+            float sum = 0;
+            if (row >= 0) {
+                for (int64_t i = 0; i < panels; ++i) sum += by_weight[row * panels + i];
+            } else if (p.ids[slot] >= p.experts) {
+                if (!known)
+                    identity =
+                        kernels.dot(static_cast<const char*>(p.grad.data) + token * p.grad.stride * size,
+                                    static_cast<const char*>(p.x.data) + token * p.x.stride * size, p.dtype, p.dim);
+                known = true, sum = identity;
+            }
+            p.grad_weights[slot] = sum;
+        }
+    });
+}
+
+// Outer products of rows, summed over the rows of each expert: out [experts, rows, columns].
+// `left(e)` gives the rows; `pack(e, halves, units)` packs those columns of the other side.
+template <class LeftOf, class Pack>
+void outer_products(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const RoutingPlan& plan, int64_t rows,
+                    int64_t columns, void* out, const LeftOf& left, const Pack& pack) {
+    const int64_t width = kernels.panel_columns, panels = ceil_div(columns, width), size = bytes_of(p.grad_dtype);
+    int64_t row_units = 0, depth = 0;
+    for (int64_t e = 0; e < p.experts; ++e) {
+        row_units = std::max(row_units, left(e).block_units(kernels));
+        depth = std::max(depth, plan.rows_of(e));
+    }
+    // A panel, and its elements before they are packed.
+    const auto rooms = rooms_for(p.threads, row_units, panel_units(kernels, depth) + depth * width);
+    const auto parts =
+        shares(p.experts, p.threads, [&](int64_t e) { return p.add && plan.rows_of(e) == 0 ? 0 : panels; });
+    take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
+        const Share& share = parts[size_t(i)];
+        char* first = static_cast<char*>(out) + share.group * rows * columns * size;
+        const auto panel = [&](int64_t at, uint32_t* units, bool) {
+            return pack(share.group, halves_of(kernels, columns, at), units);
+        };
+        const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
+        const auto take = [&](const Place& place, const float* tile) {
+            const int64_t column = place.panel * width, count = std::min(width, columns - column);
+            kernels.store(tile, width, place.rows, count, first + (place.row * columns + column) * size, p.grad_dtype,
+                          columns, p.add);
+        };
+        multiply(kernels, left(share.group), share.first_panel, share.last_panel, rooms[size_t(t)], panel, target,
+                 take);
+    });
+}
+
+void gate_up_grad(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const RoutingPlan& plan) {
+    const auto left = [&](int64_t e) {
+        const Lines lines = rows_from(p.grad_hidden, p.dtype, 2 * p.width, plan.offsets[size_t(e)]);
+        return Left{2 * p.width, plan.rows_of(e), lines, true};
+    };
+    const auto panel = [&](int64_t e, const Halves& halves, uint32_t* units) {
+        const Lines x{p.x.data, p.dtype, p.x.stride, plan.token.data() + plan.offsets[size_t(e)]};
+        return panel_of(kernels, x, true, plan.rows_of(e), halves, units, false);
+    };
+    outer_products(kernels, p, plan, 2 * p.width, p.dim, p.grad_gate_up, left, panel);
+}
+
+void down_grad(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const RoutingPlan& plan) {
+    const std::vector<float> weights = row_weights(plan, p.weights);
+    const auto left = [&](int64_t e) {
+        const Lines grad{p.grad.data, p.dtype, p.grad.stride, plan.token.data() + plan.offsets[size_t(e)]};
+        return Left{p.dim, plan.rows_of(e), grad, true};
+    };
+    const auto panel = [&](int64_t e, const Halves& halves, uint32_t* units) {
+        const int64_t first = plan.offsets[size_t(e)], depth = plan.rows_of(e), pitch = kernels.panel_columns;
+        uint32_t* act = units + panel_units(kernels, depth);
+        const Lines gate = rows_from(p.hidden, p.dtype, 2 * p.width, first);
+        const Lines up{static_cast<const char*>(gate.data) + p.width * bytes_of(p.dtype), p.dtype, gate.stride};
+        const int64_t count = halves.count[0] + halves.count[1];
+        kernels.activate(gate, up, weights.data() + first, depth, halves.first[0], count, act, pitch);
+        const Halves here{{0, pitch / 2}, {halves.count[0], halves.count[1]}};
+        return panel_of(kernels, {act, kernels.step == 1 ? DType::float32 : DType::bfloat16, pitch}, true, depth, here,
+                        units, false);
+    };
+    outer_products(kernels, p, plan, p.dim, p.width, p.grad_down, left, panel);
+}
+
+}  // namespace
+
+void fused_moe_input_grad(const FusedMoeInputGrad& p) {
+    const GemmKernels& kernels = gemm_kernels(p.isa, p.dtype);
+    const RoutingPlan plan(p.ids, p.tokens, p.slots, p.experts);
+    const int64_t rows = plan.rows(), bytes = 2 * p.width * bytes_of(p.dtype);
+    LC_CHECK(p.hidden_rows >= rows, "fused_moe_input_grad: hidden must have a row for each slot of a real expert");
+    std::memset(static_cast<char*>(p.grad_hidden) + rows * bytes, 0, size_t((p.hidden_rows - rows) * bytes));
+    const std::vector<float> weights = row_weights(plan, p.weights);
+    const int64_t panels = ceil_div(p.width, kernels.panel_columns);
+    const Buffer<float> by_weight(rows * panels);
+    int64_t row_units = 0;
+    for (int64_t e = 0; e < p.experts; ++e)
+        row_units = std::max(row_units, Left{plan.rows_of(e), p.dim, {}, false}.block_units(kernels));
+    const auto rooms = rooms_for(p.threads, row_units, panel_units(kernels, p.dim));
+    const auto parts = shares(p.experts, p.threads, [&](int64_t e) { return plan.rows_of(e) == 0 ? 0 : panels; });
+    take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
+        activation_share(p, kernels, plan, weights.data(), parts[size_t(i)], rooms[size_t(t)], by_weight.data());
+    });
+    weight_of_slots(p, kernels, plan, by_weight.data());
+
+    const Lines matrix{p.gate_up.data, p.dtype, p.gate_up.row_stride}, grad{p.grad.data, p.dtype, p.grad.stride};
+    const Lines none{nullptr, p.dtype, 0};
+    const MoeProduct product{
+        p.tokens, p.slots, p.experts, p.dim, 2 * p.width, plan, p.ids,     matrix,  p.gate_up.expert_stride,
+        true,     nullptr, p.weights, false, grad,        none, p.threads, p.grad_x};
+    multiply_and_combine(kernels, product, [&](int64_t e) {
+        const Lines lines = rows_from(p.grad_hidden, p.dtype, 2 * p.width, plan.offsets[size_t(e)]);
+        return Left{plan.rows_of(e), 2 * p.width, lines, false};
+    });
+}
+
+void fused_moe_weight_grad(const FusedMoeWeightGrad& p) {
+    const GemmKernels& kernels = gemm_kernels(p.isa, p.dtype);
+    const RoutingPlan plan(p.ids, p.tokens, p.slots, p.experts);
+    LC_CHECK(p.hidden_rows >= plan.rows(),
+             "fused_moe_weight_grad: hidden must have a row for each slot of a real expert");
+    if (p.grad_gate_up != nullptr) gate_up_grad(kernels, p, plan);
+    if (p.grad_down != nullptr) down_grad(kernels, p, plan);
+}
+
+}  // namespace longcat

@@ -1,0 +1,153 @@
+// Products of groups by the kernels of gemm_kernels.h: blocks of rows, panels of columns, tiles, threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "buffer.h"
+#include "gemm_kernels.h"
+
+namespace longcat {
+
+constexpr int64_t kBlockUnits = (3 << 20) / 4;  // of rows that pass each panel together: what the last cache keeps
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// An odd number of cache lines, so that rows do not meet in one cache set.
+inline int64_t odd_pitch(int64_t units) { return (ceil_div(units, 16) | 1) * 16; }
+
+// The rows of one product.
+struct Left {
+    int64_t rows, depth;
+    Lines lines;
+    bool by_depth;  // lines are steps of depth, not rows
+    const uint32_t* units = nullptr;
+    int64_t pitch = 0;  // with `units`: rows that are packed already
+
+    int64_t block_rows(const GemmKernels& kernels) const {
+        const int64_t fits = kBlockUnits / std::max<int64_t>(1, ceil_div(depth, kernels.step));
+        return std::min(rows, std::max<int64_t>(fits / kernels.tile_rows, 1) * kernels.tile_rows);
+    }
+
+    // Units of memory for a block.
+    int64_t block_units(const GemmKernels& kernels) const {
+        const int64_t block = block_rows(kernels), units = ceil_div(depth, kernels.step);
+        return by_depth ? units * odd_pitch(block) : block * odd_pitch(units);
+    }
+};
+
+// One thread's memory.
+struct Room {
+    Buffer<uint32_t> rows, panel;
+    Buffer<float> tile;
+    Room(int64_t row_units, int64_t panel_units)
+        : rows(row_units), panel(panel_units), tile(kMostTileRows * kMostPanelColumns) {}
+};
+
+inline std::vector<Room> rooms_for(int threads, int64_t row_units, int64_t panel_units) {
+    std::vector<Room> rooms;
+    for (int t = 0; t < threads; ++t) rooms.emplace_back(row_units, panel_units);
+    return rooms;
+}
+
+// Panels of one group, for one thread.
+struct Share {
+    int64_t group, first_panel, last_panel;
+};
+
+// Groups of `panels(group)` panels, in parts for `threads` threads.
+template <class Panels>
+std::vector<Share> shares(int64_t groups, int threads, const Panels& panels) {
+    std::vector<Share> parts;
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t count = panels(group), pieces = std::min<int64_t>(count, threads);
+        for (int64_t i = 0; i < pieces; ++i) parts.push_back({group, i * count / pieces, (i + 1) * count / pieces});
+    }
+    return parts;
+}
+
+// Calls body(thread, item) for all items, each thread taking the next one that is left.
+template <class Body>
+void take_turns(int threads, int64_t items, const Body& body) {
+    std::atomic<int64_t> next{0};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int t = 0; t < threads; ++t)
+        for (int64_t i = next++; i < items; i = next++) body(t, i);
+}
+
+// Where a tile begins, and its rows.
+struct Place {
+    int64_t panel, row, rows;
+};
+
+// A panel of the other side: packed, or where its columns are to be read as they lie.
+struct Panel {
+    const uint32_t* units;  // or null
+    Lines lines;
+    Halves halves;
+};
+
+// Multiplies the rows with panels [first, last): `panel(p, room, few)` gives panel p, which only `few` rows allow to be
+// left unpacked; `target(place, tile, pitch)` where a tile's sums go, `tile` itself or elsewhere; `take(place, sums)`
+// uses them.
+template <class PanelOf, class Target, class Take>
+void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64_t last, const Room& room,
+              const PanelOf& panel, const Target& target, const Take& take) {
+    const int64_t units = ceil_div(left.depth, kernels.step);
+    const int64_t block = left.units == nullptr ? left.block_rows(kernels) : std::max<int64_t>(left.rows, 1);
+    const bool few = left.rows <= std::min(kFewRows, kernels.tile_rows) && !left.by_depth;
+    for (int64_t start = 0; start < left.rows; start += block) {
+        const int64_t rows = std::min(block, left.rows - start);
+        TileRows tile{left.units, left.pitch, left.by_depth, 0};
+        if (left.units == nullptr) {
+            tile.units = room.rows.data(), tile.pitch = odd_pitch(left.by_depth ? rows : units);
+            if (left.by_depth)
+                kernels.pack_steps(left.lines, left.depth, start, rows, rows, room.rows.data(), tile.pitch);
+            else
+                kernels.pack_rows(left.lines, start, rows, left.depth, room.rows.data(), tile.pitch);
+        }
+        const uint32_t* base = tile.units;
+        const int64_t tiles = ceil_div(rows, kernels.tile_rows);
+        for (int64_t p = first; p < last; ++p) {
+            const Panel columns = panel(p, room.panel.data(), few);
+            for (int64_t i = 0; i < tiles; ++i) {
+                const int64_t row = i * rows / tiles;
+                tile.count = int((i + 1) * rows / tiles - row);
+                tile.units = base + row * (left.by_depth ? 1 : tile.pitch);
+                const Place place{p, start + row, tile.count};
+                int64_t pitch = kernels.panel_columns;
+                float* sums = target(place, room.tile.data(), pitch);
+                if (columns.units != nullptr)
+                    kernels.product(tile, columns.units, units, sums, pitch);
+                else
+                    kernels.stream(tile, columns.lines, columns.halves, left.depth, sums, pitch);
+                take(place, sums);
+            }
+        }
+    }
+}
+
+// The columns of panel p of `columns`.
+inline Halves halves_of(const GemmKernels& kernels, int64_t columns, int64_t p) {
+    const int64_t width = kernels.panel_columns / 2, first = p * kernels.panel_columns;
+    const auto count = [&](int64_t from) { return std::clamp<int64_t>(columns - from, 0, width); };
+    return {{first, first + width}, {count(first), count(first + width)}};
+}
+
+// The panel of these columns of a matrix whose lines are its columns or, `by_depth`, its rows.
+inline Panel panel_of(const GemmKernels& kernels, const Lines& lines, bool by_depth, int64_t depth,
+                      const Halves& halves, uint32_t* room, bool few) {
+    if (few && !by_depth) return {nullptr, lines, halves};
+    if (!by_depth) {
+        kernels.pack_columns(lines, halves, depth, room);
+        return {room, lines, halves};
+    }
+    const int64_t width = kernels.panel_columns / 2;
+    for (int h = 0; h < 2; ++h)
+        kernels.pack_steps(lines, depth, halves.count[h] ? halves.first[h] : 0, halves.count[h], width,
+                           room + h * width, kernels.panel_columns);
+    return {room, lines, halves};
+}
+
+}  // namespace longcat

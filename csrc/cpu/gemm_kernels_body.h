@@ -1,0 +1,359 @@
+// gemm_kernels.h for one instruction set. Included once for each, inside its namespace and target. No include guard:
+// see gemm_kernels.cpp.
+
+constexpr int kWidth = Lanes::kWidth, kPanelColumns = 2 * kWidth;
+using Element = std::conditional_t<kStep == 1, float, BFloat16>;
+
+template <class Body>
+static inline void with_type(DType dtype, Body&& body) {
+    if (dtype == DType::float32) return body(float{});
+    if (dtype == DType::bfloat16) return body(BFloat16{});
+    body(Float16{});
+}
+
+template <class To, class From>
+static inline To converted(From value) {
+    if constexpr (std::is_same_v<To, From>)
+        return value;
+    else
+        return from_float<To>(to_float(value));
+}
+
+template <class To, class From>
+static inline void convert(const From* __restrict from, int64_t count, To* __restrict to) {
+    int64_t i = 0;
+    if constexpr (std::is_same_v<From, float> && std::is_same_v<To, BFloat16> && kStep == 2)
+        for (; i + kWidth <= count; i += kWidth) narrow(from + i, to + i);
+    for (; i < count; ++i) to[i] = converted<To>(from[i]);
+}
+
+template <class T>
+static inline void to_units(const T* line, int64_t count, uint32_t* out) {
+    auto* elements = reinterpret_cast<Element*>(out);
+    convert(line, count, elements);
+    for (int64_t i = count; i % kStep != 0; ++i) elements[i] = Element{};
+}
+
+static void pack_rows(const Lines& lines, int64_t first, int64_t count, int64_t depth, uint32_t* out, int64_t pitch) {
+    with_type(lines.dtype, [&](auto type) {
+        for (int64_t i = 0; i < count; ++i) to_units(lines.at<decltype(type)>(first + i), depth, out + i * pitch);
+    });
+}
+
+// One unit of depth of `count` rows or columns; `second` is null past the end.
+template <class T>
+static inline void pair_up(const T* __restrict one, const T* __restrict second, int64_t count,
+                           uint32_t* __restrict out) {
+    if constexpr (kStep == 1) {
+        convert(one, count, reinterpret_cast<float*>(out));
+    } else if (second == nullptr) {
+        for (int64_t i = 0; i < count; ++i) out[i] = converted<BFloat16>(one[i]).bits;
+    } else {
+        for (int64_t i = 0; i < count; ++i)
+            out[i] = uint32_t(converted<BFloat16>(one[i]).bits) | uint32_t(converted<BFloat16>(second[i]).bits) << 16;
+    }
+}
+
+// The same of a register's width.
+template <class T>
+static inline void pair_up_lanes(const T* one, const T* second, uint32_t* out) {
+    __builtin_prefetch(one + kPanelColumns);
+    if (second != nullptr) __builtin_prefetch(second + kPanelColumns);
+    if constexpr (std::is_same_v<T, float> && kStep == 1)
+        Lanes::load(one).store_units(out);
+    else
+        pair_up(one, second, kWidth, out);
+}
+
+static void pack_steps(const Lines& lines, int64_t depth, int64_t first, int64_t count, int64_t width, uint32_t* out,
+                       int64_t pitch) {
+    with_type(lines.dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t k = 0; k < depth; k += kStep, out += pitch) {
+            const T *one = lines.at<T>(k) + first, *second = k + 1 < depth ? lines.at<T>(k + 1) + first : nullptr;
+            if (count == kWidth && width == kWidth) {
+                pair_up_lanes(one, kStep == 1 ? nullptr : second, out);
+                continue;
+            }
+            pair_up(one, second, count, out);
+            std::fill(out + count, out + width, 0u);
+        }
+    });
+}
+
+// The columns of a panel, as lines.
+template <class T>
+struct Columns {
+    const T* line[2][kWidth];
+    int64_t count[2], depth;
+    int64_t next;  // from a line to the one in its place in the next panel
+
+    Columns(const Lines& lines, const Halves& halves, int64_t depth) : depth(depth) {
+        for (int h = 0; h < 2; ++h) {
+            count[h] = halves.count[h];
+            for (int64_t c = 0; c < kWidth; ++c) line[h][c] = c < count[h] ? lines.at<T>(halves.first[h] + c) : nullptr;
+        }
+        next = (halves.first[1] == halves.first[0] + kWidth ? kPanelColumns : kWidth) * lines.stride;
+    }
+
+    // Units of one half from element `first` on, a register a unit; gives how many.
+    inline __attribute__((always_inline)) int64_t load(int h, int64_t first, Lanes (&units)[kWidth]) const {
+        const int64_t elements = std::min<int64_t>(kWidth * kStep, depth - first);
+        constexpr int64_t kAheadElements = kAhead / int64_t(sizeof(T));
+        const int64_t ahead = kAheadElements + (first + kAheadElements < depth ? 0 : next - depth);
+        if (std::is_same_v<T, Element> && elements == kWidth * kStep && count[h] == kWidth) {
+#pragma GCC unroll 16
+            for (int c = 0; c < kWidth; ++c) {
+                __builtin_prefetch(line[h][c] + first + ahead, 0, 2);
+                units[c] = Lanes::load_units(reinterpret_cast<const uint32_t*>(line[h][c] + first));
+            }
+        } else {
+            load_part(h, first, elements, units);
+        }
+        transpose(units);
+        return (elements + kStep - 1) / kStep;
+    }
+
+    void load_part(int h, int64_t first, int64_t elements, Lanes (&units)[kWidth]) const {
+        for (int c = 0; c < kWidth; ++c) {
+            alignas(64) uint32_t room[kWidth] = {};
+            if (c < count[h]) to_units(line[h][c] + first, elements, room);
+            units[c] = Lanes::load_units(room);
+        }
+    }
+};
+
+static void pack_columns(const Lines& lines, const Halves& halves, int64_t depth, uint32_t* panel) {
+    with_type(lines.dtype, [&](auto type) {
+        const Columns<decltype(type)> columns(lines, halves, depth);
+        for (int64_t first = 0; first < depth; first += kWidth * kStep)
+            for (int h = 0; h < 2; ++h) {
+                Lanes units[kWidth];
+                uint32_t* out = panel + first / kStep * kPanelColumns + h * kWidth;
+                const int64_t count = columns.load(h, first, units);
+#pragma GCC unroll 16
+                for (int64_t u = 0; u < kWidth; ++u)
+                    if (u < count) units[u].store_units(out + u * kPanelColumns);
+            }
+    });
+}
+
+template <class T, int kRows>
+static void stream_rows(const uint32_t* rows, int64_t pitch, const Columns<T>& columns, float* out, int64_t out_pitch) {
+    Lanes sums[kRows][2];
+    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = Lanes::splat(0);
+    for (int64_t first = 0; first < columns.depth; first += kWidth * kStep)
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+            Lanes units[kWidth];
+            const int64_t count = columns.load(h, first, units);
+#pragma GCC unroll 16
+            for (int64_t u = 0; u < kWidth; ++u) {
+                if (u >= count) break;
+#pragma GCC unroll 8
+                for (int i = 0; i < kRows; ++i)
+                    sums[i][h] = Lanes::multiply_add(Lanes::splat_unit(rows + i * pitch + first / kStep + u), units[u],
+                                                     sums[i][h]);
+            }
+        }
+    for (int i = 0; i < kRows; ++i)
+        for (int h = 0; h < 2; ++h) sums[i][h].store(out + i * out_pitch + h * kWidth);
+}
+
+static void stream(const TileRows& rows, const Lines& lines, const Halves& halves, int64_t depth, float* out,
+                   int64_t pitch) {
+    with_type(lines.dtype, [&](auto type) {
+        using T = decltype(type);
+        const Columns<T> columns(lines, halves, depth);
+        switch (rows.count) {
+            case 1:
+                return stream_rows<T, 1>(rows.units, rows.pitch, columns, out, pitch);
+            case 2:
+                return stream_rows<T, 2>(rows.units, rows.pitch, columns, out, pitch);
+            case 3:
+                return stream_rows<T, 3>(rows.units, rows.pitch, columns, out, pitch);
+            case 4:
+                return stream_rows<T, 4>(rows.units, rows.pitch, columns, out, pitch);
+            case 5:
+                return stream_rows<T, 5>(rows.units, rows.pitch, columns, out, pitch);
+            default:
+                return stream_rows<T, 6>(rows.units, rows.pitch, columns, out, pitch);
+        }
+    });
+}
+
+template <int kRows, bool kByDepth>
+static void product_tile(const uint32_t* rows, int64_t pitch, const uint32_t* panel, int64_t units, float* out,
+                         int64_t out_pitch) {
+    Lanes sums[kRows][2];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = Lanes::splat(0);
+    // Three rows a pointer: more pointers than that do not fit the registers.
+    constexpr int kPointers = kByDepth ? 1 : (kRows + 2) / 3;
+    const uint32_t* at[kPointers];
+#pragma GCC unroll 4
+    for (int group = 0; group < kPointers; ++group) at[group] = rows + 3 * group * pitch;
+    const uint32_t* end = panel + units * kPanelColumns;
+    for (; panel != end; panel += kPanelColumns) {
+        const Lanes columns[2] = {Lanes::load_units(panel), Lanes::load_units(panel + kWidth)};
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            const Lanes x = Lanes::splat_unit(kByDepth ? at[0] + i : at[i / 3] + (i % 3) * pitch);
+            sums[i][0] = Lanes::multiply_add(x, columns[0], sums[i][0]);
+            sums[i][1] = Lanes::multiply_add(x, columns[1], sums[i][1]);
+        }
+#pragma GCC unroll 4
+        for (int group = 0; group < kPointers; ++group) at[group] += kByDepth ? pitch : 1;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+        sums[i][0].store(out + i * out_pitch);
+        sums[i][1].store(out + i * out_pitch + kWidth);
+    }
+}
+
+using ProductTile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, int64_t);
+
+template <bool kByDepth, int... kLess>
+static ProductTile product_tile_of(int rows, std::integer_sequence<int, kLess...>) {
+    static constexpr ProductTile tiles[] = {product_tile<kLess + 1, kByDepth>...};
+    return tiles[rows - 1];
+}
+
+static void product(const TileRows& rows, const uint32_t* panel, int64_t units, float* out, int64_t pitch) {
+    constexpr auto counts = std::make_integer_sequence<int, kTileRows>{};
+    const ProductTile tile = rows.by_depth ? product_tile_of<true>(rows.count, counts)  //
+                                           : product_tile_of<false>(rows.count, counts);
+    tile(rows.units, rows.pitch, panel, units, out, pitch);
+}
+
+static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t count, void* out, DType dtype,
+                  int64_t pitch, bool add) {
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t i = 0; i < rows; ++i) {
+            T* to = static_cast<T*>(out) + i * pitch;
+            const float* from = tile + i * tile_pitch;
+            if (add)
+                for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(to_float(to[j]) + from[j]);
+            else if (count == kPanelColumns)
+                convert(from, kPanelColumns, to);
+            else if (count == kWidth)
+                convert(from, kWidth, to);
+            else
+                convert(from, count, to);
+        }
+    });
+}
+
+// e^x to two roundings, without branches: x = n ln 2 + r, and a polynomial for e^r (Cephes expf). Of NaN some number:
+// what is made of it is multiplied by x again.
+static inline float exponential(float x) {
+    x = x > -87.0f ? x : -87.0f;
+    x = x < 88.0f ? x : 88.0f;
+    const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const float value = p * (r * r) + (r + 1.0f);
+    return value * float_of((bits_of(shifted) - 0x4b400000u + 127u) << 23);
+}
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+static void swiglu(const SwigluTile& t) {
+    for (int64_t i = 0; i < t.rows && t.act != nullptr; ++i) {
+        const float *gate = t.tile + i * kPanelColumns, *up = gate + kWidth;
+        alignas(64) float act[kWidth];
+        for (int j = 0; j < kWidth; ++j) act[j] = gate[j] * sigmoid(gate[j]) * up[j];
+        Element* to = static_cast<Element*>(t.act) + i * t.act_pitch;
+        if (t.count == kWidth)  // a count that is known needs no call to copy
+            convert(act, kWidth, to);
+        else
+            convert(act, t.count, to);
+    }
+    if (t.gate == nullptr) return;
+    store(t.tile, kPanelColumns, t.rows, t.count, t.gate, t.dtype, t.hidden_pitch, false);
+    store(t.tile + kWidth, kPanelColumns, t.rows, t.count, t.up, t.dtype, t.hidden_pitch, false);
+}
+
+// Sum of a panel's columns: halves are folded onto each other.
+static inline float folded(float* terms) {
+#pragma GCC unroll 5
+    for (int half = kPanelColumns / 2; half >= 1; half /= 2)
+        for (int j = 0; j < half; ++j) terms[j] += terms[j + half];
+    return terms[0];
+}
+
+template <class T>
+static inline __attribute__((always_inline)) void swiglu_grad_row(const SwigluGradTile& t, int64_t i, int64_t count) {
+    constexpr int kCount = kPanelColumns;
+    alignas(64) float gate[kCount] = {}, up[kCount] = {}, by_weight[kCount];
+    alignas(64) float grad_gate[kCount], grad_up[kCount];
+    const float *grad = t.tile + i * kCount, weight = t.weights[i];
+    convert(static_cast<const T*>(t.gate) + i * t.pitch, count, gate);
+    convert(static_cast<const T*>(t.up) + i * t.pitch, count, up);
+    for (int j = 0; j < kCount; ++j) {
+        const float s = sigmoid(gate[j]), silu = gate[j] * s, weighted = weight * grad[j];
+        by_weight[j] = grad[j] * (silu * up[j]);
+        grad_gate[j] = weighted * up[j] * (s + silu * (1.0f - s));
+        grad_up[j] = weighted * silu;
+    }
+    t.by_weight[i * t.by_weight_pitch] = folded(by_weight);
+    convert(grad_gate, count, static_cast<T*>(t.grad_gate) + i * t.pitch);
+    convert(grad_up, count, static_cast<T*>(t.grad_up) + i * t.pitch);
+}
+
+static void swiglu_grad(const SwigluGradTile& t) {
+    with_type(t.dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t i = 0; i < t.rows; ++i) {
+            if (t.count == kPanelColumns)  // a count that is known needs no call to copy
+                swiglu_grad_row<T>(t, i, kPanelColumns);
+            else
+                swiglu_grad_row<T>(t, i, t.count);
+        }
+    });
+}
+
+static void activate(const Lines& gate, const Lines& up, const float* weights, int64_t rows, int64_t first,
+                     int64_t count, void* out, int64_t pitch) {
+    with_type(gate.dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t i = 0; i < rows; ++i) {
+            const T *g = gate.at<T>(i) + first, *u = up.at<T>(i) + first;
+            alignas(64) float act[kPanelColumns];
+            for (int64_t j = 0; j < count; ++j) {
+                const float value = to_float(g[j]);
+                act[j] = value * sigmoid(value) * to_float(u[j]) * weights[i];
+            }
+            convert(act, count, static_cast<Element*>(out) + i * pitch);
+        }
+    });
+}
+
+static void add_scaled(const void* line, DType dtype, float scale, int64_t count, float* __restrict sum) {
+    with_type(dtype, [&](auto type) {
+        const auto* from = static_cast<const decltype(type)*>(line);
+        for (int64_t j = 0; j < count; ++j) sum[j] += scale * to_float(from[j]);
+    });
+}
+
+static float dot(const void* a, const void* b, DType dtype, int64_t count) {
+    alignas(64) float sums[kPanelColumns] = {};
+    with_type(dtype, [&](auto type) {
+        const auto *one = static_cast<const decltype(type)*>(a), *other = static_cast<const decltype(type)*>(b);
+        int64_t j = 0;
+        for (; j + kPanelColumns <= count; j += kPanelColumns)
+            for (int c = 0; c < kPanelColumns; ++c) sums[c] += to_float(one[j + c]) * to_float(other[j + c]);
+        for (int c = 0; j < count; ++j, ++c) sums[c] += to_float(one[j]) * to_float(other[j]);
+    });
+    return folded(sums);
+}
+
+const GemmKernels kKernels = {kTileRows, kPanelColumns, kStep,  pack_rows,   pack_steps, pack_columns, product,
+                              stream,    store,         swiglu, swiglu_grad, activate,   add_scaled,   dot};
