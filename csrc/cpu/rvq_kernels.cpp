@@ -7,6 +7,12 @@
 #include "lanes.h"
 #include "longcat/dtypes.h"
 
+#if defined(__clang__)
+#define LC_SHUFFLE(Type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LC_SHUFFLE(Type, a, b, ...) __builtin_shuffle(a, b, Type{__VA_ARGS__})
+#endif
+
 namespace longcat {
 namespace {
 
