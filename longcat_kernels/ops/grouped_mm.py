@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import grouped_mm as spec
@@ -125,6 +125,7 @@ def _cpu(a: Tensor, b: Tensor, offs: Tensor | None, out: Tensor) -> None:
 
 
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("grouped_mm"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.grouped_mm),
 }
