@@ -27,6 +27,23 @@ __all__ = ["run", "why_not"]
 
 
 @triton.jit
+def _finish(grad_MN, hidden_ptr, grad_hidden_ptr, row_M, inside_M, weight_M, n_N, F, OUT: tl.constexpr):
+    """Stores the gradients of gate and up for columns `n` of da; gives <da, a> over them."""
+    inside_MN = inside_M[:, None] & (n_N < F)[None, :]
+    at_MN = row_M.to(tl.int64)[:, None] * (2 * F) + n_N[None, :]
+    gate_MN = tl.load(hidden_ptr + at_MN, inside_MN, other=0.0).to(tl.float32)
+    up_MN = tl.load(hidden_ptr + at_MN + F, inside_MN, other=0.0).to(tl.float32)
+    sigmoid_MN = tl.sigmoid(gate_MN)
+    silu_MN = gate_MN * sigmoid_MN
+    sum_M = tl.sum(tl.where(inside_MN, grad_MN * silu_MN * up_MN, 0.0), 1)
+    grad_MN *= weight_M[:, None]
+    gate_grad_MN = grad_MN * up_MN * (sigmoid_MN + silu_MN * (1 - sigmoid_MN))
+    tl.store(grad_hidden_ptr + at_MN, cast(gate_grad_MN, OUT), inside_MN)
+    tl.store(grad_hidden_ptr + at_MN + F, cast(grad_MN * silu_MN, OUT), inside_MN)
+    return sum_M
+
+
+@triton.jit
 def act_grad_kernel(
     grad_ptr,  # [T, D]
     w,  # down [E, D, F], or its descriptor
@@ -59,26 +76,22 @@ def act_grad_kernel(
     expert = tl.load(tiles_ptr + 2 * tile)
     if expert >= 0:
         row_M = tl.load(tiles_ptr + 2 * tile + 1) + tl.arange(0, ROWS)
-        n_N = part * COLUMNS + tl.arange(0, COLUMNS)
         inside_M = row_M < tl.load(ends_ptr + expert)
         at_M = tl.load(tokens_ptr + row_M, inside_M, other=0).to(tl.int64) * grad_row
         grad_MN = accumulate(
             *(grad_ptr, at_M, 0, grad_column, w, expert, part * COLUMNS, F, D, w_group, w_k, w_n),
             *(COLUMNS, DEPTH, False, DESCRIBED, K_INNER, EVEN),
         )
-        inside_MN = inside_M[:, None] & (n_N < F)[None, :]
-        at_MN = row_M.to(tl.int64)[:, None] * (2 * F) + n_N[None, :]
-        gate_MN = tl.load(hidden_ptr + at_MN, inside_MN, other=0.0).to(tl.float32)
-        up_MN = tl.load(hidden_ptr + at_MN + F, inside_MN, other=0.0).to(tl.float32)
-        sigmoid_MN = tl.sigmoid(gate_MN)
-        silu_MN = gate_MN * sigmoid_MN
-        terms_MN = tl.where(inside_MN, grad_MN * silu_MN * up_MN, 0.0)
-        tl.store(parts_ptr + row_M.to(tl.int64) * columns + part, tl.sum(terms_MN, 1), inside_M)
         slot_M = tl.load(slots_ptr + row_M, inside_M, other=0)
-        grad_MN *= tl.load(weights_ptr + slot_M, inside_M, other=0.0).to(tl.float32)[:, None]
-        gate_grad_MN = grad_MN * up_MN * (sigmoid_MN + silu_MN * (1 - sigmoid_MN))
-        tl.store(grad_hidden_ptr + at_MN, cast(gate_grad_MN, OUT), inside_MN)
-        tl.store(grad_hidden_ptr + at_MN + F, cast(grad_MN * silu_MN, OUT), inside_MN)
+        weight_M = tl.load(weights_ptr + slot_M, inside_M, other=0.0).to(tl.float32)
+        # By halves: all of it at once does not fit the registers.
+        halves = tl.permute(tl.reshape(grad_MN, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
+        left_MN, right_MN = tl.split(halves)
+        n_N = part * COLUMNS + tl.arange(0, COLUMNS // 2)
+        sum_M = _finish(left_MN, hidden_ptr, grad_hidden_ptr, row_M, inside_M, weight_M, n_N, F, OUT)
+        n_N += COLUMNS // 2
+        sum_M += _finish(right_MN, hidden_ptr, grad_hidden_ptr, row_M, inside_M, weight_M, n_N, F, OUT)
+        tl.store(parts_ptr + row_M.to(tl.int64) * columns + part, sum_M, inside_M)
 
 
 @triton.jit
