@@ -61,7 +61,8 @@ def tile_of(rows: int, groups: int, dtype: torch.dtype, shared_bytes: int, *, wi
         shapes = [(16, 64, 4), (64, 64 // parts, 4), (64, 64 // parts, 4)]
     height, columns, warps = shapes[0 if average <= 32 else 1 if average <= 256 else 2]
     stages = (shared_bytes - 2048) // ((height + parts * columns) * 128)
-    return Tile(height, columns, depth, warps, max(2, min(4, stages)))
+    most = 3 if warps == 8 and parts * columns < 256 else 4  # the larger tiles leave room for one another
+    return Tile(height, columns, depth, warps, max(2, min(most, stages)))
 
 
 @functools.cache

@@ -168,7 +168,7 @@ def sum_rows(
 ) -> None:
     """out[e] = sum of a[r]^T b[r] over the rows r of group e; with an index, of the rows of a or b that it names."""
     groups, height, width = out_EMN.shape
-    tile = sums_tile(a_RM.dtype, shared_bytes(a_RM.device))
+    tile = sums_tile(a_RM.dtype, a_index is not None or b_index is not None)
     rows = next((len(index) for index in (a_index, b_index) if index is not None), len(a_RM))
     sums_kernel[(groups * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns),)](
         *(a_RM, b_RN, out_EMN, ends_E if a_index is None else a_index, ends_E if b_index is None else b_index, ends_E),
@@ -182,11 +182,10 @@ def sum_rows(
     )
 
 
-def sums_tile(dtype: torch.dtype, shared: int) -> Tile:
-    """The tile of sums over rows, one for all sizes."""
-    if dtype == torch.float32:
-        return Tile(64, 64, 32, 4, 3)
-    return Tile(128, 128, 64, 8, 3 if shared > 3 * 32768 else 2)
+def sums_tile(dtype: torch.dtype, indirect: bool) -> Tile:
+    """The tile of sums over rows, one for all sizes; numbers of rows are on their way two steps before the rows are."""
+    stages = 5 if indirect else 3
+    return Tile(64, 64, 32, 4, stages) if dtype == torch.float32 else Tile(128, 128, 64, 8, stages)
 
 
 def why_not(*inputs: Any) -> str | None:

@@ -75,7 +75,7 @@ def act_grad(size: str, arch: int, dtype: torch.dtype) -> Kernel:
 def sums(arch: int, dtype: torch.dtype, gathered: str, add: bool) -> Kernel:
     from longcat_kernels.triton.grouped_mm import sums_tile
 
-    cut, how = launched(sums_tile(dtype, SHARED_BYTES[arch]))
+    cut, how = launched(sums_tile(dtype, gathered != ""))
     x = f"*{NAMES[dtype]}"
     types = f"{x} {x} {'*fp32' if add else x} *i32 *i32 *i32 i32 i32*16 i32*16 i32*16 i32*16 i32*16 i32*16"
     indirect = {"A_INDIRECT": gathered == "a", "B_INDIRECT": gathered == "b"}
