@@ -4,6 +4,8 @@
 #include "bindings/fused_moe_backward.h"
 #include "bindings/grouped_mm.h"
 #include "bindings/moe_plan.h"
+#include "bindings/ngram_embedding.h"
+#include "bindings/ngram_embedding_weight_grad.h"
 #include "bindings/peak.h"
 #include "bindings/rvq_decode.h"
 #include "bindings/rvq_encode.h"
@@ -44,4 +46,6 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_moe_plan(m);
     longcat::bind_fused_moe(m);
     longcat::bind_fused_moe_backward(m);
+    longcat::bind_ngram_embedding(m);
+    longcat::bind_ngram_embedding_weight_grad(m);
 }

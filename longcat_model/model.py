@@ -163,4 +163,5 @@ def _ngram_embedding(hidden: int, sizes: config.NGram | None, ids: Vocabulary) -
         splits=sizes.splits,
         ignored=ids.ignored_by_ngrams,
         eos=sizes.eos_id,
+        sparse=False,  # the optimizer is AdamW over all parameters
     )

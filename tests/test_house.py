@@ -148,11 +148,13 @@ def forbid(event, args):
     ):
         raise SystemExit(f"import does {event} {args}")
 sys.addaudithook(forbid)
-import longcat_kernels, longcat_kernels.modules, longcat_kernels.integrations.vector_quantize_pytorch
+import longcat_kernels, longcat_kernels.modules
+import longcat_kernels.integrations.transformers, longcat_kernels.integrations.vector_quantize_pytorch
 assert torch.get_num_threads() == threads
 assert "longcat_kernels._C" not in sys.modules, "the compiled module is loaded by the import"
 assert "vector_quantize_pytorch" not in sys.modules, "the original is loaded by its drop-in"
 assert "triton" in modules or "triton" not in sys.modules, "triton is loaded by the import"
+assert "transformers" not in sys.modules, "transformers is loaded before its patch"
 print(time.process_time() - start)
 """
 

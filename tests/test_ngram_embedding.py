@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longcat_kernels import ngram_embedding
+from longcat_kernels import native, ngram_embedding
 from longcat_kernels.modules import NGramEmbedding
-from longcat_kernels.reference.ngram_embedding import Rule, hashes
+from longcat_kernels.ops.ngram_embedding import OP, _row_gradient
+from longcat_kernels.reference.ngram_embedding import EDGE, Case, Rule, hashes, inputs
+from longcat_kernels.testing import assert_close, record
 
 RELEASED = Rule(base=131_072, neighbors=4, splits=4, ignored=(131_072, 131_125))
 RELEASED_ROWS = [78 * 131_072 + 2 * i + 1 for i in range(12)]
@@ -36,15 +41,27 @@ GOLDEN = (
 )
 
 
+def op_hashes(ids: list[int], backend: str) -> torch.Tensor:
+    """[S, N]: the hashes by an implementation, of tables that take no memory."""
+    tables = [torch.zeros(1, 1).expand(rows, 1) for rows in RELEASED_ROWS]
+    numbers, word = RELEASED.numbers(), torch.zeros(1, 1).expand(RELEASED.ignored[1], 1)
+    overload = torch.ops.longcat.ngram_embedding.default
+    inputs = (torch.tensor([ids]), word, tables, [torch.zeros(1, 1)] * 12, None, None, numbers, True)
+    return overload(*inputs, backend)[1][0]
+
+
+@pytest.mark.parametrize("backend", OP.impls)
 @pytest.mark.parametrize(("ids", "position", "expected"), GOLDEN)
-def test_hashes_are_the_released_ones(ids: list[int], position: int, expected: list[int]) -> None:
+def test_hashes_are_the_released_ones(ids: list[int], position: int, expected: list[int], backend: str) -> None:
     assert hashes(torch.tensor([ids]), RELEASED_ROWS, RELEASED)[0, position].tolist() == expected
+    assert op_hashes(ids, backend)[position].tolist() == expected
 
 
 def test_hashes_stay_exact_at_the_largest_ids() -> None:
     ids = [131_071, 131_070, 131_069, 131_068]
     want = [sum(n * 131_072**p for p, n in enumerate(ids[: i // 4 + 2])) % rows for i, rows in enumerate(RELEASED_ROWS)]
     assert hashes(torch.tensor([ids[::-1]]), RELEASED_ROWS, RELEASED)[0, 3].tolist() == want
+    assert all(op_hashes(ids[::-1], backend)[3].tolist() == want for backend in OP.impls)
 
 
 def module(**changes: Any) -> tuple[NGramEmbedding, torch.Tensor]:
@@ -119,7 +136,9 @@ def test_gradients_are_exact() -> None:
 
     def run(word: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         tables, projections = list(weights[:2]), list(weights[2:])
-        return ngram_embedding(ids, word, tables, projections, base=6, neighbors=3, splits=1, ignored=(6, 8), eos=2)
+        return ngram_embedding(
+            ids, word, tables, projections, base=6, neighbors=3, splits=1, ignored=(6, 8), sparse=False
+        )
 
     assert torch.autograd.gradcheck(run, leaves)
 
@@ -134,7 +153,7 @@ def test_row_zero_of_a_table_is_never_read_nor_moved() -> None:
     out = embed(ids, word)
     out.sum().backward()
     assert torch.equal(out, clean)
-    assert all((table.weight.grad[0] == 0).all() for table in embed.embedders)
+    assert all((table.weight.grad.to_dense()[0] == 0).all() for table in embed.embedders)
 
 
 def test_state_dict_names_are_the_released_ones() -> None:
@@ -145,3 +164,258 @@ def test_state_dict_names_are_the_released_ones() -> None:
 def test_refuses_a_width_that_the_tables_cannot_share() -> None:
     with pytest.raises(ValueError, match=r"NGramEmbedding: \(neighbors - 1\) \* splits must divide hidden 12, got 5"):
         module(neighbors=2, splits=5)
+
+
+needs_native = pytest.mark.skipif(native.why_not() is not None, reason=f"compiled module: {native.why_not()}")
+ISAS = native.module().build_info()["isas_available"] if native.why_not() is None else []
+WIDE = Case(2, 37, 9, 11, 444, neighbors=4, dtype=torch.bfloat16)  # widths of 74: whole steps and a rest
+LONG = Case(1, 601, 9, 11, 30, neighbors=2, splits=1)  # tokens of several blocks
+
+
+def by_kernel(case: Case, *, isa: str = "auto", threads: int = 1, **changes: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments = record(OP, {**inputs(case), **changes}).arguments[:-2]
+    ids, word, tables = arguments[:3]
+    out, hashed = torch.empty(*ids.shape, word.shape[1], dtype=word.dtype), ids.new_empty(*ids.shape, len(tables))
+    detached = [
+        [t.detach() for t in a] if isinstance(a, list) and isinstance(a[0], torch.Tensor) else a for a in arguments
+    ]
+    native.module().ngram_embedding(*detached, out, hashed, threads=threads, isa=isa)
+    return out, hashed
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [EDGE[4], WIDE, Case(2, 37, 9, 11, 444, neighbors=4)], ids=["edge", "bf16", "fp32"])
+def test_every_instruction_set_gives_the_truth(case: Case, isa: str) -> None:
+    truth, hashed = record(OP, inputs(case)).truth(OP)
+    got = by_kernel(case, isa=isa)
+    assert_close(got[0], truth)
+    assert torch.equal(got[1], hashed)
+    assert torch.equal(by_kernel(case, isa=isa, threads=3)[0], got[0])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_alone_has_the_bits_it_has_in_a_batch(isa: str) -> None:
+    ids = inputs(WIDE)["ids"]
+    whole = by_kernel(WIDE, isa=isa)[0]
+    for row, want in zip(ids, whole, strict=True):
+        assert torch.equal(by_kernel(WIDE, isa=isa, ids=row[None])[0][0], want)
+        assert torch.equal(by_kernel(WIDE, isa=isa, ids=row[None, :5])[0][0], want[:5])
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    ids=st.lists(ROWS, min_size=1, max_size=3),
+    starts=st.lists(st.booleans(), min_size=12, max_size=12),
+    past=st.none() | st.lists(st.integers(-1, 23), min_size=3, max_size=3),
+    neighbors=st.integers(2, 4),
+    splits=st.integers(1, 3),
+)
+def test_the_kernel_equals_the_definition(
+    ids: list[list[int]], starts: list[bool], past: list[int] | None, neighbors: int, splits: int
+) -> None:
+    length, count = min(map(len, ids)), (neighbors - 1) * splits
+    rows, g = torch.tensor([row[:length] for row in ids]), torch.Generator().manual_seed(0)
+    documents = torch.tensor(starts[:length]).long().cumsum(0).expand(len(ids), -1)
+    history = None if past is None else torch.tensor(past[: neighbors - 1]).expand(len(ids), -1)
+    tables = [torch.randn(29 + i, 5, generator=g) for i in range(count)]
+    projections = [torch.randn(7, 5, generator=g) for _ in range(count)]
+    numbers = Rule(20, neighbors, splits, (20, 24)).numbers()
+    arguments = (rows, torch.randn(24, 7, generator=g), tables, projections, documents, history, numbers, True)
+    got, want = (torch.ops.longcat.ngram_embedding.default(*arguments, name) for name in ("cpu", "reference"))
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
+
+
+def grads_by_kernel(case: Case, *, isa: str, threads: int = 1) -> list[torch.Tensor]:
+    """Of word, tables (whole) and projections, for a fixed gradient of the output."""
+    ids, word, tables, projections, _, _, numbers = record(OP, inputs(case)).arguments[:7]
+    hashed, dim, dtype = by_kernel(case)[1], word.shape[1], word.dtype
+    grad = torch.randn(ids.numel(), dim, generator=torch.Generator().manual_seed(4)).to(dtype)
+    outputs = [torch.full_like(tensor, torch.nan) for tensor in (word, *tables, *projections)]
+    parts = (outputs[0], outputs[1 : 1 + len(tables)], outputs[1 + len(tables) :])
+    native.module().ngram_embedding_weight_grad(
+        grad, ids, hashed, hashed, tables, projections, numbers, *parts, threads=threads, isa=isa
+    )
+    return outputs
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", [EDGE[3], WIDE, LONG], ids=["edge", "bf16", "long"])
+def test_every_instruction_set_gives_the_true_gradients(case: Case, isa: str) -> None:
+    call = record(OP, inputs(case))
+    leaves = [
+        [t.detach().double().requires_grad_() for t in part] for part in ([call.arguments[1]], *call.arguments[2:4])
+    ]
+    rest = call.arguments[4:-1]
+    out = OP.spec.ngram_embedding(call.arguments[0], leaves[0][0], leaves[1], leaves[2], *rest)[0]
+    grad = torch.randn(out.numel() // out.shape[2], out.shape[2], generator=torch.Generator().manual_seed(4)).to(
+        case.dtype
+    )
+    truth = torch.autograd.grad(out, [t for part in leaves for t in part], grad.double().view_as(out))
+    got = grads_by_kernel(case, isa=isa)
+    for actual, wanted in zip(got, truth, strict=True):
+        assert_close(actual, wanted)
+    again = grads_by_kernel(case, isa=isa, threads=3)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+def test_ids_of_any_strides() -> None:
+    case = Case(3, 17, 9, 11, 8, documents=True, history=True)
+    good = inputs(case)
+    strided = {name: good[name].mT.contiguous().mT for name in ("ids", "documents", "history")}
+    assert strided["ids"].stride(1) != 1
+    assert torch.equal(ngram_embedding(**{**good, **strided}), ngram_embedding(**good))
+
+
+def lookups() -> tuple[NGramEmbedding, torch.Tensor, torch.Tensor]:
+    """The second half repeats the first, so that every row is looked up twice or more."""
+    torch.manual_seed(1)
+    embed = NGramEmbedding(12, rows=101, base=20, neighbors=3, splits=2, ignored=(20, 24))
+    ids = torch.randint(0, 24, (1, 30), generator=torch.Generator().manual_seed(0))
+    return embed, torch.randn(24, 12, requires_grad=True), torch.cat([ids, ids])
+
+
+def test_table_gradients_have_the_rows_that_were_looked_up() -> None:
+    embed, word, ids = lookups()
+    embed(ids, word).square().sum().backward()
+    looked_up = hashes(ids, [len(t.weight) for t in embed.embedders], Rule(20, 3, 2, (20, 24))).flatten(0, 1)
+    for table, hashes_P in zip(embed.embedders, looked_up.unbind(1), strict=True):
+        grad = table.weight.grad
+        assert grad.is_sparse
+        assert grad._indices()[0].tolist() == sorted(set(hashes_P.tolist()) - {0})
+    sparse = [p.grad.to_dense() for p in (word, *embed.parameters())]
+    embed.zero_grad()
+    word.grad, embed.sparse = None, False
+    embed(ids, word).square().sum().backward()
+    for got, parameter in zip(sparse, (word, *embed.parameters()), strict=True):
+        assert torch.equal(got, parameter.grad)
+
+
+def test_frozen_parts_get_no_gradient() -> None:
+    embed, word, ids = lookups()
+    embed.embedders[1].requires_grad_(False)
+    embed.post_projs.requires_grad_(False)
+    embed(ids, word.detach()).sum().backward()
+    assert [p.grad is None for p in embed.parameters()] == [False, True, False, False] + [True] * 4
+
+
+def rowwise_adagrad(table: torch.nn.Parameter, moments_R: torch.Tensor, rate: float) -> None:
+    """One number of state a row (as in large recommendation models), touched where the gradient has rows."""
+    rows_U, grad_UW = table.grad._indices()[0], table.grad._values()
+    moments_R[rows_U] += grad_UW.square().mean(1)
+    table.data[rows_U] -= rate * grad_UW / (moments_R[rows_U, None].sqrt() + 1e-8)
+
+
+@pytest.mark.parametrize("optimizer", ["SparseAdam", "row-wise"])
+def test_optimizers_of_rows_move_what_was_looked_up_and_nothing_else(optimizer: str) -> None:
+    embed, word, ids = lookups()
+    tables = [t.weight for t in embed.embedders]
+    goal = torch.randn(2, 30, 12, generator=torch.Generator().manual_seed(2))
+    before, adam = [t.detach().clone() for t in tables], torch.optim.SparseAdam(tables, lr=0.3)
+    state, errors = [torch.zeros(len(t)) for t in tables], []
+    for _ in range(20):
+        adam.zero_grad()
+        error = (embed(ids, word.detach()) - goal).square().mean()
+        error.backward()
+        errors.append(error.item())
+        if optimizer == "SparseAdam":
+            adam.step()
+        else:
+            for table, moments in zip(tables, state, strict=True):
+                rowwise_adagrad(table, moments, 0.3)
+    assert errors[-1] < 0.8 * errors[0]
+    for table, old in zip(tables, before, strict=True):
+        moved = (table.detach() != old).any(1)
+        assert set(moved.nonzero()[:, 0].tolist()) == set(table.grad._indices()[0].tolist())
+
+
+def test_inside_compile_sparse_gradients_are_refused_and_whole_ones_are_right() -> None:
+    embed, word, ids = lookups()
+    compiled = torch.compile(lambda: embed(ids, word), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="sparse must be False inside torch"):
+        compiled()
+    torch._dynamo.reset()
+    embed.sparse = False
+    compiled().sum().backward()
+    got = [p.grad.clone() for p in embed.parameters()]
+    embed.zero_grad()
+    embed(ids, word).sum().backward()
+    assert all(torch.equal(g, p.grad) for g, p in zip(got, embed.parameters(), strict=True))
+
+
+def test_tables_on_the_host_stay_there() -> None:
+    options = {"rows": 101, "base": 20, "neighbors": 3, "splits": 2, "ignored": (20, 24)}
+    embed = NGramEmbedding(12, **options, tables_on_host=True).to("meta", torch.bfloat16)
+    assert {(t.weight.device.type, t.weight.dtype) for t in embed.embedders} == {("cpu", torch.float32)}
+    assert {(p.weight.device.type, p.weight.dtype) for p in embed.post_projs} == {("meta", torch.bfloat16)}
+    assert list(embed.state_dict()) == list(NGramEmbedding(12, **options).state_dict())
+
+
+def test_takes_tables_on_the_host_with_ids_elsewhere() -> None:
+    """Another device is played by the meta device: shapes and devices of results only."""
+    embed, word, ids = lookups()
+    projections = [p.weight.to("meta") for p in embed.post_projs]
+    out = ngram_embedding(
+        ids.to("meta"),
+        word.to("meta"),
+        [t.weight for t in embed.embedders],
+        projections,
+        base=20,
+        neighbors=3,
+        splits=2,
+        ignored=(20, 24),
+    )
+    assert (out.device.type, out.shape) == ("meta", (2, 30, 12))
+
+
+def test_rows_of_a_host_table_become_its_gradient() -> None:
+    table, keys, rows = torch.zeros(6, 2), torch.tensor([1, 4]), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    whole, sparse = (_row_gradient(table, keys, rows, is_sparse) for is_sparse in (False, True))
+    assert not whole.is_sparse and sparse.is_coalesced() and torch.equal(whole, sparse.to_dense())
+    assert torch.equal(whole[keys], rows) and whole.count_nonzero() == 4
+
+
+# A table of 256 MB in a file with holes, looked up at 200 positions, with gradients and an update in place.
+MAPPED = """
+import sys, torch
+from longcat_kernels.modules import NGramEmbedding
+
+def resident_bytes():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+options = {"rows": 2**20 - 1, "base": 1000, "neighbors": 2, "splits": 1, "ignored": (1000, 1004)}
+def build(table):
+    with torch.device("meta"):
+        embed = NGramEmbedding(64, **options)
+    embed.load_state_dict({"embedders.0.weight": table, "post_projs.0.weight": projection}, assign=True)
+    return embed
+
+g = torch.Generator().manual_seed(0)
+projection, word = torch.randn(64, 64, generator=g), torch.randn(1004, 64, generator=g)
+ids = torch.randint(0, 1004, (2, 100), generator=g)
+build(torch.zeros(2**20, 64))(ids[:, :1], word).sum().backward()  # code pages
+before = resident_bytes()
+table = torch.from_file(sys.argv[1], shared=True, size=2**26).view(2**20, 64)
+table[1:1001] = torch.randn(1000, 64, generator=g)
+table[5000::65536] = 1.0
+embed = build(table)
+out = embed(ids, word)
+out.square().sum().backward()
+with torch.no_grad():
+    embed.embedders[0].weight.add_(embed.embedders[0].weight.grad, alpha=-0.1)
+moved = embed(ids, word)
+print(resident_bytes() - before)
+assert torch.equal(build(table.clone())(ids, word), moved) and not torch.equal(moved, out)
+"""
+
+
+def test_a_mapped_table_takes_no_memory_but_for_its_rows(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", MAPPED, str(tmp_path / "table")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 32e6, "the table has 268 MB"

@@ -1,4 +1,5 @@
-"""Drop-ins for classes of other libraries, named as they are; none of those libraries is imported.
+"""The ops in other libraries: drop-ins for their classes, named as they are, and patches. None of them is imported.
 
 from longcat_kernels.integrations.vector_quantize_pytorch import ResidualVQ
+from longcat_kernels.integrations import transformers; transformers.patch()
 """

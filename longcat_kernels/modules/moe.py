@@ -6,14 +6,18 @@ Dimension key
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from longcat_kernels.modules.expert_parallel import ExpertParallel
 from longcat_kernels.ops.fused_moe import fused_moe
 from longcat_kernels.ops.moe_route import moe_route
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Routed(NamedTuple):
@@ -54,6 +58,11 @@ class MoE(nn.Module):
         zero: identity experts Z.
         top_k: experts of a token.
         scale: multiplies every weight, those of identity experts included.
+        group: share the experts out over its ranks: each has E / ranks of them in `gate_up` and `down`, and the whole
+            router; see `ExpertParallel`. With the same seed all ranks together have the experts of one process.
+
+    Raises:
+        ValueError: the ranks of `group` do not divide E.
 
     Example:
         >>> moe = MoE(hidden=8, width=4, real=4, zero=2, top_k=3, scale=6.0)
@@ -62,12 +71,23 @@ class MoE(nn.Module):
         (torch.Size([2, 5, 8]), torch.Size([10, 6]), torch.Size([10, 3]))
     """
 
-    def __init__(self, hidden: int, width: int, real: int, zero: int, top_k: int, scale: float) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        width: int,
+        real: int,
+        zero: int,
+        top_k: int,
+        scale: float,
+        group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         self.real, self.zero, self.top_k, self.scale = real, zero, top_k, scale
         self.router = Router(hidden, real + zero)
-        self.gate_up = nn.Parameter(torch.randn(real, 2 * width, hidden) * hidden**-0.5)
-        self.down = nn.Parameter(torch.randn(real, hidden, width) * width**-0.5)
+        self.parallel = None if group is None else ExpertParallel(group, real)
+        own = slice(None) if self.parallel is None else slice(self.parallel.own.start, self.parallel.own.stop)
+        self.gate_up = nn.Parameter(torch.randn(real, 2 * width, hidden)[own] * hidden**-0.5)
+        self.down = nn.Parameter(torch.randn(real, hidden, width)[own] * width**-0.5)
 
     def forward(self, x: Tensor) -> Routed:
         """x [..., D] -> `Routed`; gradients to x, all parameters and, through router_logits, to the router."""
@@ -76,7 +96,8 @@ class MoE(nn.Module):
         bias_E = self.router.e_score_correction_bias
         weights_Tk, ids_Tk = moe_route(logits_TE, self.top_k, n_real=self.real, bias=bias_E.float(), scale=self.scale)
         # Under autocast x may be narrower than the parameters.
-        out_TD = fused_moe(x_TD, self.gate_up.to(x.dtype), self.down.to(x.dtype), ids_Tk, weights_Tk)
+        run = fused_moe if self.parallel is None else self.parallel.fused_moe
+        out_TD = run(x_TD, self.gate_up.to(x.dtype), self.down.to(x.dtype), ids_Tk, weights_Tk)
         return Routed(out_TD.view(x.shape), logits_TE, ids_Tk)
 
     def extra_repr(self) -> str:

@@ -6,9 +6,19 @@ Dimension key
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from longcat_kernels.ops.ngram_embedding import ngram_embedding
+
+
+class HostTables(nn.ModuleList):
+    """Modules that stay where they are when the module around them moves."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return self
 
 
 class NGramEmbedding(nn.Module):
@@ -22,6 +32,10 @@ class NGramEmbedding(nn.Module):
         splits: tables of one order, so that N = (neighbors - 1) * splits.
         ignored: half-open range of ids that hash as 0 and keep their plain embedding.
         eos: the id that ends a segment, besides 0.
+        sparse: the tables' gradients are sparse tensors of the rows that were looked up; see `ngram_embedding`.
+        tables_on_host: the tables stay where and of the dtype they are when the module moves (`to`, `cuda`, `half`): in
+            host memory, or mapped from a file. On the meta device a module takes no memory before
+            `load_state_dict(mapped, assign=True)`.
 
     Raises:
         ValueError: N does not divide `hidden`.
@@ -34,14 +48,26 @@ class NGramEmbedding(nn.Module):
     """
 
     def __init__(
-        self, hidden: int, *, rows: int, base: int, neighbors: int, splits: int, ignored: tuple[int, int], eos: int = 2
+        self,
+        hidden: int,
+        *,
+        rows: int,
+        base: int,
+        neighbors: int,
+        splits: int,
+        ignored: tuple[int, int],
+        eos: int = 2,
+        sparse: bool = True,
+        tables_on_host: bool = False,
     ) -> None:
         super().__init__()
         count = (neighbors - 1) * splits
         if count < 1 or hidden % count:
             raise ValueError(f"NGramEmbedding: (neighbors - 1) * splits must divide hidden {hidden}, got {count}")
         self.base, self.neighbors, self.splits, self.ignored, self.eos = base, neighbors, splits, ignored, eos
-        self.embedders = nn.ModuleList(nn.Embedding(rows + 2 * i + 1, hidden // count) for i in range(count))
+        self.sparse = sparse
+        tables = (nn.Embedding(rows + 2 * i + 1, hidden // count, sparse=sparse) for i in range(count))
+        self.embedders = HostTables(tables) if tables_on_host else nn.ModuleList(tables)
         self.post_projs = nn.ModuleList(nn.Linear(hidden // count, hidden, bias=False) for _ in range(count))
 
     def forward(
@@ -60,4 +86,5 @@ class NGramEmbedding(nn.Module):
             eos=self.eos,
             documents=documents,
             history=history,
+            sparse=self.sparse,
         )

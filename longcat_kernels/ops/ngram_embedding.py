@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_kernels import native
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import ngram_embedding as spec
@@ -31,6 +32,7 @@ def ngram_embedding(
     eos: int = 2,
     documents: Tensor | None = None,
     history: Tensor | None = None,
+    sparse: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """Embeds each id together with the ids before it.
@@ -40,11 +42,15 @@ def ngram_embedding(
     exact in int64. An earlier id counts as 0 from behind a segment's end on: an id 0, `eos` or an ignored id ends the
     segment it belongs to, and so does a change of document. A lookup with hash 0 adds nothing.
 
+    Only the rows that are looked up are read: a table may be a memory-mapped file, or stay in host memory while
+    everything else is on another device.
+
     Args:
         ids: int64 [B, S] in [-1, V). Ignored ids hash as 0 and keep word[id], undivided; -1 hashes as 0 and its
             output is zero.
         word: [V, D], floating point.
-        tables: N = (neighbors - 1) * splits tensors [rows, W], the rows distinct so that their hashes are.
+        tables: N = (neighbors - 1) * splits tensors [rows, W], the rows distinct so that their hashes are; on word's
+            device or on the CPU.
         projections: N tensors [D, W].
         base: number of text ids.
         neighbors: the largest order.
@@ -53,14 +59,18 @@ def ngram_embedding(
         eos: the id that ends a segment, besides 0.
         documents: int64 [B, S]; n-grams do not reach from one number into another.
         history: int64 [B, neighbors - 1], the ids before ids[:, 0] in cached decoding, of its document; None: -1.
+        sparse: how the gradients of the tables come. True: as sparse tensors of the rows that were looked up, each once
+            and in their order, for `torch.optim.SparseAdam` and the like. False: whole, as most optimizers and
+            `torch.compile` need.
         backend: "auto" or the name of an implementation.
 
     Returns:
-        out: [B, S, D] of word's dtype, summed in at least float32; gradients (dense) to word, tables and projections.
+        out: [B, S, D] of word's dtype, summed in at least float32; gradients to word, tables and projections. Those
+        of a row that was looked up more than once are summed in the order of the positions.
 
     Raises:
-        ValueError: a shape, dtype, device or number is wrong, an id is out of range, or no implementation takes the
-            tensors.
+        ValueError: a shape, dtype, device or number is wrong, an id is out of range, no implementation takes the
+            tensors, or sparse gradients are asked for inside `torch.compile`.
 
     Example:
         >>> word, table, projection = torch.zeros(4, 1), torch.arange(5.0)[:, None], torch.ones(1, 1)
@@ -69,8 +79,10 @@ def ngram_embedding(
         >>> ngram_embedding(ids, word, [table], [projection], **options).flatten().tolist()
         [0.5, 0.5, 1.0]
     """
+    if sparse and torch.compiler.is_compiling() and any(t.requires_grad for t in tables) and torch.is_grad_enabled():
+        raise ValueError("ngram_embedding: sparse must be False inside torch.compile for tables with gradients")
     rule = spec.Rule(base, neighbors, splits, ignored, eos)
-    return _op(ids, word, list(tables), list(projections), documents, history, rule.numbers(), backend)
+    return _op(ids, word, list(tables), list(projections), documents, history, rule.numbers(), sparse, backend)[0]
 
 
 def _check(ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], rule: spec.Rule) -> None:
@@ -115,7 +127,7 @@ def _check_like(name: str, tensor: Tensor, word_VD: Tensor) -> None:
     dtype, device = tensor.dtype, tensor.device
     check(dtype == word_VD.dtype, lambda: f"ngram_embedding: {name} must be {word_VD.dtype} as word is, got {dtype}")
     check(
-        device == word_VD.device,
+        device == word_VD.device or (name == "tables" and device.type == "cpu"),
         lambda: f"ngram_embedding: {name} must be on {word_VD.device} as word is, got {device}",
     )
 
@@ -137,14 +149,16 @@ def _allocate(
     documents_BS: Tensor | None,
     history_BP: Tensor | None,
     numbers: list[int],
+    sparse: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     rule = spec.Rule.of(numbers)
     _check(ids_BS, word_VD, tables, projections, rule)
     _check_places("ids", ids_BS, list(ids_BS.shape), word_VD.device)
     _check_places("documents", documents_BS, list(ids_BS.shape), word_VD.device)
     _check_places("history", history_BP, [ids_BS.shape[0], rule.neighbors - 1], word_VD.device)
-    return torch.empty(*ids_BS.shape, word_VD.shape[1], dtype=word_VD.dtype, device=word_VD.device)
+    out_BSD = torch.empty(*ids_BS.shape, word_VD.shape[1], dtype=word_VD.dtype, device=word_VD.device)
+    return out_BSD, torch.empty(*ids_BS.shape, len(tables), dtype=torch.int64, device=word_VD.device)
 
 
 def _run(
@@ -155,45 +169,87 @@ def _run(
     documents_BS: Tensor | None,
     history_BP: Tensor | None,
     numbers: list[int],
+    sparse: bool,
     backend: str,
-) -> Tensor:
-    inputs = (ids_BS, word_VD, tables, projections, documents_BS, history_BP, numbers)
-    out_BSD = _allocate(*inputs, backend)
+) -> tuple[Tensor, Tensor]:
+    inputs = (ids_BS, word_VD, tables, projections, documents_BS, history_BP, numbers, sparse)
+    outputs = _allocate(*inputs, backend)
     if ids_BS.numel() and ids_BS.device.type == "cpu":
         low, high = (int(bound) for bound in ids_BS.aminmax())
         wrong, rows = low if low < -1 else high, len(word_VD)
         check(-1 <= wrong < rows, lambda: f"ngram_embedding: ids must be in [-1, {rows}), got {wrong}")
-    choose("ngram_embedding", IMPLS, backend, *inputs).run(*inputs, out_BSD)
-    return out_BSD
+    choose("ngram_embedding", IMPLS, backend, *inputs).run(*inputs, *outputs)
+    return outputs
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ids_BS, word_VD, tables, projections, documents_BS, history_BP, ctx.numbers, ctx.backend = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ids_BS, word_VD, tables, projections, _documents, _history, ctx.numbers, ctx.sparse, ctx.backend = inputs
     ctx.tables, ctx.words = len(tables), word_VD.shape[0]
-    ctx.save_for_backward(ids_BS, documents_BS, history_BP, *tables, *projections)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(ids_BS, output[1], *tables, *projections)
 
 
-def _backward(ctx: Any, grad_BSD: Tensor) -> tuple[Any, ...]:
-    ids_BS, documents_BS, history_BP, *rest = ctx.saved_tensors
+def _backward(ctx: Any, grad_BSD: Tensor, _hashes: None) -> tuple[Any, ...]:
+    ids_BS, hashes_BSN, *rest = ctx.saved_tensors
     tables, projections = rest[: ctx.tables], rest[ctx.tables :]
+    _, wants_word, wants_tables, wants_projections, *_ = ctx.needs_input_grad
+    whole = not ctx.sparse and all(table.device == grad_BSD.device for table in tables)
+    slots_BSN, keys = (hashes_BSN, tables) if whole else _number_rows(hashes_BSN)
+    sizes = [key.shape[0] if wanted else 0 for key, wanted in zip(keys, wants_tables, strict=True)]
     grad_word, *grads = _op_weight_grad(
-        grad_BSD, ids_BS, tables, projections, documents_BS, history_BP, ctx.numbers, ctx.words, ctx.backend
+        grad_BSD,
+        ids_BS,
+        hashes_BSN,
+        slots_BSN,
+        sizes,
+        tables,
+        projections,
+        ctx.numbers,
+        ctx.words if wants_word else 0,
+        any(wants_projections),
+        ctx.backend,
     )
-    return None, grad_word, grads[: ctx.tables], grads[ctx.tables :], None, None, None, None
+    grad_tables = grads[: ctx.tables]
+    if not whole:
+        for i, wanted in enumerate(wants_tables):
+            grad_tables[i] = _row_gradient(tables[i], keys[i], grad_tables[i], ctx.sparse) if wanted else None
+    return None, grad_word, grad_tables, grads[ctx.tables :], None, None, None, None, None
+
+
+def _number_rows(hashes_BSN: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The rows of each table that were looked up, ascending; for each lookup, [B, S, N], its place among them."""
+    keys, slots = [], []
+    for hashes_BS in hashes_BSN.unbind(2):
+        keys_U, slots_BS = hashes_BS.unique(return_inverse=True)
+        has_none = keys_U[:1].eq(0).sum()  # hash 0 is no row, and the lowest
+        keys.append(keys_U[keys_U != 0])
+        slots.append(slots_BS - has_none)
+    return torch.stack(slots, 2), keys
+
+
+def _row_gradient(table_RW: Tensor, keys_U: Tensor, grad_UW: Tensor, sparse: bool) -> Tensor:
+    keys_U, grad_UW = keys_U.to(table_RW.device), grad_UW.to(table_RW.device)
+    if not sparse:
+        return torch.zeros_like(table_RW).index_copy_(0, keys_U, grad_UW)
+    return torch.sparse_coo_tensor(keys_U[None], grad_UW, table_RW.shape, check_invariants=False, is_coalesced=True)
 
 
 def _allocate_weight_grad(
     grad_BSD: Tensor,
     ids_BS: Tensor,
+    hashes_BSN: Tensor,
+    slots_BSN: Tensor,
+    sizes: list[int],
     tables: list[Tensor],
     projections: list[Tensor],
-    documents_BS: Tensor | None,
-    history_BP: Tensor | None,
     numbers: list[int],
     words: int,
+    projected: bool,
     backend: str,
 ) -> list[Tensor]:
-    shapes = [(words, grad_BSD.shape[2]), *(tensor.shape for tensor in (*tables, *projections))]
+    dim = grad_BSD.shape[2]
+    shapes = [(words, dim), *((size, p.shape[1]) for size, p in zip(sizes, projections, strict=True))]
+    shapes += [(dim if projected else 0, p.shape[1]) for p in projections]
     return [torch.empty(shape, dtype=grad_BSD.dtype, device=grad_BSD.device) for shape in shapes]
 
 
@@ -205,24 +261,68 @@ def _run_weight_grad(*arguments: Any) -> list[Tensor]:
 
 
 _op_weight_grad = register(
-    "ngram_embedding_weight_grad(Tensor grad, Tensor ids, Tensor[] tables, Tensor[] projections, Tensor? documents, "
-    "Tensor? history, int[] rule, SymInt words, str backend) -> Tensor[]",
+    "ngram_embedding_weight_grad(Tensor grad, Tensor ids, Tensor hashes, Tensor slots, SymInt[] sizes, "
+    "Tensor[] tables, Tensor[] projections, int[] rule, SymInt words, bool projected, str backend) -> Tensor[]",
     _run_weight_grad,
     _allocate_weight_grad,
 )
 _op = register(
     "ngram_embedding(Tensor ids, Tensor word, Tensor[] tables, Tensor[] projections, Tensor? documents, "
-    "Tensor? history, int[] rule, str backend) -> Tensor",
+    "Tensor? history, int[] rule, bool sparse, str backend) -> (Tensor out, Tensor hashes)",
     _run,
     _allocate,
     save=_save,
     backward=_backward,
 )
 
+
+def _why_not_cpu(
+    ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], *_: Any
+) -> str | None:
+    if word_VD.device.type != "cpu":
+        return f"takes tensors on the CPU, got {word_VD.device}"
+    if word_VD.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, got {word_VD.dtype}"
+    if any(tensor.shape[1] > 1 and tensor.stride(1) != 1 for tensor in (word_VD, *tables, *projections)):
+        return "needs word, tables and projections whose rows have adjacent elements"
+    return native.why_not()
+
+
+def _cpu(*arguments: Any) -> None:
+    *inputs, _sparse, out_BSD, hashes_BSN = arguments
+    native.module().ngram_embedding(*inputs, out_BSD, hashes_BSN, threads=torch.get_num_threads())
+
+
+def _why_not_cpu_weight_grad(
+    grad_BSD: Tensor, _ids: Tensor, _hashes: Tensor, _slots: Tensor, _sizes: list[int], tables: list[Tensor], *rest: Any
+) -> str | None:
+    return _why_not_cpu(grad_BSD, grad_BSD.new_empty(0, 0), tables, rest[0])
+
+
+def _cpu_weight_grad(*arguments: Any) -> None:
+    grad_BSD, ids_BS, hashes_BSN, slots_BSN, _sizes, tables, projections, numbers, _words, _projected = arguments[:10]
+    grad_word, *grads = arguments[10:]
+    native.module().ngram_embedding_weight_grad(
+        grad_BSD.contiguous().flatten(0, 1),
+        ids_BS,
+        hashes_BSN,
+        slots_BSN.contiguous(),
+        tables,
+        projections,
+        numbers,
+        grad_word,
+        grads[: len(tables)],
+        grads[len(tables) :],
+        threads=torch.get_num_threads(),
+    )
+
+
 IMPLS: dict[str, Impl] = {
+    "cpu": Impl(_cpu, _why_not_cpu),
     "reference": Impl(spec.forward, lambda *inputs: None),
 }
 IMPLS_WEIGHT_GRAD: dict[str, Impl] = {
+    "cpu": Impl(_cpu_weight_grad, _why_not_cpu_weight_grad),
     "reference": Impl(spec.weight_grad, lambda *inputs: None),
 }
 OP = Op("ngram_embedding", ngram_embedding, IMPLS, spec)

@@ -47,10 +47,12 @@ def ngram_embedding(
     documents: Tensor | None,
     history: Tensor | None,
     numbers: Sequence[int],
-) -> tuple[Tensor]:
-    """e = (word[id] + sum_i projections[i] @ tables[i][hash_i]) / (1 + N), lookups with hash 0 left out.
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    """e = (word[id] + sum_i projections[i] @ tables[i][hash_i]) / (1 + N), lookups with hash 0 left out; the hashes.
 
-    Ids that the rule ignores keep word[id] undivided; id -1 gives zeros. `numbers` are those of a `Rule`.
+    Ids that the rule ignores keep word[id] undivided; id -1 gives zeros. `numbers` are those of a `Rule`; `sparse` is
+    the form of the tables' gradients.
     """
     rule = Rule.of(numbers)
     hashes_BSN = hashes(ids, [len(table) for table in tables], rule, documents, history)
@@ -58,7 +60,7 @@ def ngram_embedding(
     for table, projection, hash_BS in zip(tables, projections, hashes_BSN.unbind(2), strict=True):
         rows_BSW = functional.embedding(hash_BS, table).masked_fill((hash_BS == 0)[..., None], 0)
         total_BSD = total_BSD + rows_BSW @ projection.T
-    return (total_BSD * shares(ids, len(tables), rule).to(total_BSD.dtype),)
+    return total_BSD * shares(ids, len(tables), rule).to(total_BSD.dtype), hashes_BSN
 
 
 def shares(ids: Tensor, tables: int, rule: Rule) -> Tensor:
@@ -115,15 +117,17 @@ def forward(
     documents: Tensor | None,
     history: Tensor | None,
     numbers: Sequence[int],
+    sparse: bool,
     out: Tensor,
+    hashes_out: Tensor,
 ) -> None:
-    """Writes out [B, S, D]: the lookups side by side, then one product with the projections side by side."""
-    rule = Rule.of(numbers)
-    live_P, rows_PI = _lookups(ids, tables, rule, documents, history)
-    dtype = rows_PI.dtype
+    """Writes out [B, S, D] and the hashes [B, S, N]: all lookups side by side, then one product."""
+    rule, dtype = Rule.of(numbers), torch.promote_types(word.dtype, torch.float32)
+    hashes_out.copy_(hashes(ids, [len(table) for table in tables], rule, documents, history))
+    live_P = _live(hashes_out)
     total_PD = functional.embedding(ids.reshape(-1).clamp_min(0), word).to(dtype)
-    sums_PD = rows_PI @ torch.cat([projection.to(dtype) for projection in projections], dim=1).T
-    total_PD[live_P] += sums_PD
+    rows_PI = _look_up(hashes_out.flatten(0, 1)[live_P], tables, dtype)
+    total_PD[live_P] += rows_PI @ torch.cat([projection.to(dtype) for projection in projections], dim=1).T
     total_PD *= shares(ids, len(tables), rule).view(-1, 1).to(dtype)
     out.copy_(total_PD.view(out.shape))
 
@@ -131,49 +135,57 @@ def forward(
 def weight_grad(
     grad: Tensor,
     ids: Tensor,
+    hashes: Tensor,
+    slots: Tensor,
+    sizes: Sequence[int],
     tables: Sequence[Tensor],
     projections: Sequence[Tensor],
-    documents: Tensor | None,
-    history: Tensor | None,
     numbers: Sequence[int],
     words: int,
+    projected: bool,
     grad_word: Tensor,
     *grads: Tensor,
 ) -> None:
-    """Writes the gradients of the word table of `words` rows, then those of the tables, then of the projections."""
-    rule, grad_tables, grad_projections = Rule.of(numbers), grads[: len(tables)], grads[len(tables) :]
-    live_P, rows_PI = _lookups(ids, tables, rule, documents, history)
-    dtype, flat_P = rows_PI.dtype, ids.reshape(-1)
+    """Writes the gradients of the word table [words, D], of rows of the tables, and of the projections.
+
+    A table's gradient is [size, W]: row slots[b, s, i] of it is that of its row hashes[b, s, i]. Those of size 0, no
+    words and projections that are not `projected` are not wanted.
+    """
+    rule, dtype = Rule.of(numbers), torch.promote_types(grad.dtype, torch.float32)
     grad_PD = grad.reshape(-1, grad.shape[2]).to(dtype) * shares(ids, len(tables), rule).view(-1, 1).to(dtype)
-    grad_word.copy_(_add_rows(grad_PD, flat_P.clamp_min(0), words))
-    grad_PD = grad_PD[live_P]
-    weights_DI = torch.cat([projection.to(dtype) for projection in projections], dim=1)
-    widths = [projection.shape[1] for projection in projections]
-    hashes_NP = hashes(ids, [len(table) for table in tables], rule, documents, history).view(-1, len(tables))[live_P].T
-    for out, rows_PW, hash_P in zip(grad_tables, (grad_PD @ weights_DI).split(widths, 1), hashes_NP, strict=True):
-        out.copy_(_add_rows(rows_PW, hash_P, len(out)))
-        out[0] = 0
-    for out, part_DW in zip(grad_projections, (grad_PD.T @ rows_PI).split(widths, 1), strict=True):
-        out.copy_(part_DW)
+    if words:
+        grad_word.copy_(_add_rows(grad_PD, ids.reshape(-1), words))
+    live_P = _live(hashes)
+    grad_PD, hashes_PN, slots_PN = grad_PD[live_P], hashes.flatten(0, 1)[live_P], slots.flatten(0, 1)[live_P]
+    slots_PN = slots_PN.masked_fill(hashes_PN == 0, -1)
+    for out, projection, slots_P in zip(grads, projections, slots_PN.unbind(1), strict=False):
+        if len(out):
+            out.copy_(_add_rows(grad_PD @ projection.to(dtype), slots_P, len(out)))
+    if projected:
+        widths = [projection.shape[1] for projection in projections]
+        rows_PI = _look_up(hashes_PN, tables, dtype)
+        for out, part_DW in zip(grads[len(tables) :], (grad_PD.T @ rows_PI).split(widths, 1), strict=True):
+            out.copy_(part_DW)
 
 
-def _lookups(
-    ids: Tensor, tables: Sequence[Tensor], rule: Rule, documents: Tensor | None, history: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The positions whose hashes are not all 0, and their table rows side by side, at least float32."""
-    hashes_PN = hashes(ids, [len(table) for table in tables], rule, documents, history).view(-1, len(tables))
-    live_P = hashes_PN.any(1).nonzero()[:, 0]
-    dtype = torch.promote_types(tables[0].dtype, torch.float32)
-    rows = [
-        functional.embedding(hash_P, table).to(dtype).masked_fill((hash_P == 0)[:, None], 0)
-        for table, hash_P in zip(tables, hashes_PN[live_P].unbind(1), strict=True)
-    ]
-    return live_P, torch.cat(rows, dim=1)
+def _live(hashes: Tensor) -> Tensor:
+    """The positions whose hashes are not all 0."""
+    return hashes.flatten(0, 1).any(1).nonzero()[:, 0]
+
+
+def _look_up(hashes_PN: Tensor, tables: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[P, sum of widths]: the table rows of each position side by side, fetched from where the tables are."""
+    rows = []
+    for table, hash_P in zip(tables, hashes_PN.unbind(1), strict=True):
+        rows_PW = functional.embedding(hash_P.to(table.device), table).to(hash_P.device, dtype)
+        rows.append(rows_PW.masked_fill((hash_P == 0)[:, None], 0))
+    return torch.cat(rows, dim=1)
 
 
 def _add_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
-    """[size, W]: each row added at its index, in order."""
-    return rows.new_zeros(size, rows.shape[1]).index_add_(0, index, rows)
+    """[size, W]: each row added at its index, in order; rows of negative index are left out."""
+    kept = (index >= 0).nonzero()[:, 0]
+    return rows.new_zeros(size, rows.shape[1]).index_add_(0, index[kept], rows[kept])
 
 
 @dataclass(frozen=True)
@@ -190,6 +202,7 @@ class Case:
     special: int = 3  # ignored ids, which follow the text ids
     documents: bool = False
     history: bool = False
+    sparse: bool = False
     dtype: torch.dtype = torch.float32
 
     @property
@@ -202,7 +215,10 @@ EDGE = (
     Case(2, 0, 8, 5, 8),
     Case(1, 1, 3, 1, 4, neighbors=2, splits=1),
     Case(3, 17, 9, 11, 12, neighbors=4),
+    Case(3, 17, 9, 11, 12, neighbors=4, sparse=True),
     Case(2, 17, 9, 11, 8, documents=True, history=True),
+    Case(2, 50, 9, 11, 408, sparse=True),
+    Case(2, 50, 9, 11, 408, sparse=True, dtype=torch.bfloat16),
     Case(3, 17, 9, 11, 16, neighbors=4, dtype=torch.bfloat16),
 )
 MODEL = (Case(1, 4096, 131_072, 100_000, 3072, 4, 4, 53, dtype=torch.bfloat16),)
@@ -228,6 +244,7 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         **case.rule._asdict(),
         "documents": starts_BS.cumsum(1) if case.documents else None,
         "history": ids(case.batch, case.neighbors - 1) if case.history else None,
+        "sparse": case.sparse,
     }
 
 
@@ -258,6 +275,7 @@ REFUSALS = (
         "tables must be torch.float32 as word is, got torch.float64",
         lambda a: {"tables": [torch.ones(5, 2).double()] * 4},
     ),
+    Refusal("tables must be on cpu as word is, got meta", lambda a: {"tables": [t.to("meta") for t in a["tables"]]}),
     Refusal("documents must be int64 [0, 4], got torch.int64 [0, 3]", lambda a: {"documents": a["ids"][:, :3]}),
     Refusal("ids must be on cpu as word is, got meta", lambda a: {"ids": a["ids"].to("meta")}),
     Refusal("documents must be on cpu as word is, got meta", lambda a: {"documents": a["ids"].to("meta")}),

@@ -32,14 +32,18 @@ class Call:
         return (*getattr(op.spec, op.name)(*arguments), *self._written(arguments))
 
     def gradients(self, op: Op, backend: str | None) -> list[Tensor]:
-        """Gradients of all arguments that require one, for fixed gradients of the results; None: by the definition."""
+        """Gradients of all arguments that require one, for fixed gradients of the results; None: by the definition.
+
+        Sparse ones come as if they were not.
+        """
         arguments = _map(_copy if backend else _upcast, self.arguments[:-1])
         results = _tuple(self.overload(*arguments, backend) if backend else getattr(op.spec, op.name)(*arguments))
         results = tuple(result for result in results if result.requires_grad)
         leaves = [leaf for leaf in _leaves(arguments) if leaf.requires_grad]
         if not leaves:
             return []
-        return list(torch.autograd.grad(results, leaves, [_ramp(result) for result in results]))
+        grads = torch.autograd.grad(results, leaves, [_ramp(result) for result in results])
+        return [grad.to_dense() for grad in grads]
 
     def _written(self, arguments: tuple[Any, ...]) -> list[Tensor]:
         pairs = zip(arguments, self.overload._schema.arguments, strict=False)
