@@ -211,12 +211,12 @@ def look_up(
             num_warps=4,
         )
         if not is_near:
-            rows_PI[:, column : column + width] = _fetch(table_RW, hashes_PN[:, i])
+            rows_PI[:, column : column + width] = gather(table_RW, hashes_PN[:, i])
         column += width
     return rows_PI
 
 
-def _fetch(table_RW: Tensor, hashes_P: Tensor) -> Tensor:
-    """Rows of a table that is somewhere else."""
+def gather(table_RW: Tensor, hashes_P: Tensor) -> Tensor:
+    """[P, W]: rows of a table, which may be somewhere else; zero where the hash is."""
     rows_PW = functional.embedding(hashes_P.to(table_RW.device), table_RW).to(hashes_P.device)
     return rows_PW.masked_fill((hashes_P == 0)[:, None], 0)
