@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longcat_kernels.triton import moe_plan
 from longcat_kernels.triton._gemm import Tile, cast, load_rows, load_weights, multiply_add, shared_bytes, tile_of, weights_of
-from longcat_kernels.triton._numeric import DTYPES, padded
+from longcat_kernels.triton._numeric import DTYPES, padded, tile_rows
 
 AT_ONCE: tl.constexpr = tl.constexpr(4)  # slots whose rows are on their way together
 
@@ -196,7 +196,7 @@ def combine(
     """out[t] = sum of t's rows, by weight or as they are, plus its identity experts' weights times x[t] + residual."""
     (tokens, dim), slots = x_TD.shape, ids_Tk.shape[1]
     width = min(1024, padded(dim))
-    rows = max(1, 1024 // width)
+    rows = tile_rows(width)
     residual_TD = x_TD if residual is None else residual
     combine_kernel[(triton.cdiv(tokens, rows), triton.cdiv(dim, width))](
         *(y_RD, x_TD, residual_TD, ids_Tk.contiguous(), plan.rows, weights_Tk.contiguous(), out_TD),

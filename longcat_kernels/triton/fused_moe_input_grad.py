@@ -19,7 +19,7 @@ from torch import Tensor
 from longcat_kernels.triton import on
 from longcat_kernels.triton._gemm import accumulate, cast, weights_of, zero_tail
 from longcat_kernels.triton._moe import Plan, combine
-from longcat_kernels.triton._numeric import DTYPES, folds, padded
+from longcat_kernels.triton._numeric import DTYPES, folds, padded, tile_rows
 from longcat_kernels.triton.fused_moe import why_not
 from longcat_kernels.triton.grouped_mm import multiply_rows
 
@@ -178,7 +178,7 @@ def _weights_grad(
 ) -> None:
     (tokens, dim), (_, slots), parts = x_TD.shape, ids_Tk.shape, parts_RP.shape[1]
     wide = min(1024, padded(dim))
-    rows = max(1, 1024 // wide)
+    rows = tile_rows(wide)
     weights_grad_kernel[(triton.cdiv(tokens, rows),)](
         *(grad_TD, x_TD, parts_RP, ids_Tk.contiguous(), plan.rows, out_Tk),
         *(tokens, dim, parts, slots, len(plan.counts), *grad_TD.stride(), *x_TD.stride()),

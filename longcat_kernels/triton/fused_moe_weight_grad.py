@@ -16,7 +16,7 @@ from torch import Tensor
 from longcat_kernels.triton import on
 from longcat_kernels.triton._gemm import cast
 from longcat_kernels.triton._moe import Plan
-from longcat_kernels.triton._numeric import DTYPES, padded
+from longcat_kernels.triton._numeric import DTYPES, padded, tile_rows
 from longcat_kernels.triton.fused_moe import why_not
 from longcat_kernels.triton.grouped_mm import sum_rows
 
@@ -75,7 +75,7 @@ def _weighted_act(hidden_RF: Tensor, weights_Tk: Tensor, plan: Plan) -> Tensor:
     slots, width = len(plan.slots), hidden_RF.shape[1] // 2
     act_RF = hidden_RF.new_empty(slots, width)
     wide = min(1024, padded(width))
-    rows = max(1, 4096 // wide)
+    rows = tile_rows(wide)
     if slots:
         act_kernel[(triton.cdiv(slots, rows), triton.cdiv(width, wide))](
             *(hidden_RF, weights_Tk.contiguous(), plan.slots, plan.offsets[-1], act_RF, width),

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from longcat_kernels.triton import on
-from longcat_kernels.triton._numeric import folds
+from longcat_kernels.triton._numeric import INTERPRETED, folds
 
 BLOCK = 512  # slots
-STEP = 32  # slots that a block compares its own with at a time
+STEP = BLOCK if INTERPRETED else 32  # slots that a block compares its own with at a time
 LANES = 64  # tiles that are written at a time
 
 

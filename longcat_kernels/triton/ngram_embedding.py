@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from longcat_kernels.triton import on
 from longcat_kernels.triton._gemm import TYPES, accumulate, cast, describe, shared_bytes, tile_of, weights_of
-from longcat_kernels.triton._numeric import DTYPES, padded
+from longcat_kernels.triton._numeric import DTYPES, padded, tile_rows
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def look_up(
     for i, table_RW in enumerate(tables):
         is_near, width = table_RW.device == device, table_RW.shape[1]
         wide = min(256, padded(width))
-        rows = 1024 // wide
+        rows = tile_rows(wide)
         lookup_kernel[(triton.cdiv(positions, rows),)](
             *(flat_P, documents_P, history, table_RW if is_near else rows_PI, hashes_PN[:, i:], rows_PI[:, column:]),
             *(positions, ids_BS.shape[1], len(tables), rows_PI.shape[1], width, len(table_RW), base, neighbors - 1),

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from longcat_kernels.triton import on
 from longcat_kernels.triton._gemm import TYPES, cast, shared_bytes, tile_of
-from longcat_kernels.triton._numeric import DTYPES, padded
-from longcat_kernels.triton._segments import segment_sum, segments
+from longcat_kernels.triton._numeric import INTERPRETED, DTYPES, padded
+from longcat_kernels.triton._segments import segments
 from longcat_kernels.triton.grouped_mm import multiply_rows, sum_rows
 from longcat_kernels.triton.moe_plan import cut
 from longcat_kernels.triton.ngram_embedding import gather
@@ -30,24 +30,33 @@ def rows_grad_kernel(
     order_ptr,  # [P] int64: positions grouped by row
     starts_ptr,  # [U + 1] int64
     out_ptr,  # [U, W]
+    U,
     W,
     row_stride,
     column_stride,
     share,
     first_whole,  # rows whose positions have a share of 1
     end_whole,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column_W = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside_W = column_W < W
+    inside_RW = (row_R < U)[:, None] & (column_W < W)[None, :]
     place_W = column_W.to(tl.int64) * column_stride
-    start = tl.load(starts_ptr + row)
-    end = tl.load(starts_ptr + row + 1)
-    sum_W = segment_sum(vectors_ptr, order_ptr, start, end, row_stride, place_W, inside_W, WIDTH, tl.float32)
-    sum_W *= tl.where((row >= first_whole) & (row < end_whole), 1.0, share)
-    tl.store(out_ptr + row.to(tl.int64) * W + column_W, cast(sum_W, OUT), inside_W)
+    start_R = tl.load(starts_ptr + row_R, row_R < U, other=0)
+    end_R = tl.load(starts_ptr + row_R + 1, row_R < U, other=0)
+    sum_RW = tl.zeros((ROWS, WIDTH), tl.float32)
+    for first in range(0, tl.max(end_R - start_R, 0), 8):
+        for step in tl.static_range(8):  # eight are on their way at a time
+            at_R = start_R + first + step
+            position_R = tl.load(order_ptr + at_R, at_R < end_R, other=0)
+            vector_ptrs = vectors_ptr + position_R[:, None] * row_stride + place_W[None, :]
+            sum_RW += tl.load(vector_ptrs, inside_RW & (at_R < end_R)[:, None], other=0.0).to(tl.float32)
+    share_R = tl.where((row_R >= first_whole) & (row_R < end_whole), 1.0, share)
+    at_RW = row_R.to(tl.int64)[:, None] * W + column_W[None, :]
+    tl.store(out_ptr + at_RW, cast(sum_RW * share_R[:, None], OUT), inside_RW)
 
 
 def why_not(grad_BSD: Tensor, *_: Any) -> str | None:
@@ -96,9 +105,10 @@ def _sum_by_row(
     if not out_UW.numel():
         return
     (rows, width), order_and_starts = out_UW.shape, segments(row_P, len(out_UW))
-    wide = min(1024, padded(width))
-    rows_grad_kernel[(rows, triton.cdiv(width, wide))](
-        *(vectors_PW, *order_and_starts, out_UW, width, *vectors_PW.stride(), share, *whole),
+    wide, at_once = min(1024, padded(width)), 64 if INTERPRETED else 1
+    rows_grad_kernel[(triton.cdiv(rows, at_once), triton.cdiv(width, wide))](
+        *(vectors_PW, *order_and_starts, out_UW, rows, width, *vectors_PW.stride(), share, *whole),
+        ROWS=at_once,
         WIDTH=wide,
         OUT=DTYPES[out_UW.dtype],
         num_warps=4,
