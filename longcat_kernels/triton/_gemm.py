@@ -91,7 +91,7 @@ def describe(tensor: Tensor, block: list[int]) -> Any | None:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
-def weights_of(b_EKN: Tensor, tile: Tile) -> tuple[tuple[Any, int, int, int], dict[str, bool]]:
+def weights_of(b_EKN: Tensor, tile: Tile) -> tuple[tuple[Any, ...], dict[str, bool]]:
     """Arguments of a kernel that multiplies by b: it or its descriptor, strides, and the constants that say which."""
     inner = b_EKN.stride(1) == 1
     found = describe(b_EKN.mT, [1, tile.columns, tile.depth]) if inner else None

@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from longcat_kernels.triton import moe_plan
-from longcat_kernels.triton._gemm import Tile, cast, load_rows, load_weights, multiply_add, shared_bytes, tile_of, weights_of
+from longcat_kernels.triton._gemm import (
+    Tile,
+    cast,
+    load_rows,
+    load_weights,
+    multiply_add,
+    shared_bytes,
+    tile_of,
+    weights_of,
+)
 from longcat_kernels.triton._numeric import DTYPES, padded, tile_rows
 
 AT_ONCE: tl.constexpr = tl.constexpr(4)  # slots whose rows are on their way together
@@ -91,9 +100,7 @@ def up_kernel(
         up_MN = tl.zeros((ROWS, COLUMNS), tl.float32)
         for d in range(0, D, DEPTH):
             x_MK = load_rows(x_ptr, at_M, d, D, x_column, DEPTH, EVEN)
-            w_KN = load_weights(
-                w, 2 * expert, n, d, F, D, w_group, w_k, w_n, COLUMNS, DEPTH, DESCRIBED, K_INNER, EVEN
-            )
+            w_KN = load_weights(w, 2 * expert, n, d, F, D, w_group, w_k, w_n, COLUMNS, DEPTH, DESCRIBED, K_INNER, EVEN)
             gate_MN = multiply_add(x_MK, w_KN, gate_MN)
             w_KN = load_weights(
                 w, 2 * expert + 1, n, d, F, D, w_group, w_k, w_n, COLUMNS, DEPTH, DESCRIBED, K_INNER, EVEN
@@ -112,7 +119,7 @@ def up_kernel(
 
 def multiply_up(x_TD: Tensor, gate_up_EFD: Tensor, plan: Plan, hidden: Tensor | None, act: Tensor | None) -> None:
     """Writes gate | up and silu(gate) * up of the plan's rows, where they are wanted."""
-    experts, width, dim = gate_up_EFD.shape
+    _, width, dim = gate_up_EFD.shape
     halves = gate_up_EFD.unflatten(1, (2, width // 2)).flatten(0, 1).mT
     tile = plan.tile(x_TD.dtype, wide=256, parts=2)
     weights, constants = weights_of(halves, tile)

@@ -173,9 +173,7 @@ def run(
         combine(grad_x_RD, grad_TD, ids_Tk, weights_Tk, plan, grad_x_TD, weighted=False)
 
 
-def _weights_grad(
-    grad_TD: Tensor, x_TD: Tensor, parts_RP: Tensor, ids_Tk: Tensor, plan: Plan, out_Tk: Tensor
-) -> None:
+def _weights_grad(grad_TD: Tensor, x_TD: Tensor, parts_RP: Tensor, ids_Tk: Tensor, plan: Plan, out_Tk: Tensor) -> None:
     (tokens, dim), (_, slots), parts = x_TD.shape, ids_Tk.shape, parts_RP.shape[1]
     wide = min(1024, padded(dim))
     rows = tile_rows(wide)

@@ -98,11 +98,8 @@ def place_kernel(
 ):
     block = tl.program_id(0)
     bin_ = tl.arange(0, BINS)
-    if ALONE:
-        count = tl.histogram(_load_keys(ids_ptr, tl.arange(0, BLOCK), R, E), BINS)
-    else:
-        count = tl.load(totals_ptr + bin_)
-    count = tl.where(bin_ < E, count, 0)
+    own = _load_keys(ids_ptr, tl.arange(0, BLOCK), R, E)
+    count = tl.where(bin_ < E, tl.histogram(own, BINS) if ALONE else tl.load(totals_ptr + bin_), 0)
     start = tl.cumsum(count, 0) - count
     rows = tl.sum(count, 0)
     if block < E:
@@ -135,7 +132,9 @@ def place_kernel(
 
 
 @triton.jit
-def cut_kernel(ends_ptr, tiles_ptr, E, R, N, TILE: tl.constexpr, BINS: tl.constexpr, PADS: tl.constexpr, LANES: tl.constexpr):
+def cut_kernel(
+    ends_ptr, tiles_ptr, E, R, N, TILE: tl.constexpr, BINS: tl.constexpr, PADS: tl.constexpr, LANES: tl.constexpr
+):
     """Tiles of groups that end at `ends`; what decreases or leaves [0, R] gives rows inside it nevertheless."""
     bin_ = tl.arange(0, BINS)
     end = tl.load(ends_ptr + bin_, bin_ < E, other=0)

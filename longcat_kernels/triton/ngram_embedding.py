@@ -39,7 +39,7 @@ def lookup_kernel(
     P,
     S,
     N,
-    I,
+    WIDTHS,  # I
     W,
     modulus,
     base,
@@ -86,7 +86,7 @@ def lookup_kernel(
             inside = inside_R[:, None] & (column < W)[None, :]
             table_ptrs = table_ptr + row_R[:, None] + column.to(tl.int64)[None, :] * table_column
             values = tl.load(table_ptrs, inside & (hash_R != 0)[:, None], other=0.0)
-            tl.store(rows_ptr + place_R.to(tl.int64)[:, None] * I + column[None, :], values, inside)
+            tl.store(rows_ptr + place_R.to(tl.int64)[:, None] * WIDTHS + column[None, :], values, inside)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def project_kernel(
     P,
     V,
     D,
-    I,
+    WIDTHS,  # I
     share,  # float: 1 / (1 + N)
     first_ignored,
     end_ignored,
@@ -124,9 +124,9 @@ def project_kernel(
     place_R = first + tl.arange(0, ROWS)
     n_N = n + tl.arange(0, COLUMNS)
     inside_R = place_R < P
-    at_R = tl.where(inside_R, place_R, 0).to(tl.int64) * I
+    at_R = tl.where(inside_R, place_R, 0).to(tl.int64) * WIDTHS
     sum_RN = accumulate(
-        *(rows, at_R, first, 1, b, tl.program_id(0) * 0, n, D, I, b_group, b_k, b_n),
+        *(rows, at_R, first, 1, b, tl.program_id(0) * 0, n, D, WIDTHS, b_group, b_k, b_n),
         *(COLUMNS, DEPTH, A_DESCRIBED, DESCRIBED, K_INNER, EVEN),
     )
     id_R = tl.load(ids_ptr + place_R, inside_R, other=-1)

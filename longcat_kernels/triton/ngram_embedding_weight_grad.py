@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longcat_kernels.triton import on
 from longcat_kernels.triton._gemm import TYPES, cast, shared_bytes, tile_of
-from longcat_kernels.triton._numeric import INTERPRETED, DTYPES, padded
+from longcat_kernels.triton._numeric import DTYPES, INTERPRETED, padded
 from longcat_kernels.triton._segments import segments
 from longcat_kernels.triton.grouped_mm import multiply_rows, sum_rows
 from longcat_kernels.triton.moe_plan import cut
