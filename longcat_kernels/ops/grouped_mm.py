@@ -40,7 +40,8 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *, backend: str
 
     Raises:
         ValueError: a shape, dtype or device is wrong, offsets decrease or leave the ragged dimension, or no
-            implementation takes the tensors.
+            implementation takes the tensors. Offsets on a GPU are not waited for: wrong ones give wrong rows, in
+            memory that is this op's.
 
     Example:
         >>> rows, weights = torch.ones(3, 2), torch.stack([torch.eye(2), 2 * torch.eye(2)])

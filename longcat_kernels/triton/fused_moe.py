@@ -44,6 +44,7 @@ def run(
 ) -> None:
     """Fills out and, where it has rows, hidden: gate | up of the plan's rows, then zeros."""
     if not x_TD.numel():
+        hidden_RF.zero_()
         return
     (experts, dim, width), slots = down_EDF.shape, ids_Tk.numel()
     with on(x_TD.device):

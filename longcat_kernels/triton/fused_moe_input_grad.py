@@ -151,6 +151,8 @@ def run(
 ) -> None:
     """Fills the outputs; the gradient of hidden is zero past the last row."""
     if not x_TD.numel():
+        for output in (grad_weights_Tk, grad_hidden_RF):
+            output.zero_()
         return
     experts, dim, width = down_EDF.shape
     with on(x_TD.device):

@@ -195,7 +195,7 @@ def look_up(
     rows_PI = torch.empty(positions, width, dtype=tables[0].dtype, device=device)
     column = 0
     for i, table_RW in enumerate(tables):
-        is_near, width = table_RW.device == device, table_RW.shape[1]
+        is_near, width = _is_near(table_RW, ids_BS), table_RW.shape[1]
         wide = min(256, padded(width))
         rows = tile_rows(wide)
         lookup_kernel[(triton.cdiv(positions, rows),)](
@@ -214,6 +214,10 @@ def look_up(
             rows_PI[:, column : column + width] = gather(table_RW, hashes_PN[:, i])
         column += width
     return rows_PI
+
+
+def _is_near(table_RW: Tensor, ids_BS: Tensor) -> bool:
+    return table_RW.device == ids_BS.device
 
 
 def gather(table_RW: Tensor, hashes_P: Tensor) -> Tensor:

@@ -111,3 +111,93 @@ def test_sums_over_rows(gathered: str, add: bool, arch: int, tmp_path: Path) -> 
 def test_float32_is_multiplied_in_three_parts(size: str, arch: int, tmp_path: Path) -> None:
     for kernel in (up(size, arch, torch.float32), act_grad(size, arch, torch.float32)):
         products(kernel, arch, tmp_path)
+
+
+def others() -> list[Kernel]:
+    plan = {"BINS": 512, "BLOCK": 512}
+    place = {**plan, "TILE": 128, "STEP": 32, "PADS": 16, "LANES": 64}
+    pointers = "*i64 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 i32*16 i32*16 i32 i32 i32"
+    whole = {"ROWS": 2, "WIDTH": 1024}
+    route = {"ROWS": 4, "WIDTH": 512, "SOFTMAX": True, "RENORM": True, "column_stride": 1}
+    combine = {**whole, "WEIGHTED": True, "RESIDUAL": True, "OUT": tl.bfloat16, "x_column": 1, "residual_column": 1}
+    lookup = "*i64 *i64 *i64 *bf16 *i64 *bf16 i32*16 i32 i32 i32*16 i32*16 i64 i32 i32 i32 i32 i32 i32*16"
+    looking = {"ORDER": 4, "DOCUMENTS": True, "HISTORY": True, "LOOK_UP": True, "ROWS": 4, "WIDTH": 256}
+    return [
+        Kernel("moe_plan", "count_kernel", "*i64 *i32 i32*16 i32*16", plan, options(4)),
+        Kernel("moe_plan", "scan_kernel", "*i32 *i32 i32", {"BINS": 512, "HEIGHT": 64, "WIDTH": 16}, options(4)),
+        Kernel("moe_plan", "place_kernel", pointers, {**place, "ALONE": False}, options(8)),
+        Kernel("moe_plan", "place_kernel", pointers, {**place, "ALONE": True}, options(8)),
+        Kernel("moe_plan", "cut_kernel", "*i32 *i32 i32*16 i32*16 i32", {k: place[k] for k in place}, options(4)),
+        Kernel(
+            "_gemm",
+            "zero_kernel",
+            "*bf16 *i32 i32 i32*16 i32*16",
+            {"ROWS": 64, "COLUMNS": 128, "column_stride": 1},
+            options(4),
+        ),
+        Kernel(
+            "_moe",
+            "combine_kernel",
+            "*bf16 *bf16 *bf16 *i64 *i32 *fp32 *bf16 i32 i32*16 i32 i32*16 i32*16 i32*16",
+            combine,
+            options(4),
+        ),
+        Kernel(
+            "fused_moe_input_grad",
+            "weights_grad_kernel",
+            "*bf16 *bf16 *fp32 *i64 *i32 *fp32 i32 i32*16 i32 i32 i32*16 i32*16 i32*16",
+            {**whole, "PARTS": 8, "OUT": tl.float32, "grad_column": 1, "x_column": 1},
+            options(4),
+        ),
+        Kernel(
+            "fused_moe_weight_grad",
+            "act_kernel",
+            "*bf16 *fp32 *i32 *i32 *bf16 i32*16",
+            {**whole, "OUT": tl.bfloat16},
+            options(4),
+        ),
+        Kernel(
+            "moe_route",
+            "route_kernel",
+            "*fp32 *fp32 *fp32 *i64 i32 i32*16 i32 i32*16 fp32",
+            {**route, "BIASED": True},
+            options(4),
+        ),
+        Kernel(
+            "moe_route_backward",
+            "route_backward_kernel",
+            "*fp32 *fp32 *i64 *fp32 i32 i32*16 i32 i32*16 fp32",
+            {**route, "OUT": tl.float32},
+            options(4),
+        ),
+        Kernel("ngram_embedding", "lookup_kernel", lookup, {**looking, "table_column": 1}, options(4)),
+        Kernel(
+            "ngram_embedding_weight_grad",
+            "rows_grad_kernel",
+            "*fp32 *i64 *i64 *bf16 i32 i32*16 i32*16 fp32 i32 i32",
+            {"ROWS": 1, "WIDTH": 256, "OUT": tl.bfloat16, "column_stride": 1},
+            options(4),
+        ),
+    ]
+
+
+def project(rows_: int, arch: int) -> Kernel:
+    tile = tile_of(rows_, 1, torch.bfloat16, SHARED_BYTES[arch])
+    cut, how = launched(tile)
+    kind, constants = weights(tile, arch, torch.bfloat16, inner=True)
+    a = f"tensordesc<bf16[{tile.rows},{tile.depth}]>" if arch >= 90 else "*bf16"
+    types = f"{a} {kind} *bf16 *i64 *bf16 i32 i32 i32*16 i32*16 fp32 i32 i32 i32*16 i32*16 i32*16"
+    flags = {"A_DESCRIBED": arch >= 90, "OUT": tl.bfloat16, "word_column": 1}
+    return Kernel("ngram_embedding", "project_kernel", types, {**cut, **constants, **flags}, how)
+
+
+@pytest.mark.parametrize("arch", TENSOR_CORES)
+@pytest.mark.parametrize("positions", [16, 4096])
+def test_projections_of_looked_up_rows(positions: int, arch: int, tmp_path: Path) -> None:
+    products(project(positions, arch), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", TENSOR_CORES)
+@pytest.mark.parametrize("number", range(13))
+def test_other_kernels_do_not_spill(number: int, arch: int, tmp_path: Path) -> None:
+    check(others()[number], arch, tmp_path)
