@@ -16,7 +16,7 @@ test: .venv/.test
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(INTERPRETED)
 
 # Triton kernels without a GPU: the interpreter must be on before they are loaded, hence a process of its own.
-INTERPRETED := tests/interpreter tests/test_contract.py $(patsubst %,tests/test_%.py,prepared rvq_encode rvq_decode ema_update)
+INTERPRETED := tests/interpreter tests/test_contract.py $(patsubst %,tests/test_%.py,prepared rvq_encode rvq_decode ema_update ngram_embedding)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

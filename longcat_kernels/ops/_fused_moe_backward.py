@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.library import register
 from longcat_kernels.reference import fused_moe as spec
@@ -165,10 +165,12 @@ def _cpu_weight_grad(
 
 
 IMPLS_INPUT_GRAD: dict[str, Impl] = {
+    "triton": triton.implementation("fused_moe_input_grad"),
     "cpu": Impl(_cpu_input_grad, why_not_cpu),
     "reference": Impl(spec.input_grad, lambda *inputs: None),
 }
 IMPLS_WEIGHT_GRAD: dict[str, Impl] = {
+    "triton": triton.implementation("fused_moe_weight_grad"),
     "cpu": Impl(_cpu_weight_grad, why_not_cpu),
     "reference": Impl(spec.weight_grad, lambda *inputs: None),
 }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.library import check, register
 from longcat_kernels.ops._fused_moe_backward import add_weight_grad, adjacent, input_grad, weight_grad, why_not_cpu
@@ -270,10 +270,12 @@ def _cpu_hidden(
 
 
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("fused_moe"),
     "cpu": Impl(_cpu, why_not_cpu),
     "reference": Impl(spec.forward, lambda *inputs: None),
 }
 IMPLS_HIDDEN: dict[str, Impl] = {
+    "triton": triton.implementation("fused_moe_hidden"),
     "cpu": Impl(_cpu_hidden, why_not_cpu),
     "reference": Impl(spec.hidden, lambda *inputs: None),
 }

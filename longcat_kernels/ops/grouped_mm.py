@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import grouped_mm as spec
@@ -40,7 +40,8 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *, backend: str
 
     Raises:
         ValueError: a shape, dtype or device is wrong, offsets decrease or leave the ragged dimension, or no
-            implementation takes the tensors.
+            implementation takes the tensors. Offsets on a GPU are not waited for: wrong ones give wrong rows, in
+            memory that is this op's.
 
     Example:
         >>> rows, weights = torch.ones(3, 2), torch.stack([torch.eye(2), 2 * torch.eye(2)])
@@ -125,6 +126,7 @@ def _cpu(a: Tensor, b: Tensor, offs: Tensor | None, out: Tensor) -> None:
 
 
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("grouped_mm"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.grouped_mm),
 }

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import moe_plan as spec
@@ -122,6 +122,7 @@ def _cpu(ids_Tk: Tensor, n_real: int, tile: int, *outputs: Tensor) -> None:
 
 
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("moe_plan"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.moe_plan),
 }

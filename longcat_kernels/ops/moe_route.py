@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import moe_route as spec
@@ -94,30 +94,33 @@ def _run(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits_TE, _k, _n_real, _bias, ctx.score, ctx.renorm, ctx.scale, _backend = inputs
+    logits_TE, _k, _n_real, _bias, ctx.score, ctx.renorm, ctx.scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits_TE, output[1])
 
 
 def _backward(ctx: Any, grad_Tk: Tensor, _ids: None) -> tuple[Any, ...]:
     logits_TE, ids_Tk = ctx.saved_tensors
-    grad_TE = _op_backward(grad_Tk, logits_TE, ids_Tk, ctx.score, ctx.renorm, ctx.scale)
+    grad_TE = _op_backward(grad_Tk, logits_TE, ids_Tk, ctx.score, ctx.renorm, ctx.scale, ctx.backend)
     return grad_TE, None, None, None, None, None, None, None
 
 
 def _allocate_backward(
-    grad_Tk: Tensor, logits_TE: Tensor, ids_Tk: Tensor, score: str, renorm: bool, scale: float
+    grad_Tk: Tensor, logits_TE: Tensor, ids_Tk: Tensor, score: str, renorm: bool, scale: float, backend: str
 ) -> Tensor:
     return torch.empty(logits_TE.shape, dtype=logits_TE.dtype, device=logits_TE.device)
 
 
-def _run_backward(grad_Tk: Tensor, logits_TE: Tensor, ids_Tk: Tensor, score: str, renorm: bool, scale: float) -> Tensor:
-    out_TE = _allocate_backward(grad_Tk, logits_TE, ids_Tk, score, renorm, scale)
-    return out_TE.copy_(spec.backward(grad_Tk, logits_TE, ids_Tk, score, renorm, scale))
+def _run_backward(*arguments: Any) -> Tensor:
+    out_TE = _allocate_backward(*arguments)
+    *inputs, backend = arguments
+    choose("moe_route_backward", IMPLS_BACKWARD, backend, *inputs).run(*inputs, out_TE)
+    return out_TE
 
 
 _op_backward = register(
-    "moe_route_backward(Tensor grad_weights, Tensor logits, Tensor ids, str score, bool renorm, float scale) -> Tensor",
+    "moe_route_backward(Tensor grad_weights, Tensor logits, Tensor ids, str score, bool renorm, float scale, "
+    "str backend) -> Tensor",
     _run_backward,
     _allocate_backward,
 )
@@ -157,8 +160,18 @@ def _cpu(
     native.module().moe_route(*arguments, threads=torch.get_num_threads())
 
 
+def _reference_backward(*arguments: Any) -> None:
+    *inputs, out_TE = arguments
+    out_TE.copy_(spec.backward(*inputs))
+
+
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("moe_route"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.moe_route),
+}
+IMPLS_BACKWARD: dict[str, Impl] = {
+    "triton": triton.implementation("moe_route_backward"),
+    "reference": Impl(_reference_backward, lambda *inputs: None),
 }
 OP = Op("moe_route", moe_route, IMPLS, spec)

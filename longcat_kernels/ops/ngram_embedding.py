@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import ngram_embedding as spec
@@ -318,10 +318,12 @@ def _cpu_weight_grad(*arguments: Any) -> None:
 
 
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("ngram_embedding"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": Impl(spec.forward, lambda *inputs: None),
 }
 IMPLS_WEIGHT_GRAD: dict[str, Impl] = {
+    "triton": triton.implementation("ngram_embedding_weight_grad"),
     "cpu": Impl(_cpu_weight_grad, _why_not_cpu_weight_grad),
     "reference": Impl(spec.weight_grad, lambda *inputs: None),
 }

@@ -6,38 +6,15 @@ What it promises: the screen multiplies on tensor cores, nothing spills, float32
 
 from __future__ import annotations
 
-import importlib
-import os
-import re
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("triton: compiled in a process without TRITON_INTERPRET=1", allow_module_level=True)
 
-import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel as the launcher of `longcat_kernels.triton.<module>` calls it."""
-
-    module: str
-    name: str
-    types: str  # of the arguments that are not constants: pointers and integers; "i32*16" is a multiple of 16
-    constants: dict[str, Any]
-    options: dict[str, int]
+from compiled import SHARED_BYTES, TENSOR_CORES, Kernel, check, options
 
 
 def rows(width: int, **more: Any) -> dict[str, Any]:
@@ -55,10 +32,6 @@ def screens() -> list[Kernel]:
         Kernel("_screen", "screen_kernel", types, {"GROUP": 16, "ROWS": r, "ENTRIES": e, "DEPTH": 64}, options(w, s))
         for r, e, w, s in shapes
     ]
-
-
-def options(warps: int, stages: int = 3) -> dict[str, int]:
-    return {"num_warps": warps, "num_stages": stages}
 
 
 def of_whole_rows(width: int) -> list[Kernel]:
@@ -139,48 +112,6 @@ def others() -> list[Kernel]:
     ]
 
 
-@dataclass(frozen=True)
-class Built:
-    """What the compiler made of a kernel."""
-
-    registers: int
-    stack: int  # bytes of a thread
-    shared: int  # bytes of a program
-    ptx: str
-    sass: str
-
-
-def build(kernel: Kernel, arch: int, folder: Path) -> Built:
-    function = getattr(importlib.import_module(f"longcat_kernels.triton.{kernel.module}"), kernel.name)
-    names = function.arg_names
-    types = dict(zip([name for name in names if name not in kernel.constants], kernel.types.split(), strict=False))
-    signature = {name: types[name].removesuffix("*16") if name in types else "constexpr" for name in names}
-    aligned = [name for name in types if types[name].startswith("*") or types[name].endswith("*16")]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    constants = {name: value for name, value in kernel.constants.items() if name in names}
-    assert len(types) + len(constants) == len(names), f"{kernel.name}: arguments have changed"
-    source = ASTSource(function, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    found = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", cubin))
-    assert found
-    return Built(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], _tool("nvdisasm", cubin))
-
-
-def _tool(name: str, *arguments: Any) -> str:
-    run = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
-    return run.stdout + run.stderr
-
-
-def check(kernel: Kernel, arch: int, folder: Path) -> Built:
-    built = build(kernel, arch, folder)
-    print(f"{kernel.name} sm_{arch} {kernel.constants}: {built.registers} registers, {built.shared} bytes shared")
-    assert built.stack == 0 and not re.search(r"\b(LDL|STL)\b", built.sass), f"{built.stack} bytes of stack"
-    assert ".ftz" not in built.ptx
-    return built
-
-
 @pytest.mark.parametrize("arch", TENSOR_CORES)
 @pytest.mark.parametrize("number", range(4))
 def test_the_screen_runs_on_tensor_cores(number: int, arch: int, tmp_path: Path) -> None:
@@ -188,7 +119,7 @@ def test_the_screen_runs_on_tensor_cores(number: int, arch: int, tmp_path: Path)
     built = check(kernel, arch, tmp_path)
     wanted = TENSOR_CORES[arch] if kernel.constants["ROWS"] >= 64 else "HMMA"  # below, no wider instruction fits
     assert wanted in built.sass and "LDGSTS" in built.sass, "loads are not pipelined"
-    assert built.shared <= {80: 163, 90: 227, 100: 227}[arch] * 1024 or kernel.options["num_stages"] > 3
+    assert built.shared <= SHARED_BYTES[arch] or kernel.options["num_stages"] > 3
 
 
 @pytest.mark.parametrize("arch", TENSOR_CORES)
