@@ -114,7 +114,8 @@ def _allocate_backward(
 def _run_backward(*arguments: Any) -> Tensor:
     out_TE = _allocate_backward(*arguments)
     *inputs, backend = arguments
-    choose("moe_route_backward", IMPLS_BACKWARD, backend, *inputs).run(*inputs, out_TE)
+    wanted = backend if backend in IMPLS_BACKWARD else "auto"
+    choose("moe_route_backward", IMPLS_BACKWARD, wanted, *inputs).run(*inputs, out_TE)
     return out_TE
 
 
