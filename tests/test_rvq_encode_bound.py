@@ -21,7 +21,7 @@ def codes_by(isa: str, x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def rivals(word: Tensor) -> Tensor:
-    """A codebook of a word's negative and, in another panel, which begins with what is never chosen, the word itself."""
+    """A codebook of a word's negative and the word itself, in a panel that begins with what is never chosen."""
     return torch.cat([-word, torch.full((40, 66), torch.nan), word])
 
 
