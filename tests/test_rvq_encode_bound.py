@@ -20,20 +20,23 @@ def codes_by(isa: str, x: Tensor, codebook: Tensor) -> Tensor:
     return outputs[3][:, 0]
 
 
+def rivals(word: Tensor) -> Tensor:
+    """A codebook of a word's negative and the word itself, in a panel that begins with what is never chosen."""
+    return torch.cat([-word, torch.full((40, 66), torch.nan), word])
+
+
 def rounded_rows(sharpness: float) -> tuple[Tensor, Tensor]:
-    """Rows whose bfloat16 rounding shifts two scores apart by `sharpness` of what the bound allows."""
+    """A row whose bfloat16 rounding shifts two scores apart by `sharpness` of what the bound allows."""
     lost = 0.95 * 2.0**-8
     word = torch.cat([torch.ones(64), torch.tensor([-1.0, 1.0])])
     row = torch.cat([torch.full((64,), 1 + lost), torch.tensor([64.0, -64 * lost * sharpness])])
-    return row[None], torch.stack([-word, word])
+    return row[None], rivals(word[None])
 
 
 def rounded_words(sharpness: float) -> tuple[Tensor, Tensor]:
-    """The same of codewords; the first of their panel is exact and far away."""
-    rows, words = rounded_rows(sharpness)
-    far = torch.zeros(1, 66)
-    far[0, 64] = 80
-    return words[1:], torch.cat([far, -rows, rows])
+    """The same of codewords."""
+    row, words = rounded_rows(sharpness)
+    return words[-1:], rivals(row)
 
 
 def equal_lengths(g: torch.Generator) -> tuple[Tensor, Tensor]:
