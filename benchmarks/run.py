@@ -122,7 +122,7 @@ def bench(
     device: str,
     older: Path | None = None,
 ) -> Iterator[list[harness.Row]]:
-    """Measures the chosen cases of an op, with ours of the checkout `older` too; prints and gives each when it is done."""
+    """Measures the chosen cases of an op, with ours of the checkout `older` too; prints and gives each when done."""
     cases = module.CASES[:1] if arguments.quick else module.CASES
     for case in tqdm([case for case in cases if arguments.case in case.name], desc=op, unit="case", leave=False):
         own = ceilings

@@ -223,8 +223,9 @@ def test_residual_dtype_rounds_between_levels() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("flush", [False, True])
 def test_sixteen_bit_conversions_are_those_of_torch_for_every_value(
-    dtype: torch.dtype, flush: bool, request: pytest.FixtureRequest
+    dtype: torch.dtype, flush: bool, request: pytest.FixtureRequest, threads: Any
 ) -> None:
+    threads(1)  # flushing is a thread's own affair
     request.addfinalizer(lambda: torch.set_flush_denormal(False))
     torch.set_flush_denormal(flush)
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
