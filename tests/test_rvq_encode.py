@@ -180,6 +180,14 @@ def test_no_gradient_reaches_residual_codes_or_codebooks() -> None:
     assert book.grad is None
 
 
+def test_a_second_derivative_is_refused_and_not_lost() -> None:
+    x = torch.randn(10, 6, requires_grad=True)
+    losses = rvq_encode(x, [torch.randn(8, 6)]).losses
+    (first,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="rvq_encode: is differentiable once"):
+        torch.autograd.grad(first.square().sum(), x)
+
+
 def test_backward_keeps_no_residual_of_any_level() -> None:
     x, books = torch.randn(64, 32, requires_grad=True), [torch.randn(16, 32) for _ in range(6)]
     saved: list[Tensor] = []

@@ -156,8 +156,9 @@ def _allocate(
     _check(embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N)
     check(0 <= decay <= 1, lambda: f"ema_update: decay must be in [0, 1], got {decay}")
     for name, value in (("eps", eps), ("restart_fraction", restart_fraction), ("restart_count", restart_count)):
-        if value < 0:
+        if not value >= 0:
             raise ValueError(f"ema_update: {name} must be at least 0, got {value}")
+    check(restart_threshold == restart_threshold, lambda: "ema_update: restart_threshold must be a number, got nan")
     return torch.empty((), dtype=torch.int64, device=embed_KD.device)
 
 

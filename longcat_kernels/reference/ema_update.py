@@ -160,6 +160,8 @@ REFUSALS = (
     Refusal("seed must be in [-2^63, 2^63), got 9223372036854775808", lambda a: {"seed": 2**63}),
     Refusal("decay must be in [0, 1], got 1.5", lambda a: {"decay": 1.5}),
     Refusal("eps must be at least 0, got -1.0", lambda a: {"eps": -1.0}),
+    Refusal("eps must be at least 0, got nan", lambda a: {"eps": float("nan")}),
+    Refusal("restart_threshold must be a number, got nan", lambda a: {"restart_threshold": float("nan")}),
     Refusal("restart_fraction must be at least 0, got -0.5", lambda a: {"restart_fraction": -0.5}),
     Refusal("restart_count must be at least 0, got -1.0", lambda a: {"restart_count": -1.0}),
     Refusal("backend must be one of auto, ", lambda a: {"backend": "gpu"}),
