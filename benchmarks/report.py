@@ -47,6 +47,49 @@ def markdown(results: Path) -> str:
     return "\n".join(parts)
 
 
+SUMMARY_PEERS = {
+    "official-style eval": "official style",
+    "vector-quantize-pytorch eval": "vector-quantize-pytorch",
+    "faiss IndexFlatL2": "faiss",
+    "torch.compile": "torch.compile",
+    "torch mm only": "fp32 product alone",
+}
+
+
+def summary(results: Path) -> str:
+    """The README's table: how `rvq_encode` fares in each encoding case of the results files under `results`."""
+    lines = [
+        f"| `rvq_encode`, one thread | time | GFLOP/s | of the ceiling | {' | '.join(SUMMARY_PEERS.values())} |",
+        "|---|" + "---:|" * (3 + len(SUMMARY_PEERS)),
+    ]
+    for file in sorted(results.glob("*/rvq_encode.json")):
+        document = json.loads(file.read_text())
+        for case, rows in _by_case(document["rows"]).items():
+            known = {label(row): row for row in rows}
+            if case.startswith("encode ") and set(SUMMARY_PEERS) <= set(known):
+                lines.append(_summary_line(case.removeprefix("encode "), known))
+        environment = document["environment"]
+        lines.append(
+            f"\nMeasured on {environment['device']} at commit `{environment['commit']}`, "
+            f"{environment['date']}; a peer's column is its time by ours. All of it: `benchmarks/RESULTS.md`."
+        )
+    return "\n".join(lines)
+
+
+def insert(readme: str, table: str) -> str:
+    """The README with `table` in its place."""
+    before, _, rest = readme.partition("<!-- benchmarks -->\n")
+    after = rest.partition("<!-- end of benchmarks -->")[2]
+    return f"{before}<!-- benchmarks -->\n{table}\n<!-- end of benchmarks -->{after}"
+
+
+def _summary_line(case: str, rows: dict[str, Document]) -> str:
+    ours = rows["ours"]
+    ratios = " | ".join(f"{rows[peer]['ratio_to_ours']:.1f}x" for peer in SUMMARY_PEERS)
+    speed = f"{_time(ours['median_s'])} | {ours['gflops']:.0f} | {ours['fraction_of_ceiling']:.0%}"
+    return f"| {case} | {speed} | {ratios} |"
+
+
 def _section(file: Path, document: Document) -> str:
     environment = document["environment"]
     parts = [

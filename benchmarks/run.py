@@ -48,13 +48,15 @@ class Arguments:
     device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
     """auto: the GPU where torch has one."""
     table: bool = False
-    """Only write RESULTS.md from the JSON files in results/."""
+    """Only write RESULTS.md, and the table in the README, from the JSON files in results/."""
 
 
 def main(arguments: Arguments) -> int:
     """Gives the exit code: 1 where an op is red or wrong, 2 where the arguments are."""
     if arguments.table:
         (HERE / "RESULTS.md").write_text(report.markdown(RESULTS))
+        readme = HERE.parent / "README.md"
+        readme.write_text(report.insert(readme.read_text(), report.summary(RESULTS)))
         return 0
     known = sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))
     unknown = set(arguments.ops) - set(known)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 
 from longcat_kernels.ops import OPS
@@ -30,6 +32,13 @@ def test_numbers_come_from_the_committed_result() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| ([\d.]+ %) \|", README, re.MULTILINE))
     assert rows == {name: f"{100 * result[name]['value']:.1f} %" for name in GOALS}
     assert result["settings"]["smoke"] is False
+
+
+def test_the_benchmark_table_is_generated_from_the_committed_results() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    report = importlib.import_module("report")
+    assert report.insert(README, report.summary(ROOT / "benchmarks/results")) == README
+    assert (ROOT / "benchmarks/RESULTS.md").read_text() == report.markdown(ROOT / "benchmarks/results")
 
 
 def test_named_files_exist() -> None:
