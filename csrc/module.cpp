@@ -4,6 +4,7 @@
 #include "bindings/fused_moe_backward.h"
 #include "bindings/grouped_mm.h"
 #include "bindings/moe_plan.h"
+#include "bindings/moe_route.h"
 #include "bindings/ngram_embedding.h"
 #include "bindings/ngram_embedding_weight_grad.h"
 #include "bindings/peak.h"
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_peak(m);
     longcat::bind_grouped_mm(m);
     longcat::bind_moe_plan(m);
+    longcat::bind_moe_route(m);
     longcat::bind_fused_moe(m);
     longcat::bind_fused_moe_backward(m);
     longcat::bind_ngram_embedding(m);

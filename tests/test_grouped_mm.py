@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longcat_kernels import grouped_mm
+from longcat_kernels import grouped_mm, native
+from longcat_kernels.testing import assert_close
 
 FORMS = ("2x3", "3x2", "2x2", "3x3")
 
@@ -42,17 +43,51 @@ def one_by_one(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor | None, form
     sizes=st.lists(st.integers(0, 5), min_size=1, max_size=5),
     tail=st.integers(0, 3),
     sides=st.tuples(st.integers(1, 6), st.integers(1, 6)),
-    transposed=st.booleans(),
+    strides=st.sampled_from(["rows", "columns", "neither"]),
     int32=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_equals_the_sum_over_members(
-    form: str, sizes: list[int], tail: int, sides: tuple[int, int], transposed: bool, int32: bool
+    form: str,
+    sizes: list[int],
+    tail: int,
+    sides: tuple[int, int],
+    strides: str,
+    int32: bool,
+    dtype: torch.dtype,
 ) -> None:
-    a, b, offs = operands(form, sizes, tail, sides, torch.float64)
-    if transposed:
+    a, b, offs = operands(form, sizes, tail, sides, dtype)
+    if strides == "columns":
         a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
+    elif strides == "neither":
+        a, b = a.repeat_interleave(2, -1)[..., ::2], b.repeat_interleave(2, -1)[..., ::2]
     got = grouped_mm(a, b, offs.int() if int32 and offs is not None else offs)
-    torch.testing.assert_close(got, one_by_one(a, b, offs, form))
+    want = one_by_one(a.double(), b.double(), offs, form)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.skipif(native.why_not() is not None, reason=f"grouped_mm, cpu: {native.why_not()}")
+def test_every_instruction_set_takes_sides_that_nothing_divides(form: str, isa: str, dtype: torch.dtype) -> None:
+    if isa not in native.module().build_info()["isas_available"]:
+        pytest.skip(f"grouped_mm, cpu: this processor has no {isa}")
+    a, b, offs = operands(form, [1, 0, 6, 30, 77], 5, (67, 45), dtype)
+    want = one_by_one(a.double(), b.double(), offs, form)
+    for left, right in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT)):
+        results = [torch.full(want.shape, torch.nan, dtype=dtype) for _ in range(2)]
+        for threads, out in zip((1, 3), results, strict=True):
+            native.module().grouped_mm(left, right, offs, out, threads=threads, isa=isa)
+        assert torch.equal(*results)
+        assert_close(results[0], want)
+
+
+def test_a_row_gets_the_same_bits_alone_and_in_any_company() -> None:
+    a, b, _ = operands("2x3", [64], 0, (50, 40))
+    whole = grouped_mm(a, b, torch.tensor([64]))
+    for size in (1, 5, 6, 7, 13):
+        assert torch.equal(grouped_mm(a[:size], b, torch.tensor([size])), whole[:size])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -22,15 +22,18 @@ SHAPES = st.tuples(st.integers(0, 6), st.integers(1, 9)).flatmap(
     biased=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 99),
+    backend=st.sampled_from(["auto", "reference"]),
 )
 def test_equals_sorting_row_by_row(
-    shape: tuple[int, int, int], score: str, renorm: bool, biased: bool, dtype: torch.dtype, seed: int
+    shape: tuple[int, int, int], score: str, renorm: bool, biased: bool, dtype: torch.dtype, seed: int, backend: str
 ) -> None:
     tokens, experts, k = shape
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(experts, tokens, generator=g).mul(2).round().to(dtype).T  # ties, and not contiguous
     bias = torch.randn(experts, generator=g).round() / 4 if biased else None
-    weights, ids = moe_route(logits, k, n_real=experts, bias=bias, score=score, renorm=renorm, scale=2.5)
+    weights, ids = moe_route(
+        logits, k, n_real=experts, bias=bias, score=score, renorm=renorm, scale=2.5, backend=backend
+    )
     p = logits.float().softmax(1) if score == "softmax" else logits.float().sigmoid()
     key = p if bias is None else p + bias
     for t in range(tokens):
@@ -41,15 +44,17 @@ def test_equals_sorting_row_by_row(
     assert weights.dtype == torch.float32
 
 
-def test_ties_go_to_the_lower_id() -> None:
-    ids = moe_route(torch.zeros(3, 384), 12, n_real=256)[1]
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_ties_go_to_the_lower_id(backend: str) -> None:
+    ids = moe_route(torch.zeros(3, 384), 12, n_real=256, backend=backend)[1]
     assert ids.tolist() == [list(range(12))] * 3
 
 
-def test_bias_moves_the_choice_but_no_weight_and_no_gradient() -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_bias_moves_the_choice_but_no_weight_and_no_gradient(backend: str) -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0]], requires_grad=True)
     bias = torch.tensor([-1.0, 0.0, 0.5], requires_grad=True)
-    weights, ids = moe_route(logits, 1, n_real=3, bias=bias)
+    weights, ids = moe_route(logits, 1, n_real=3, bias=bias, backend=backend)
     assert ids.tolist() == [[2]]
     torch.testing.assert_close(weights, logits.softmax(1)[:, 2:])
     grad_logits, grad_bias = torch.autograd.grad(weights.sum(), (logits, bias), allow_unused=True)
@@ -80,3 +85,16 @@ def test_a_row_of_nan_stays_in_its_row() -> None:
     logits[1] = torch.nan
     weights = moe_route(logits, 2, n_real=5)[0]
     assert torch.equal(weights[[0, 2]], clean[[0, 2]]) and weights[1].isnan().all()
+
+
+def test_the_kernel_chooses_as_the_definition_does_nan_and_infinity_included() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 40, generator=g).mul(3).round()
+    logits[torch.rand(64, 40, generator=g) < 0.05] = torch.inf
+    logits[torch.rand(64, 40, generator=g) < 0.05] = torch.nan
+    for score in ("softmax", "sigmoid"):
+        got, want = (
+            moe_route(logits, 7, n_real=30, bias=torch.zeros(40), score=score, scale=6.0, backend=backend)
+            for backend in ("auto", "reference")
+        )
+        assert torch.equal(got[1], want[1]) and torch.equal(got[0].nan_to_num(-1), want[0].nan_to_num(-1))

@@ -1,7 +1,5 @@
 #include "longcat/fused_moe.h"
 
-#include <cstring>
-
 #include "moe_rows.h"
 
 namespace longcat {
@@ -100,7 +98,7 @@ void fused_moe(const FusedMoe& p) {
     if (p.hidden != nullptr) {
         LC_CHECK(p.hidden_rows >= rows, "fused_moe: rows must be at least the slots of real experts");
         const int64_t bytes = 2 * p.width * bytes_of(p.dtype);
-        std::memset(static_cast<char*>(p.hidden) + rows * bytes, 0, size_t((p.hidden_rows - rows) * bytes));
+        std::fill_n(static_cast<char*>(p.hidden) + rows * bytes, (p.hidden_rows - rows) * bytes, 0);
     }
     if (p.out == nullptr) return up_pass(p, kernels, plan, nullptr);
     const int64_t units = ceil_div(p.width, kernels.step), pitch = odd_pitch(units);

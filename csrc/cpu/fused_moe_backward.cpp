@@ -1,7 +1,5 @@
 #include "longcat/fused_moe_backward.h"
 
-#include <cstring>
-
 #include "moe_rows.h"
 
 namespace longcat {
@@ -127,7 +125,7 @@ void fused_moe_input_grad(const FusedMoeInputGrad& p) {
     const RoutingPlan plan(p.ids, p.tokens, p.slots, p.experts);
     const int64_t rows = plan.rows(), bytes = 2 * p.width * bytes_of(p.dtype);
     LC_CHECK(p.hidden_rows >= rows, "fused_moe_input_grad: hidden must have a row for each slot of a real expert");
-    std::memset(static_cast<char*>(p.grad_hidden) + rows * bytes, 0, size_t((p.hidden_rows - rows) * bytes));
+    std::fill_n(static_cast<char*>(p.grad_hidden) + rows * bytes, (p.hidden_rows - rows) * bytes, 0);
     const std::vector<float> weights = row_weights(plan, p.weights);
     const int64_t panels = ceil_div(p.width, kernels.panel_columns);
     const Buffer<float> by_weight(rows * panels);

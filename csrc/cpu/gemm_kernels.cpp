@@ -10,7 +10,7 @@
 namespace longcat {
 namespace {
 
-constexpr int kAhead = 256;  // bytes from a line's element to what is prefetched when it is read
+constexpr int kAhead = 512;  // bytes from a line's element to what is prefetched when it is read
 
 }  // namespace
 

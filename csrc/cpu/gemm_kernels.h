@@ -1,9 +1,9 @@
 // The inner loops of matrix products of ragged groups, compiled for each instruction set.
 //
 // A product c[i, j] = sum over k of a[i, k] b[k, j] is made of tiles of at most `tile_rows` rows by one panel of
-// columns. Each element of c is one chain of fused multiply-adds from the first k to the last, whatever tile it is in:
-// its bits do not depend on how many rows or columns there are, nor on who computes them. Elements are float32, or
-// pairs of bfloat16 along k where the processor multiplies those.
+// columns. Each element of c is one chain of multiply-adds from the first k to the last, whatever tile it is in: its
+// bits do not depend on how many rows or columns there are, nor on who computes them. Elements are float32, or pairs of
+// bfloat16 along k where the processor multiplies those.
 #pragma once
 
 #include <cstdint>

@@ -86,7 +86,8 @@ template <class T>
 struct Columns {
     const T* line[2][kWidth];
     int64_t count[2], depth;
-    int64_t next;  // from a line to the one in its place in the next panel
+    int64_t next;              // from a line to the one in its place in the next panel
+    bool whole_panel = false;  // prefetch the next panel: products of this one leave time for it
 
     Columns(const Lines& lines, const Halves& halves, int64_t depth) : depth(depth) {
         for (int h = 0; h < 2; ++h) {
@@ -100,7 +101,7 @@ struct Columns {
     inline __attribute__((always_inline)) int64_t load(int h, int64_t first, Lanes (&units)[kWidth]) const {
         const int64_t elements = std::min<int64_t>(kWidth * kStep, depth - first);
         constexpr int64_t kAheadElements = kAhead / int64_t(sizeof(T));
-        const int64_t ahead = kAheadElements + (first + kAheadElements < depth ? 0 : next - depth);
+        const int64_t ahead = whole_panel ? next : kAheadElements + (first + kAheadElements < depth ? 0 : next - depth);
         if (std::is_same_v<T, Element> && elements == kWidth * kStep && count[h] == kWidth) {
 #pragma GCC unroll 16
             for (int c = 0; c < kWidth; ++c) {
@@ -125,7 +126,8 @@ struct Columns {
 
 static void pack_columns(const Lines& lines, const Halves& halves, int64_t depth, uint32_t* panel) {
     with_type(lines.dtype, [&](auto type) {
-        const Columns<decltype(type)> columns(lines, halves, depth);
+        Columns<decltype(type)> columns(lines, halves, depth);
+        columns.whole_panel = true;
         for (int64_t first = 0; first < depth; first += kWidth * kStep)
             for (int h = 0; h < 2; ++h) {
                 Lanes units[kWidth];

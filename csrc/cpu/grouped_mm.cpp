@@ -1,7 +1,5 @@
 #include "longcat/grouped_mm.h"
 
-#include <cstring>
-
 #include "gemm.h"
 
 namespace longcat {
@@ -56,7 +54,7 @@ void grouped_mm(const GroupedMM& p) {
                [&](int t, int64_t i) { one_share(p, kernels, parts[size_t(i)], rooms[size_t(t)]); });
     for (int64_t row = 0; row < p.tail.rows; ++row) {
         const void* to = offset(p.out.data, p.tail.out + row * p.out.row_stride, p.dtype);
-        std::memset(const_cast<void*>(to), 0, size_t(p.tail.columns * bytes_of(p.dtype)));
+        std::fill_n(static_cast<char*>(const_cast<void*>(to)), p.tail.columns * bytes_of(p.dtype), 0);
     }
 }
 

@@ -24,10 +24,6 @@ struct MoeProduct {
     void* out;  // [tokens, dim] of the dtype of `self`
 };
 
-// `left(e)`, the rows of expert e.
-template <class LeftOf>
-void multiply_and_combine(const GemmKernels& kernels, const MoeProduct& p, const LeftOf& left);
-
 // The weight of each row; those of slots without a row are not read.
 std::vector<float> row_weights(const RoutingPlan& plan, const float* weights);
 
@@ -54,6 +50,8 @@ void combine(const GemmKernels& kernels, const MoeProduct& p, int64_t first, int
 
 constexpr int64_t kProductFloats = (16 << 20) / 4;  // of products that wait for their sum
 
+// Multiplies the rows of each expert, which `left(e)` gives, and sums them by token: so many columns at a time that the
+// products stay in the last cache.
 template <class LeftOf>
 void multiply_and_combine(const GemmKernels& kernels, const MoeProduct& p, const LeftOf& left) {
     const int64_t rows = p.plan.rows(), width = kernels.panel_columns, panels = ceil_div(p.dim, width);

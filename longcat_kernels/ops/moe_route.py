@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import triton
+from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import moe_route as spec
@@ -101,7 +101,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_Tk: Tensor, _ids: None) -> tuple[Any, ...]:
     logits_TE, ids_Tk = ctx.saved_tensors
-    grad_TE = _op_backward(grad_Tk, logits_TE, ids_Tk, ctx.score, ctx.renorm, ctx.scale, ctx.backend)
+    backend = ctx.backend if ctx.backend in IMPLS_BACKWARD else "auto"  # on the CPU it is the definition's
+    grad_TE = _op_backward(grad_Tk, logits_TE, ids_Tk, ctx.score, ctx.renorm, ctx.scale, backend)
     return grad_TE, None, None, None, None, None, None, None
 
 
@@ -139,8 +140,35 @@ def _reference_backward(*arguments: Any) -> None:
     out_TE.copy_(spec.backward(*inputs))
 
 
+def _why_not_cpu(logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, *_: Any) -> str | None:
+    if logits_TE.device.type != "cpu":
+        return f"takes tensors on the CPU, got {logits_TE.device}"
+    if torch.float64 in (logits_TE.dtype, None if bias_E is None else bias_E.dtype):
+        return "routes in float32, got torch.float64"
+    return native.why_not()
+
+
+def _cpu(
+    logits_TE: Tensor,
+    k: int,
+    n_real: int,
+    bias_E: Tensor | None,
+    score: str,
+    renorm: bool,
+    scale: float,
+    weights_Tk: Tensor,
+    ids_Tk: Tensor,
+) -> None:
+    """Scores by torch, so that they are the reference's to the bit, and with them the choice; the rest in one pass."""
+    p_TE = spec.probabilities(logits_TE, score)
+    choice_TE = spec.choice(p_TE, bias_E)
+    arguments = (p_TE.contiguous(), choice_TE.contiguous(), renorm, scale, weights_Tk, ids_Tk)
+    native.module().moe_route(*arguments, threads=torch.get_num_threads())
+
+
 IMPLS: dict[str, Impl] = {
     "triton": triton.implementation("moe_route"),
+    "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.moe_route),
 }
 IMPLS_BACKWARD: dict[str, Impl] = {

@@ -29,12 +29,17 @@ def moe_route(
     Highest first, ties to the lower id; the bias takes part in the choice only (`n_real` in the checks only).
     """
     p_TE = probabilities(logits, score)
-    choice_TE = p_TE if bias is None else p_TE + bias
+    choice_TE = choice(p_TE, bias)
     ids_Tk = choice_TE.detach().sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
     weights_Tk = p_TE.gather(1, ids_Tk)
     if renorm:
         weights_Tk = weights_Tk / weights_Tk.sum(1, keepdim=True)
     return weights_Tk * scale, ids_Tk
+
+
+def choice(p_TE: Tensor, bias: Tensor | None) -> Tensor:
+    """What is sorted."""
+    return p_TE if bias is None else p_TE + bias
 
 
 def probabilities(logits: Tensor, score: str) -> Tensor:
