@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*/*.h tests/cuda/*.h tests/cuda/*.cpp \
+	tests/cuda/*/*.cpp)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/* csrc/*/*/*)
 
 .PHONY: demo test lint clean
@@ -14,12 +16,12 @@ test: .venv/.test
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(INTERPRETED)
 
 # Triton kernels without a GPU: the interpreter must be on before they are loaded, hence a process of its own.
-INTERPRETED := tests/interpreter tests/test_contract.py $(patsubst %,tests/test_%.py,rvq_encode rvq_decode ema_update ngram_embedding)
+INTERPRETED := tests/interpreter tests/test_contract.py $(patsubst %,tests/test_%.py,prepared rvq_encode rvq_decode ema_update ngram_embedding)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 
 .venv/bin/python:
@@ -31,4 +33,4 @@ lint: .venv/.dev
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info longcat_kernels/_C*.so
+	rm -rf .venv build dist *.egg-info longcat_kernels/_C*.so longcat_kernels/cubins

@@ -20,6 +20,11 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.unlink(missing_ok=True)
+        device = target.parent / "device"  # what NVRTC compiles; a source tree has it in csrc
+        shutil.rmtree(device, ignore_errors=True)
+        device.mkdir(parents=True)
+        for file in (ROOT / "csrc" / "cuda").glob("*.cuh"):
+            shutil.copy(file, device)
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
         cmake, ninja = (shutil.which(tool, path=path) for tool in ("cmake", "ninja"))
@@ -32,12 +37,21 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "LONGCAT_VERSION": self.distribution.get_version(),
+            "LONGCAT_CUDA": os.environ.get("LONGCAT_CUDA", "ON"),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines]
         if subprocess.call(configure) != 0:  # perhaps a cache of a tree since moved, or of a compiler since removed
             subprocess.check_call([*configure, "--fresh"])
         subprocess.check_call([cmake, "--build", build])
+
+    def copy_extensions_to_source(self):
+        """An editable install has the prebuilt kernels beside the module, too."""
+        super().copy_extensions_to_source()
+        built, place = Path(self.build_lib) / "longcat_kernels" / "cubins", ROOT / "longcat_kernels" / "cubins"
+        shutil.rmtree(place, ignore_errors=True)
+        if built.is_dir():
+            shutil.copytree(built, place)
 
 
 # CMake knows the sources; here they are what a source distribution must carry.

@@ -176,9 +176,9 @@ _SHARED = [_shape(1024, 1024, 4096, 8, shared=True), _shape(512, 3584, 4096, 8, 
 CASES = (
     _encode(_shape(*TINY), True, True),
     *(_encode(case, True, True) for case in _SIZES),
-    *(_encode(case, False, False) for case in _SIZES),
-    *(_encode(case, False, False) for case in spec.MODEL if case.dtype != torch.float32),
     *(_case("train", case, partial(train_contenders, case)) for case in _SIZES[:3]),
     *(_case("shared", case, partial(shared_contenders, case)) for case in _SHARED),
     *(_case("threads", case, partial(thread_contenders, case), wall=True) for case in _SIZES),
+    *(_encode(case, False, False) for case in _SIZES),
+    *(_encode(case, False, False) for case in spec.MODEL if case.dtype != torch.float32),
 )

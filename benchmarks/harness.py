@@ -24,6 +24,7 @@ from tqdm import tqdm
 from longcat_kernels.spec import Cost
 
 ROUNDS, QUICK_ROUNDS, MOST_ROUNDS = 7, 3, 400
+LONG_ROUNDS, LONG_S = 5, 60.0  # rounds that are enough once they have taken so long
 SECONDS, QUICK_SECONDS = 8.0, 0.2
 SAMPLE_S = 1e-3  # a call shorter than this is repeated within its sample
 FLUSHED_BYTES = 1 << 28  # written between samples on a GPU, so that none finds its inputs in the L2 cache
@@ -116,16 +117,20 @@ def interleave(
 ) -> dict[Any, list[float]]:
     """Seconds of each sample, one a round, every other round in reverse order.
 
-    At least `rounds` rounds, then more until `seconds` have passed, at most MOST_ROUNDS.
+    At least `rounds` rounds, or LONG_ROUNDS where they take LONG_S, then more until `seconds` have passed, at most
+    MOST_ROUNDS.
     """
     times: dict[Any, list[float]] = {key: [] for key in samples}
     start, done = time.perf_counter(), 0
-    while done < rounds or (time.perf_counter() - start < seconds and done < MOST_ROUNDS):
+    while True:
+        passed = time.perf_counter() - start
+        least = min(rounds, LONG_ROUNDS) if passed > LONG_S else rounds
+        if done >= least and (passed >= seconds or done >= MOST_ROUNDS):
+            return times
         for key in list(samples)[:: 1 if done % 2 == 0 else -1]:
             times[key].append(samples[key]())
         done += 1
         on_round()
-    return times
 
 
 def paired_ratio(times: Sequence[float], base: Sequence[float]) -> float:

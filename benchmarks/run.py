@@ -7,7 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -90,10 +90,18 @@ def compare(modules: dict[str, ModuleType], arguments: Arguments, device: str) -
     with contextlib.ExitStack() as stack:
         older = stack.enter_context(machine.checkout(arguments.against)) if arguments.against else None
         for op, module in modules.items():
-            found = bench(op, module, ceilings, arguments, device, older)
-            rows += found
+            file = None
             if arguments.out is None and not arguments.quick and not arguments.case:
-                publish(op, environment, ceilings, found)
+                file = RESULTS / machine.slug(str(environment["device"])) / f"{op}.json"
+            found: list[harness.Row] = []
+            for case_rows in bench(op, module, ceilings, arguments, device, older):
+                found += case_rows
+                if file is not None:  # what is measured is kept, whatever comes
+                    harness.save(file, environment, ceilings, found)
+            rows += found
+            if file is not None:
+                report.plot(file)
+                print(file)
     if arguments.out is not None:
         harness.save(arguments.out, environment, ceilings, rows)
 
@@ -113,10 +121,9 @@ def bench(
     arguments: Arguments,
     device: str,
     older: Path | None = None,
-) -> list[harness.Row]:
-    """Measures the chosen cases of an op, with ours of the checkout `older` too, and prints each when it is done."""
+) -> Iterator[list[harness.Row]]:
+    """Measures the chosen cases of an op, with ours of the checkout `older` too; prints and gives each when done."""
     cases = module.CASES[:1] if arguments.quick else module.CASES
-    rows = []
     for case in tqdm([case for case in cases if arguments.case in case.name], desc=op, unit="case", leave=False):
         own = ceilings
         if device == "cuda":  # bounded by the product of this case's size alone
@@ -127,8 +134,7 @@ def bench(
         with contextlib.ExitStack() as stack:
             found = harness.measure(op, case, own, options(op, case, arguments, device, older, stack))
         tqdm.write(report.text(found))
-        rows += found
-    return rows
+        yield found
 
 
 def options(
@@ -177,14 +183,6 @@ def options(
         start=lambda contender: start(contender.name, more=contender.environment),
         rivals=rivals,
     )
-
-
-def publish(op: str, environment: dict[str, object], ceilings: dict[str, float], rows: list[harness.Row]) -> None:
-    """Writes the results file of an op, and its plot beside it."""
-    file = RESULTS / machine.slug(str(environment["device"])) / f"{op}.json"
-    harness.save(file, environment, ceilings, rows)
-    report.plot(file)
-    print(file)
 
 
 def clean_environment() -> None:

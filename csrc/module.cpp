@@ -1,5 +1,7 @@
 // longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
+#include "bindings/cuda.h"
 #include "bindings/ema_update.h"
+#include "bindings/ema_update_cuda.h"
 #include "bindings/fused_moe.h"
 #include "bindings/fused_moe_backward.h"
 #include "bindings/grouped_mm.h"
@@ -9,8 +11,10 @@
 #include "bindings/ngram_embedding_weight_grad.h"
 #include "bindings/peak.h"
 #include "bindings/rvq_decode.h"
+#include "bindings/rvq_decode_cuda.h"
 #include "bindings/rvq_encode.h"
 #include "bindings/rvq_encode_backward.h"
+#include "bindings/rvq_encode_cuda.h"
 #include "longcat/isa.h"
 
 namespace {
@@ -42,12 +46,16 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_rvq_encode_backward(m);
     longcat::bind_rvq_decode(m);
     longcat::bind_ema_update(m);
+    longcat::bind_cuda(m);
+    longcat::bind_rvq_encode_cuda(m);
+    longcat::bind_rvq_decode_cuda(m);
+    longcat::bind_ema_update_cuda(m);
     longcat::bind_peak(m);
+    longcat::bind_ngram_embedding(m);
+    longcat::bind_ngram_embedding_weight_grad(m);
     longcat::bind_grouped_mm(m);
     longcat::bind_moe_plan(m);
     longcat::bind_moe_route(m);
     longcat::bind_fused_moe(m);
     longcat::bind_fused_moe_backward(m);
-    longcat::bind_ngram_embedding(m);
-    longcat::bind_ngram_embedding_weight_grad(m);
 }

@@ -16,6 +16,13 @@ from torch import Tensor
 NAMES = ("cuda", "triton", "cpu", "reference")
 ENVIRONMENT = "LONGCAT_BACKEND"  # the package's one environment name: what backend="auto" prefers
 
+# Why "auto" passes over an implementation without asking it (triton's answer may import triton), by where tensors are.
+_ON_ACCELERATOR = {"reference": 'runs on an accelerator only when asked for: backend="reference"'}
+_ON_CPU = {
+    "cuda": "takes CUDA tensors, got tensors on the CPU",
+    "triton": 'runs on the CPU, in its interpreter, only when asked for: backend="triton"',
+}
+
 
 @dataclass(frozen=True)
 class Impl:
@@ -44,10 +51,10 @@ def choose(op: str, impls: dict[str, Impl], backend: str, *inputs: Any) -> Impl:
         ValueError: no such backend, or none takes the inputs; lists why each was refused.
     """
     wanted = _wanted(op, impls, backend)
+    passed_over = {} if wanted != "auto" else _ON_ACCELERATOR if _on_accelerator(inputs) else _ON_CPU
     refused = {}
     for name in impls if wanted == "auto" else (wanted,):
-        reason = _only_by_name(name, inputs) if wanted == "auto" else None
-        reason = reason or impls[name].why_not(*inputs)
+        reason = passed_over.get(name) or impls[name].why_not(*inputs)
         if reason is None:
             return impls[name]
         refused[name] = reason
@@ -65,17 +72,8 @@ def _wanted(op: str, impls: dict[str, Impl], backend: str) -> str:
     return preferred if preferred in impls else "auto"
 
 
-def _only_by_name(name: str, inputs: Iterable[Any]) -> str | None:
-    """Why "auto" passes over an implementation; asked before `why_not`, which may import triton."""
-    if name == "reference" and _on_accelerator(inputs):
-        return 'runs on an accelerator only when asked for: backend="reference"'
-    if name == "triton" and not _on_accelerator(inputs):
-        return 'runs on the CPU, in its interpreter, only when asked for: backend="triton"'
-    return None
-
-
 def _on_accelerator(inputs: Iterable[Any]) -> bool:
-    return any(tensor.device.type != "cpu" for tensor in tensors(inputs))
+    return any(not tensor.is_cpu for tensor in tensors(inputs))
 
 
 def tensors(values: Iterable[Any]) -> Iterable[Tensor]:

@@ -6,6 +6,7 @@ Dimension key
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,13 @@ class Section:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
     def of(self, packed: Tensor) -> Tensor:
         """The section as a tensor that shares the memory of `packed`, uint8."""
-        size = self.dtype.itemsize
-        for side in self.shape:
-            size *= side
-        return packed[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+        return packed[self.offset : self.end].view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class HalfLayout:
 
     With m the float32 mean of the usable codewords, d_k = c_k - m and e the exponent, `words` holds
     fp16(d_k 2^e); `centre`, `exponent` and what bounds the rounding stand beside it. Codewords with NaN or infinity,
-    and those that fill up K to a multiple of ROWS, are zero with infinite `norm` and `half`: never chosen.
+    and those that fill up K to a multiple of ROWS, are zero with infinite `norm` and `half`: never chosen. Others
+    whose squares float32 may not hold have finite `norm` and infinite `half`, `length` and `error`: only exact scores
+    tell.
     """
 
     entries: int
@@ -57,20 +61,17 @@ class HalfLayout:
             "centre": ((self.dim,), torch.float32),  # m
             "exponent": ((1,), torch.int32),  # e
         }
-        sections, offset = {}, 0
+        sections: dict[str, Section] = {}
+        offset = 0
         for name, (shape, dtype) in arrays.items():
             sections[name] = Section(offset, shape, dtype)
-            size = dtype.itemsize
-            for side in shape:
-                size *= side
-            offset += _round_up(size, ALIGNMENT)
+            offset = _round_up(sections[name].end, ALIGNMENT)
         return sections
 
     @property
     def bytes(self) -> int:
         """Size of the buffer."""
-        last = list(self.sections().values())[-1]
-        return last.offset + ALIGNMENT
+        return _round_up(list(self.sections().values())[-1].end, ALIGNMENT)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native, triton
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.layouts import HalfLayout
 
 
 class PreparedCodebook:
     """A codebook [K, D] float32 and its packed form: centred, rounded, with norms and error bounds.
 
-    Takes the place of a codebook in `rvq_encode` and `rvq_decode`. It never goes stale: writes to `words`, by torch or
-    by `ema_update`, are noticed by the tensor's version, and the packed form is made anew at the next use. `ema_update`
-    with `prepared=` does that in the pass that writes the codewords. Inside `torch.compile`, which cannot ask for
-    versions, it stands for its codewords alone.
+    Takes the place of a codebook in `rvq_encode` and `rvq_decode`. Writes to `words`, by torch or by `ema_update`, are
+    noticed by the tensor's version, and the packed form is made anew at the next use. `ema_update` with `prepared=`
+    does that in the pass that writes the codewords. Where torch does not count a write, call `mark_stale` after it:
+    those through `words.data` or numpy, and steps of an optimizer with `fused=True`. Inside `torch.compile`, which
+    cannot ask for versions, it stands for its codewords alone.
 
     Args:
         words: [K, D] float32, K and D at least 1; kept, not copied.
@@ -30,6 +31,15 @@ class PreparedCodebook:
 
     Raises:
         ValueError: words is not such a tensor.
+
+    Example:
+        >>> from longcat_kernels import rvq_encode
+        >>> book = PreparedCodebook(torch.tensor([[1.0], [3.0]]))
+        >>> rvq_encode(torch.tensor([[2.5]]), [book]).codes.tolist()  # packed here, and kept
+        [[1]]
+        >>> _ = book.words.neg_()
+        >>> rvq_encode(torch.tensor([[-2.5]]), [book]).codes.tolist()  # packed anew
+        [[1]]
     """
 
     words: Tensor  # [K, D] float32
@@ -47,8 +57,8 @@ class PreparedCodebook:
 
     @property
     def is_current(self) -> bool:
-        """Whether the packed form is that of the codewords as they are."""
-        return self._version == self.words._version
+        """Whether the packed form is that of the codewords as they are; never of those of inference mode."""
+        return not self.words.is_inference() and self._version == self.words._version
 
     def refresh(self) -> PreparedCodebook:
         """Makes the packed form anew if the codewords have changed since; gives itself."""
@@ -59,30 +69,39 @@ class PreparedCodebook:
 
     def mark_current(self) -> None:
         """Says that the packed form has followed the codewords: for kernels that write both."""
-        self._version = self.words._version
+        self._version = -1 if self.words.is_inference() else self.words._version
+
+    def mark_stale(self) -> None:
+        """Says that the codewords have changed by a write that their version does not count."""
+        self._version = -1
 
     def _pack(self) -> None:
         """Fills `packed`, and `gram` where it is wanted, in the layout of the codewords' device."""
-        if triton.on_device(self.words):
+        words = self.words.resolve_neg()  # packers read memory as it is
+        if words.untyped_storage().device.type == "meta":  # of a FakeTensor: no memory to read
+            return
+        if cuda.why_not_packed(words) is None:
+            self.packed = cuda.packed(words)
+        elif triton.on_device(words):
             if self.packed is None:
-                size = HalfLayout(*self.words.shape).bytes
-                self.packed = torch.empty(size, dtype=torch.uint8, device=self.words.device)
-            triton.pack(self.words.detach(), self.packed)
-        elif self.words.device.type == "cpu" and self.words.stride(1) == 1 and native.why_not() is None:
-            self._pack_on_cpu()
+                size = HalfLayout(*words.shape).bytes
+                self.packed = torch.empty(size, dtype=torch.uint8, device=words.device)
+            triton.pack(words.detach(), self.packed)
+        elif words.device.type == "cpu" and words.stride(1) == 1 and native.why_not() is None:
+            self._pack_on_cpu(words)
 
-    def _pack_on_cpu(self) -> None:
-        module, (entries, width), threads = native.module(), self.words.shape, torch.get_num_threads()
+    def _pack_on_cpu(self, words: Tensor) -> None:
+        module, (entries, width), threads = native.module(), words.shape, torch.get_num_threads()
         isa = module.build_info()["isa"]
         if self._wants_gram and isa == "avx512_bf16":
             isa = "avx512"  # the products of all pairs must be as exact as float32 makes them
         if self.packed is None:
             self.packed = torch.empty(module.packed_bytes(entries, width, isa=isa), dtype=torch.uint8)
-        module.pack_codebook(self.words, self.packed, threads=threads, isa=isa)
+        module.pack_codebook(words, self.packed, threads=threads, isa=isa)
         if self._wants_gram:
             if self.gram is None:
                 self.gram = torch.empty(entries, module.packed_entries(entries, isa=isa))
-            module.rvq_gram(self.words, self.packed, self.gram, threads=threads)
+            module.rvq_gram(words, self.packed, self.gram, threads=threads)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the codewords alone."""
@@ -158,6 +177,7 @@ class PreparedExperts:
 def repack(words: Tensor, packed: Tensor) -> None:
     """Makes `packed`, which a `PreparedCodebook` made, follow the codewords: for implementations that do not do so."""
     if words.device.type == "cuda":
-        triton.pack(words, packed)
+        pack = cuda.pack if cuda.why_not_packed(words) is None else triton.pack
+        pack(words, packed)
     else:
         native.module().pack_codebook(words, packed, threads=torch.get_num_threads())

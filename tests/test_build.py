@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from longcat_kernels import PreparedCodebook, native
+from longcat_kernels import PreparedCodebook, jit, native
+from longcat_kernels.ops import OPS
 
 ROOT = Path(__file__).parent.parent
 MODULE = native.module().build_info()
@@ -226,7 +227,7 @@ def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(source / "out")],
         cwd=source,
-        env={**os.environ, **environment},
+        env={**os.environ, "LONGCAT_CUDA": "OFF", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -271,6 +272,29 @@ def test_a_moved_tree_and_a_removed_compiler_do_not_trouble_the_next_build(sourc
     compiler.unlink()
     shutil.copytree(tree, moved)
     assert configured(moved) not in (None, str(compiler))
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_device_code_is_built_where_nvcc_is_and_left_to_nvrtc_where_it_fails(
+    source: Path, tmp_path: Path, works: bool
+) -> None:
+    """With a compiler in nvcc's place: each op for each processor, under the name that jit.py looks for."""
+    tree, nvcc = tmp_path / "tree", tmp_path / "bin" / "nvcc"
+    shutil.copytree(source, tree, ignore=shutil.ignore_patterns("build", "out"))
+    for file in (tree / "csrc").rglob("*.cpp"):
+        file.write_text("")
+    nvcc.parent.mkdir()
+    nvcc.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n' if works else "#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    run = build(tree, LONGCAT_CUDA="ON", PATH=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
+    assert run.returncode == 0, run.stderr
+    built = {file.name for file in (tree / "out" / "longcat_kernels").glob("cubins/*")}
+    ops = [op.name for op in OPS if "cuda" in op.impls]
+    wanted = {f"{op}.{arch}.{jit.source_hash()}.cubin" for op in ops for arch in jit.ARCHES}
+    assert built == (wanted if works else set())
+    assert ("nvcc failed on rvq_encode for sm_90a, so NVRTC will compile it" in run.stdout) is not works
+    device = {file.name for file in (tree / "out" / "longcat_kernels" / "device").iterdir()}
+    assert device == {file.name for file in jit.device_files()}, "what NVRTC needs is in the wheel"
 
 
 def test_an_error_in_the_sources_fails_the_build(source: Path) -> None:

@@ -18,10 +18,10 @@ def test_op_table_lists_what_exists() -> None:
     assert rows == {op.name: ", ".join(f"`{name}`" for name in op.impls) for op in OPS}
 
 
-def test_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_examples_run_one_after_the_other() -> None:
     names: dict[str, object] = {}
-    exec(example, names)
+    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(example, names)
     assert names["x"].grad is not None and names["codes"].shape == (4, 100, 8)  # type: ignore[attr-defined]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longcat_kernels import native
+from longcat_kernels.modules import ResidualVQ
 from longcat_kernels.ops._rvq_encode_backward import rvq_encode_backward
 
 needs_native = pytest.mark.skipif(
@@ -90,3 +91,47 @@ def test_the_kernel_trusts_no_code_and_no_shape() -> None:
     with pytest.raises(ValueError, match="codebooks must be as wide as x"):
         module.rvq_encode_backward(None, scales, x, codes, [torch.ones(4, 2)] * 2, torch.float32, out, threads=1)
     assert torch.equal(out, torch.full((2, 3), 7.0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(0, 30),
+    width=st.integers(1, 9),
+    entries=st.integers(1, 40),
+    levels=st.integers(1, 3),
+    shared=st.booleans(),
+    masked=st.booleans(),
+    dtype=FLOATS,
+    seed=st.integers(0, 9),
+)
+def test_training_has_the_gradient_of_the_codewords_it_chose(
+    rows: int, width: int, entries: int, levels: int, shared: bool, masked: bool, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    module = ResidualVQ([entries] * levels, width, shared=shared, decay=0.5, kmeans_init=False)
+    x, mask = torch.randn(rows, width, dtype=dtype), torch.rand(rows) < 0.7 if masked else None
+    results = []
+    for training in (False, True):
+        leaf = x.clone().requires_grad_()
+        encoding = module.train(training)(leaf, mask)
+        (encoding.quantized * torch.linspace(-1, 1, width, dtype=dtype)).sum().add(encoding.losses.sum()).backward()
+        results.append((encoding, leaf.grad))
+    for got, want in zip((*results[1][0], results[1][1]), (*results[0][0], results[0][1]), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("rows", "entries"), [(10, 500), (500, 10)])
+def test_training_keeps_the_smaller_of_chosen_codewords_and_codebooks(rows: int, entries: int, shared: bool) -> None:
+    module = ResidualVQ([entries] * 3, 8, shared=shared, kmeans_init=False)
+    x = torch.randn(rows, 8, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x)
+    words = min(3 * rows, entries) if shared else 3 * min(rows, entries)
+    assert sum(kept.values()) == rows * 8 + rows * 3 + words * 8  # x, codes, codewords

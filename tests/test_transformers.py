@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.longcat_flash import modeling_longcat_flash as modeling
 
@@ -156,7 +157,7 @@ def test_checkpoints_of_either_size_load(tmp_path: Path) -> None:
 def state() -> tuple[Any, ...]:
     """What patching may change."""
     experts = modeling.LongcatFlashExperts
-    mapping = hf.conversion_mapping.get_checkpoint_conversion_mapping("longcat_flash")
+    mapping = conversion_mapping.get_checkpoint_conversion_mapping("longcat_flash")
     return (dict(vars(experts)), list(ALL_EXPERTS_FUNCTIONS.keys()), [str(c.operations) for c in mapping])
 
 

@@ -1,15 +1,48 @@
 // Arguments of rvq_decode and of its backward from Python.
 #pragma once
 
+#include "bindings/codebook.h"
 #include "bindings/tensor_view.h"
 #include "longcat/rvq_decode.h"
 
 namespace longcat {
 
-inline CodesView codes_view(const char* name, const TensorView& codes, size_t levels) {
-    const auto* data = codes.matrix<const int64_t>(name, DType::int64);
+template <class View>
+CodesView codes_view(const char* name, const View& codes, size_t levels) {
+    const auto* data = codes.template matrix<const int64_t>(name, DType::int64);
     LC_CHECK(size_t(codes.shape[1]) == levels, std::string(name) + " must have one column a level");
     return {data, codes.shape[0], codes.shape[1], codes.strides[0], codes.strides[1]};
+}
+
+// The arguments that every device's implementation has, checked.
+template <class View>
+RvqDecode rvq_decode_params(const View& codes, const std::vector<View>& codebooks, const View& out) {
+    RvqDecode p{};
+    p.codes = codes_view("rvq_decode: codes", codes, codebooks.size());
+    out.matrix("rvq_decode: out", DType::float32);
+    p.dim = out.shape[1];
+    for (const View& book : codebooks)
+        p.codebooks.push_back(codebook_view("rvq_decode: codebooks", book, p.dim, "out"));
+    p.out = out.template whole<float>("rvq_decode: out", DType::float32, {p.codes.rows, p.dim});
+    return p;
+}
+
+template <class View>
+RvqDecodeBackward rvq_decode_backward_params(const View& grad, const View& codes, const std::vector<View>& gradients) {
+    RvqDecodeBackward p{};
+    p.grad = grad.template matrix<const float>("rvq_decode_backward: grad", DType::float32);
+    p.dim = grad.shape[1], p.row_stride = grad.strides[0];
+    p.codes = codes_view("rvq_decode_backward: codes", codes, gradients.size());
+    LC_CHECK(grad.shape[0] == p.codes.rows && (p.dim == 1 || grad.strides[1] == 1),
+             "rvq_decode_backward: grad must have as many rows as codes, with adjacent elements");
+    for (const View& gradient : gradients) {
+        gradient.matrix("rvq_decode_backward: gradients", DType::float32);
+        const int64_t entries = gradient.shape[0];
+        p.gradients.push_back(
+            {gradient.template whole<float>("rvq_decode_backward: gradients", DType::float32, {entries, p.dim}),
+             entries});
+    }
+    return p;
 }
 
 inline void bind_rvq_decode(pybind11::module_& m) {
@@ -17,19 +50,9 @@ inline void bind_rvq_decode(pybind11::module_& m) {
     m.def(
         "rvq_decode",
         [](const TensorView& codes, const std::vector<TensorView>& codebooks, const TensorView& out, int threads) {
-            RvqDecode p{};
-            p.codes = codes_view("rvq_decode: codes", codes, codebooks.size());
-            out.matrix("rvq_decode: out", DType::float32);
-            p.dim = out.shape[1];
-            for (const TensorView& book : codebooks) {
-                const auto* words = book.matrix<const float>("rvq_decode: codebooks", DType::float32);
-                LC_CHECK(book.shape[1] == p.dim && (p.dim == 1 || book.strides[1] == 1),
-                         "rvq_decode: codebooks must be as wide as out, with adjacent elements");
-                p.codebooks.push_back({words, book.shape[0], book.strides[0]});
-            }
+            RvqDecode p = rvq_decode_params(codes, codebooks, out);
             LC_CHECK(threads >= 1, "rvq_decode: threads must be at least 1");
             p.threads = at_most_threads(threads);
-            p.out = out.whole<float>("rvq_decode: out", DType::float32, {p.codes.rows, p.dim});
             py::gil_scoped_release unlocked;
             rvq_decode(p);
         },
@@ -37,19 +60,7 @@ inline void bind_rvq_decode(pybind11::module_& m) {
     m.def(
         "rvq_decode_backward",
         [](const TensorView& grad, const TensorView& codes, const std::vector<TensorView>& gradients, int threads) {
-            RvqDecodeBackward p{};
-            p.grad = grad.matrix<const float>("rvq_decode_backward: grad", DType::float32);
-            p.dim = grad.shape[1], p.row_stride = grad.strides[0];
-            p.codes = codes_view("rvq_decode_backward: codes", codes, gradients.size());
-            LC_CHECK(grad.shape[0] == p.codes.rows && (p.dim == 1 || grad.strides[1] == 1),
-                     "rvq_decode_backward: grad must have as many rows as codes, with adjacent elements");
-            for (const TensorView& gradient : gradients) {
-                gradient.matrix("rvq_decode_backward: gradients", DType::float32);
-                const int64_t entries = gradient.shape[0];
-                p.gradients.push_back(
-                    {gradient.whole<float>("rvq_decode_backward: gradients", DType::float32, {entries, p.dim}),
-                     entries});
-            }
+            RvqDecodeBackward p = rvq_decode_backward_params(grad, codes, gradients);
             LC_CHECK(threads >= 1, "rvq_decode_backward: threads must be at least 1");
             p.threads = at_most_threads(threads);
             py::gil_scoped_release unlocked;

@@ -3,16 +3,18 @@
 
 #include <optional>
 
+#include "bindings/codebook.h"
 #include "bindings/tensor_view.h"
 #include "longcat/rvq_encode.h"
 
 namespace longcat {
 
-inline Codebook codebook(const TensorView& book) {
-    const auto* words = book.matrix<float>("rvq_encode: codebooks", DType::float32);
-    LC_CHECK(book.shape[0] >= 1 && book.shape[1] >= 1 && (book.shape[1] == 1 || book.strides[1] == 1),
-             "rvq_encode: codebooks must have rows with adjacent elements");
-    return {words, book.shape[0], book.strides[0]};
+// The codewords that are packed, [entries, dim].
+template <class View>
+Codebook words_view(const View& words) {
+    words.matrix("rvq_encode: words", DType::float32);
+    LC_CHECK(words.shape[0] >= 1 && words.shape[1] >= 1, "rvq_encode: words must have at least one element");
+    return codebook_view("rvq_encode: words", words, words.shape[1], "itself");
 }
 
 // A view of packed bytes, whatever they hold.
@@ -33,6 +35,32 @@ inline PackedCodebook packed_codebook(const TensorView& packed, int64_t entries,
     throw std::invalid_argument("rvq_encode: packed must be the packed form of the codebook beside it");
 }
 
+// The arguments that every device's implementation has, checked: a kernel trusts them. `View` is TensorView, or that of
+// another device.
+template <class View>
+RvqEncode rvq_encode_params(const View& x, const std::vector<View>& codebooks, const std::optional<View>& mask,
+                            DType residual_dtype, const View& quantized, const View& residual, const View& losses,
+                            const View& codes) {
+    RvqEncode p{};
+    p.x = x.matrix("rvq_encode: x", x.dtype), p.dtype = x.dtype;
+    p.rows = x.shape[0], p.dim = x.shape[1], p.row_stride = x.strides[0], p.column_stride = x.strides[1];
+    LC_CHECK(p.dim >= 1, "rvq_encode: x must have at least one column");
+    for (const View& book : codebooks) {
+        p.levels.push_back(codebook_view("rvq_encode: codebooks", book, p.dim, "x"));
+        LC_CHECK(book.shape[0] >= 1, "rvq_encode: codebooks must have at least one row");
+    }
+    LC_CHECK(is_float(p.dtype) && is_float(residual_dtype),
+             "rvq_encode: x and residual_dtype must be float32, bfloat16 or float16");
+    const int64_t levels = int64_t(p.levels.size());
+    p.mask = mask ? mask->template whole<bool>("rvq_encode: mask", DType::boolean, {p.rows}) : nullptr;
+    p.residual_dtype = residual_dtype;
+    p.quantized = quantized.whole("rvq_encode: quantized", p.dtype, {p.rows, p.dim});
+    p.residual = residual.template whole<float>("rvq_encode: residual", DType::float32, {p.rows, p.dim});
+    p.losses = losses.template whole<float>("rvq_encode: losses", DType::float32, {levels});
+    p.codes = codes.template whole<int64_t>("rvq_encode: codes", DType::int64, {p.rows, levels});
+    return p;
+}
+
 inline void bind_rvq_encode(pybind11::module_& m) {
     namespace py = pybind11;
     m.def(
@@ -41,14 +69,7 @@ inline void bind_rvq_encode(pybind11::module_& m) {
            const std::optional<TensorView>& gram, const std::optional<TensorView>& mask, DType residual_dtype,
            const TensorView& quantized, const TensorView& residual, const TensorView& losses, const TensorView& codes,
            int threads, const std::string& isa) {
-            RvqEncode p{};
-            p.x = x.matrix("rvq_encode: x", x.dtype), p.dtype = x.dtype;
-            p.rows = x.shape[0], p.dim = x.shape[1], p.row_stride = x.strides[0], p.column_stride = x.strides[1];
-            LC_CHECK(p.dim >= 1, "rvq_encode: x must have at least one column");
-            for (const TensorView& book : codebooks) {
-                p.levels.push_back(codebook(book));
-                LC_CHECK(book.shape[1] == p.dim, "rvq_encode: codebooks must be as wide as x");
-            }
+            RvqEncode p = rvq_encode_params(x, codebooks, mask, residual_dtype, quantized, residual, losses, codes);
             LC_CHECK(packed.empty() || packed.size() == p.levels.size(), "rvq_encode: packed must be one a level");
             for (size_t level = 0; level < packed.size(); ++level)
                 p.packed.push_back(packed_codebook(packed[level], p.levels[level].entries, p.dim));
@@ -57,17 +78,8 @@ inline void bind_rvq_encode(pybind11::module_& m) {
                 p.gram =
                     gram->whole<float>("rvq_encode: gram", DType::float32, {p.packed[0].entries, p.packed[0].padded});
             }
-            LC_CHECK(is_float(p.dtype) && is_float(residual_dtype),
-                     "rvq_encode: x and residual_dtype must be float32, bfloat16 or float16");
             LC_CHECK(threads >= 1, "rvq_encode: threads must be at least 1");
-            const int64_t levels = int64_t(p.levels.size());
-            p.mask = mask ? mask->whole<bool>("rvq_encode: mask", DType::boolean, {p.rows}) : nullptr;
-            p.residual_dtype = residual_dtype, p.threads = at_most_threads(threads), p.isa = isa_named(isa);
-            p.quantized = quantized.whole("rvq_encode: quantized", p.dtype, {p.rows, p.dim});
-            p.residual = residual.whole<float>("rvq_encode: residual", DType::float32, {p.rows, p.dim});
-            p.losses = losses.whole<float>("rvq_encode: losses", DType::float32, {levels});
-            p.codes = codes.whole<int64_t>("rvq_encode: codes", DType::int64, {p.rows, levels});
-
+            p.threads = at_most_threads(threads), p.isa = isa_named(isa);
             py::gil_scoped_release unlocked;
             rvq_encode(p);
         },
@@ -91,7 +103,7 @@ inline void bind_rvq_encode(pybind11::module_& m) {
     m.def(
         "pack_codebook",
         [](const TensorView& words, const TensorView& packed, int threads, const std::optional<std::string>& isa) {
-            const Codebook book = codebook(words);
+            const Codebook book = words_view(words);
             const int64_t dim = words.shape[1];
             const PackedCodebook view = isa ? packed_bytes_of(packed, book.entries, dim, isa_named(*isa))
                                             : packed_codebook(packed, book.entries, dim);
@@ -105,7 +117,7 @@ inline void bind_rvq_encode(pybind11::module_& m) {
     m.def(
         "rvq_gram",
         [](const TensorView& words, const TensorView& packed, const TensorView& gram, int threads) {
-            const Codebook book = codebook(words);
+            const Codebook book = words_view(words);
             const PackedCodebook view = packed_codebook(packed, book.entries, words.shape[1]);
             auto* out = gram.whole<float>("rvq_gram: gram", DType::float32, {view.entries, view.padded});
             LC_CHECK(threads >= 1, "rvq_gram: threads must be at least 1");

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "longcat/dtypes.h"
@@ -19,7 +20,8 @@ struct TensorView {
     void* data = nullptr;
     std::vector<int64_t> shape, strides;  // strides in elements
     DType dtype = DType::other;
-    std::string device;  // "cpu", "cuda"
+    std::string device;                 // "cpu", "cuda"
+    std::string wanted_device = "cpu";  // where the callee needs it
 
     bool is_contiguous() const {
         int64_t expected = 1;
@@ -49,8 +51,14 @@ struct TensorView {
 
   private:
     void require(const char* name, bool condition, const char* rule) const {
-        LC_CHECK(condition && device == "cpu", std::string(name) + " must be on the CPU and " + rule);
+        LC_CHECK(condition && device == wanted_device,
+                 std::string(name) + " must be on the " + (wanted_device == "cpu" ? "CPU" : "GPU") + " and " + rule);
     }
+};
+
+// A tensor whose elements are a CUDA device's.
+struct CudaTensorView : TensorView {
+    int device_index = 0;
 };
 
 // More threads than this help nobody and cost memory each; results do not depend on the number.
@@ -67,6 +75,31 @@ inline DType dtype_named(const std::string& name) {
     return DType::other;
 }
 
+// The type that a torch.dtype names. Its text takes long to make, and there is one object of each for ever.
+inline DType dtype_of(pybind11::handle dtype) {
+    static std::unordered_map<PyObject*, DType> known;
+    const auto found = known.find(dtype.ptr());
+    if (found != known.end()) return found->second;
+    return known[dtype.inc_ref().ptr()] = dtype_named(pybind11::str(dtype));
+}
+
+// An attribute by a name that Python has hashed before.
+inline pybind11::object attribute(pybind11::handle source, PyObject* name) {
+    PyObject* value = PyObject_GetAttr(source.ptr(), name);
+    if (value == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(value);
+}
+
+// The numbers of a tuple.
+inline std::vector<int64_t> numbers(const pybind11::object& tuple) {
+    std::vector<int64_t> values(tuple.cast<pybind11::tuple>().size());
+    for (size_t i = 0; i < values.size(); ++i) {
+        values[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), Py_ssize_t(i)));
+        if (values[i] == -1 && PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
+    }
+    return values;
+}
+
 }  // namespace longcat
 
 namespace pybind11::detail {
@@ -76,7 +109,7 @@ struct type_caster<longcat::DType> {
     PYBIND11_TYPE_CASTER(longcat::DType, const_name("torch.dtype"));
 
     bool load(handle source, bool) {
-        value = longcat::dtype_named(str(source));
+        value = longcat::dtype_of(source);
         return value != longcat::DType::other;
     }
 };
@@ -86,12 +119,33 @@ struct type_caster<longcat::TensorView> {
     PYBIND11_TYPE_CASTER(longcat::TensorView, const_name("torch.Tensor"));
 
     bool load(handle source, bool) {
-        if (!hasattr(source, "data_ptr")) return false;
-        value.data = reinterpret_cast<void*>(source.attr("data_ptr")().cast<uintptr_t>());
-        value.shape = source.attr("shape").cast<std::vector<int64_t>>();
-        value.strides = source.attr("stride")().cast<std::vector<int64_t>>();
-        value.dtype = longcat::dtype_named(str(source.attr("dtype")));
-        value.device = str(source.attr("device").attr("type"));
+        static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+        static PyObject* const shape = PyUnicode_InternFromString("shape");
+        static PyObject* const stride = PyUnicode_InternFromString("stride");
+        static PyObject* const dtype = PyUnicode_InternFromString("dtype");
+        static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
+        if (PyObject_HasAttr(source.ptr(), data_ptr) == 0) return false;
+        value.data = reinterpret_cast<void*>(longcat::attribute(source, data_ptr)().cast<uintptr_t>());
+        value.shape = longcat::numbers(longcat::attribute(source, shape));
+        value.strides = longcat::numbers(longcat::attribute(source, stride)());
+        value.dtype = longcat::dtype_of(longcat::attribute(source, dtype));
+        const bool on_cpu = longcat::attribute(source, is_cpu).ptr() == Py_True;
+        value.device = on_cpu ? "cpu" : str(source.attr("device").attr("type")).cast<std::string>();
+        return true;
+    }
+};
+
+template <>
+struct type_caster<longcat::CudaTensorView> {
+    PYBIND11_TYPE_CASTER(longcat::CudaTensorView, const_name("torch.Tensor"));
+
+    bool load(handle source, bool convert) {
+        type_caster<longcat::TensorView> view;
+        if (!view.load(source, convert)) return false;
+        static_cast<longcat::TensorView&>(value) = static_cast<longcat::TensorView&>(view);
+        value.wanted_device = "cuda";
+        const object index = source.attr("device").attr("index");
+        value.device_index = index.is_none() ? 0 : index.cast<int>();
         return true;
     }
 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "segments.h"
+
 namespace longcat {
 namespace {
 
@@ -13,25 +15,6 @@ uint32_t mix(uint32_t x) {
     x = (x ^ x >> 15) * 0x846ca68bu;
     return x ^ x >> 16;
 }
-
-// Rows grouped by code: those of entry k are order[starts[k]] to order[starts[k + 1]], in the order of their number.
-struct Groups {
-    std::vector<int64_t> starts, order;
-
-    explicit Groups(const EmaUpdate& p) : starts(size_t(p.entries) + 1) {
-        for (int64_t i = 0; i < p.rows; ++i) {
-            LC_CHECK(p.codes[i] < p.entries, "ema_update: codes must be below the number of entries");
-            if (p.codes[i] >= 0) ++starts[size_t(p.codes[i]) + 1];
-        }
-        for (size_t k = 0; k < size_t(p.entries); ++k) starts[k + 1] += starts[k];
-        order.resize(size_t(starts.back()));
-        std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-        for (int64_t i = 0; i < p.rows; ++i)
-            if (p.codes[i] >= 0) order[size_t(next[size_t(p.codes[i])]++)] = i;
-    }
-
-    const int64_t* begin(int64_t k) const { return order.data() + starts[size_t(k)]; }
-};
 
 // Row numbers in the order in which restarted entries take them, the first `count` of it.
 std::vector<int64_t> restart_rows(const EmaUpdate& p, size_t count) {
@@ -55,17 +38,16 @@ struct Plan {
     std::vector<int64_t> restart_row;  // of each entry; -1: it goes on
 
     // Moves the counts.
-    Plan(const EmaUpdate& p, const Groups& groups) : total(0), restarted(0), restart_row(size_t(p.entries), -1) {
+    Plan(const EmaUpdate& p, const Segments& rows) : total(0), restarted(0), restart_row(size_t(p.entries), -1) {
         for (int64_t k = 0; k < p.entries; ++k) {
-            const double count = double(groups.starts[size_t(k) + 1] - groups.starts[size_t(k)]);
             float& size = p.cluster_size_ema[k];
-            size = float(p.decay * double(size) + (1 - p.decay) * count);
+            size = float(p.decay * double(size) + (1 - p.decay) * double(rows.size(k)));
             total += double(size);
         }
         smoothed = total + double(p.entries) * p.eps;
         const double mean = total / double(p.entries);
         restart_count = p.restart_count > 0 ? p.restart_count : double(float(mean));
-        if (!groups.order.empty()) choose_rows(p, std::max(p.restart_threshold, p.restart_fraction * mean));
+        if (!rows.order.empty()) choose_rows(p, std::max(p.restart_threshold, p.restart_fraction * mean));
     }
 
     double inverse_size(const EmaUpdate& p, int64_t k) const {
@@ -135,13 +117,13 @@ MoveEntry move_entry_for(Isa isa) {
 }
 
 // Writes entries [first, first + kRun) and packs them.
-void write_run(const EmaUpdate& p, const Groups& groups, const Plan& plan, int64_t first, double* sum, double* terms) {
+void write_run(const EmaUpdate& p, const Segments& rows, const Plan& plan, int64_t first, double* sum, double* terms) {
     const MoveEntry move_entry = move_entry_for(p.isa);
     const int64_t last = std::min(first + kRun, p.entries);
     for (int64_t k = first; k < last; ++k) {
         const int64_t row = plan.restart_row[size_t(k)];
         if (row < 0)
-            move_entry(p, groups.begin(k), groups.begin(k + 1), k, plan.inverse_size(p, k), sum);
+            move_entry(p, rows.begin(k), rows.end(k), k, plan.inverse_size(p, k), sum);
         else
             dispatch_float(p.dtype, "ema_update: vectors",
                            [&](auto type) { restart_entry<decltype(type)>(p, k, row, plan.restart_count); });
@@ -154,8 +136,8 @@ void write_run(const EmaUpdate& p, const Groups& groups, const Plan& plan, int64
 }  // namespace
 
 int64_t ema_update(const EmaUpdate& p) {
-    const Groups groups(p);
-    const Plan plan(p, groups);
+    const Segments rows("ema_update: codes", p.codes, 1, p.rows, p.entries);
+    const Plan plan(p, rows);
     // The centre is a sample of the codewords before they move: it only has to be near them.
     if (p.packed) pack_centre({p.embed, p.entries, p.dim}, *p.packed);
 #pragma omp parallel num_threads(p.threads)
@@ -163,7 +145,7 @@ int64_t ema_update(const EmaUpdate& p) {
         std::vector<double> sum(size_t(p.dim)), terms(size_t(tree_terms(p.dim)));
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < p.entries; first += kRun)
-            write_run(p, groups, plan, first, sum.data(), terms.data());
+            write_run(p, rows, plan, first, sum.data(), terms.data());
     }
     if (p.packed) finish_packing(*p.packed);
     return plan.restarted;

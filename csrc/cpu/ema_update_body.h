@@ -5,7 +5,8 @@
 // inverse size is zero.
 template <class Sum>
 static inline void move(const EmaUpdate& p, int64_t k, double inverse_size, const Sum& sum) {
-    float* __restrict embed = p.embed + k * p.dim, * __restrict ema = p.embed_ema + k * p.dim;
+    float* __restrict embed = p.embed + k * p.dim;
+    float* __restrict ema = p.embed_ema + k * p.dim;
     const double decay = p.decay, rest = 1 - p.decay;
     const int64_t dim = p.dim;
     if (inverse_size == 0) {
@@ -30,7 +31,10 @@ static void move_entry(const EmaUpdate& p, const int64_t* first, const int64_t* 
     for (int64_t d = 0; d < p.dim; ++d) sum[d] = double(to_float(one[d]));
     ++first;
     for (; last - first >= 4; first += 4) {  // four rows a pass, in their order: the sum is read and written once
-        const T* __restrict a = row(first), * __restrict b = row(first + 1), * __restrict c = row(first + 2), * __restrict e = row(first + 3);
+        const T* __restrict a = row(first);
+        const T* __restrict b = row(first + 1);
+        const T* __restrict c = row(first + 2);
+        const T* __restrict e = row(first + 3);
         for (int64_t d = 0; d < p.dim; ++d)
             sum[d] = (((sum[d] + double(to_float(a[d]))) + double(to_float(b[d]))) + double(to_float(c[d]))) +
                      double(to_float(e[d]));

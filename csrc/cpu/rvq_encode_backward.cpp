@@ -37,7 +37,7 @@ void one_row(const RvqEncodeBackward& p, int64_t row, float* residual, float* to
         load<T>(p.x, row, p.dim, residual);
         for (int64_t d = 0; d < p.dim; ++d) residual[d] = round_to<Residual>(residual[d]);
         for (size_t l = 0; l < p.codebooks.size(); ++l) {
-            const RvqEncodeBackward::Codebook& book = p.codebooks[l];
+            const Codebook& book = p.codebooks[l];
             walk_level<Residual>(book.words + codes[l] * book.stride, p.scales[l], p.dim, residual, total);
         }
     }

@@ -40,7 +40,6 @@ RowBounds row_bounds(double all, double kept, double lost, int64_t dim) {
     bounds.by_length = up(error + (g + 64 * kUnit) * length);
     bounds.by_error = up((1 + g) * length);
     bounds.margin = up(0x1p-45 * norm * norm);
-    bounds.norm = up(norm);
     return bounds;
 }
 
@@ -54,7 +53,8 @@ void describe_word(const PackedCodebook& packed, int64_t k, double whole, double
     const bool usable = std::isfinite(packed.norm[k]);
     packed.slack[k] = usable ? up(slack) : 0.0f;
     packed.start[k] = usable ? up(slack - 0.5 * whole) : -kInfinity;
-    packed.length[k] = usable ? up(length) : 0.0f;
+    const bool too_long = !(packed.norm[k] < kLongest * kLongest);  // slack and products of whole words could overflow
+    packed.length[k] = usable ? (too_long ? kInfinity : up(length)) : 0.0f;
     packed.error[k] = usable ? up(std::sqrt(lost * grown) + kUnit * length + tiny) : 0.0f;
 }
 
@@ -69,7 +69,8 @@ void take_nearer(Candidates& found, const RvqKernels& kernels, const Part& part,
     const double norm = norm_of(part, kernels, k);
     const float* word = part.book.words + k * part.book.stride;
     const double score = norm - 2 * kernels.tree_dot(row, word, part.packed.dim, part.terms);
-    if (found.best >= 0 && !(score < found.score)) return;
+    // Earlier words may come late: those that the screen held while a later part was scored exhaustively.
+    if (found.best >= 0 && !(score < found.score || (score == found.score && k < found.best))) return;
     found.best = k;
     found.score = score;
 }

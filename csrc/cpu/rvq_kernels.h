@@ -1,20 +1,30 @@
 // The inner loops of rvq_encode, compiled for each instruction set, and why their answer is exact.
 //
-// Let r be a row and c_k the codewords, m the centre, rho = r - m, d_k = c_k - m. Then
+// Notation: r is a row, c_k are the codewords, m is the centre, rho = r - m, d_k = c_k - m; x^ is x rounded to the
+// screen's element type, float32 or bfloat16; D is the width and u = 2^-24. In the code,
+//
+//     start_k, slack_k, length_k, error_k    PackedCodebook::start[k], slack[k], length[k], error[k]
+//     A, B, margin                           RowBounds::by_length, by_error, margin
+//     g                                      accumulation(D) of rvq_kernels.cpp
+//     a_k + E_k                              Candidates::high
+//     max_j (a_j - E_j - 2 slack_j) - margin Tile::bound
+//     H                                      RvqEncode::gram
+//
+// Then
 //
 //     |c_k|^2 - 2 r.c_k  =  -2 t_k + constant of the row,      t_k = rho.d_k - |d_k|^2 / 2,
 //
-// so the nearest codeword has the largest t. The screen computes, with rho^ and d^ rounded to its element type,
+// so the nearest codeword has the largest t. The screen computes
 //
 //     a_k = fl(start_k + rho^_0 d^_0 + rho^_1 d^_1 + ...),     start_k ~ slack_k - |d_k|^2 / 2,
 //
-// in float32, each addition rounded once (bfloat16 products are exact in float32). With u = 2^-24, n = D + 2 additions,
+// in float32, each addition rounded once (bfloat16 products are exact in float32). With n = D + 2 additions,
 // g = n u / (1 - n u) (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1) and Cauchy-Schwarz,
 //
 //     |a_k - slack_k - t_k|  <=  |rho - rho^| |d_k| + |rho^| |d_k - d^_k| + g |rho^| |d^_k| + g (|d_k|^2 / 2 +
 //     slack_k).
 //
-// The kernel's bound on the right-hand side is E_k + slack_k, where
+// The kernel's bound on the right-hand side is E_k + slack_k, with 2^-46 |c_k|^2 to spare for what comes last, where
 //
 //     E_k = A length_k + B error_k,   A >= |rho - rho^| + (g + 64 u) |rho^|,   B >= (1 + g) |rho^|,
 //     slack_k >= (g + (D + 96) u) |d_k|^2 / 2 + D 2^-120 + 2^-46 |c_k|^2,
@@ -58,7 +68,6 @@ constexpr int kMostCandidates = 32;  // held for a row before they are resolved
 // What the bound takes from a row: A, B and margin above.
 struct RowBounds {
     float by_length, by_error, margin;
-    float norm;  // at least |r|
     bool finite, exhaustive;
 };
 

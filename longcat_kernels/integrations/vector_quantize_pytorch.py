@@ -147,6 +147,14 @@ class ResidualVQ(nn.Module):
         ValueError: an option of the original that this drop-in does not have is not at its default, or sizes do not fit
             together.
         TypeError: the original has no such option.
+
+    Example:
+        >>> vq = ResidualVQ(dim=8, num_quantizers=4, codebook_size=32)
+        >>> quantized, indices, losses = vq(torch.randn(2, 10, 8))
+        >>> quantized.shape, indices.shape, losses.shape
+        (torch.Size([2, 10, 8]), torch.Size([2, 10, 4]), torch.Size([4]))
+        >>> vq.get_output_from_indices(indices).shape
+        torch.Size([2, 10, 8])
     """
 
     def __init__(

@@ -7,6 +7,7 @@ Dimension key
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ _MEANS = {"decay": 0.0, "eps": 0.0, "restart_threshold": 1.0}
 _FROM_ROWS = {"decay": 0.0, "eps": 0.0, "restart_threshold": math.inf}
 
 
-class Codebook(nn.Module):
+class Codebook(nn.Module, ABC):
     """The state of one codebook; only `ema_update` moves it. Subclasses name its buffers as their checkpoints do.
 
     Args:
@@ -35,19 +36,19 @@ class Codebook(nn.Module):
         self._prepared: PreparedCodebook | None = None
 
     @property
+    @abstractmethod
     def entries(self) -> Tensor:
         """[K, D] float32: the codewords; a view of a buffer, as are the other two."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def sums(self) -> Tensor:
         """[K, D] float32: moving sum of the rows of each entry."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def counts(self) -> Tensor:
         """[K] float32: moving count of the rows of each entry."""
-        raise NotImplementedError
 
     def prepared(self) -> PreparedCodebook:
         """The prepared form of `entries`: made once, and again where the buffer is another than it was."""
@@ -58,7 +59,8 @@ class Codebook(nn.Module):
 
     def move(self, vectors_ND: Tensor, codes_N: Tensor, **rule: Any) -> None:
         """`ema_update` by `rule`."""
-        ema_update(self.entries, self.sums, self.counts, vectors_ND, codes_N, prepared=self.prepared(), **rule)
+        prepared = None if torch.compiler.is_compiling() else self.prepared()
+        ema_update(self.entries, self.sums, self.counts, vectors_ND, codes_N, prepared=prepared, **rule)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own prepared form."""

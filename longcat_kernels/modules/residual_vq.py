@@ -79,6 +79,14 @@ class ResidualVQ(nn.Module):
     Raises:
         ValueError: no level or more than 256, a size or width below 1, unequal sizes with a shared codebook, `gram`
             without one, or `kmeans_steps` out of range.
+
+    Example:
+        >>> vq = ResidualVQ([16, 16], dim=4)
+        >>> encoding = vq(torch.randn(2, 50, 4))  # training mode: k-means, then one EMA update
+        >>> encoding.codes.shape, encoding.quantized.shape, encoding.losses.shape
+        (torch.Size([2, 50, 2]), torch.Size([2, 50, 4]), torch.Size([2]))
+        >>> vq.decode(vq.eval().encode(torch.randn(3, 4)).codes).shape
+        torch.Size([3, 4])
     """
 
     step: Tensor  # int64 []: training batches seen
@@ -135,6 +143,9 @@ class ResidualVQ(nn.Module):
             kept: integers in 1..L, broadcast to the leading shape of x: quantizer dropout (SoundStream, section III-C).
                 `quantized` then sums only so many first levels of a row; all else stays as it is without.
             lengths: integers [B] in place of a mask, x being [B, S, dim].
+
+        Raises:
+            ValueError: x, mask, kept or lengths does not fit, or the ranks disagree (`Ranks.gather`).
         """
         self._check(x, kept)
         mask = row_mask(x, mask, lengths)

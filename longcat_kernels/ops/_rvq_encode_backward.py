@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native, triton
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.library import register
 
@@ -47,12 +47,28 @@ def _run(
     return out_TD
 
 
+def _refuse(ctx: Any, grad_TD: Tensor) -> None:
+    raise RuntimeError("rvq_encode: is differentiable once; its gradient has none of its own")
+
+
 rvq_encode_backward = register(
     "rvq_encode_backward(Tensor? grad_quantized, Tensor? grad_losses, Tensor x, Tensor codes, Tensor[] codebooks, "
     "ScalarType residual_dtype, str backend) -> Tensor",
     _run,
     _allocate,
+    backward=_refuse,
 )
+
+
+def _why_not_cuda(
+    grad_TD: Tensor | None, scale_L: Tensor | None, x_TD: Tensor, codes_TL: Tensor, codebooks: list[Tensor], *_: Any
+) -> str | None:
+    return cuda.why_not("rvq_encode", x_TD) or cuda.why_not_books(codebooks)
+
+
+def _cuda(grad_TD: Tensor | None, scale_L: Tensor | None, x_TD: Tensor, codes_TL: Tensor, *rest: Any) -> None:
+    context = cuda.context("rvq_encode", x_TD.device)
+    native.module().rvq_encode_backward_cuda(*context, grad_TD, scale_L, x_TD, codes_TL.contiguous(), *rest)
 
 
 def _why_not_cpu(
@@ -90,6 +106,7 @@ def _reference(
 
 
 IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda, _why_not_cuda),
     "triton": triton.implementation("rvq_encode_backward"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": Impl(_reference, lambda *inputs: None),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native, triton
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import DTYPES
@@ -64,7 +64,17 @@ def ema_update(
     moving sum that row times its new count.
 
     Raises:
-        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
+        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors. Codes are looked at
+            only on the CPU, where that costs no synchronisation.
+
+    Example:
+        >>> embed = torch.tensor([[0.0], [9.0]])
+        >>> sums, counts = embed.clone(), torch.ones(2)
+        >>> rows, codes = torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([0, 0, 1])
+        >>> ema_update(embed, sums, counts, rows, codes, decay=0.5, eps=0.0).item()  # none restarted
+        0
+        >>> counts.tolist(), sums[:, 0].tolist(), embed[1].item()
+        ([1.5, 1.0], [2.0, 9.0], 9.0)
     """
     check(-(2**63) <= seed < 2**63, lambda: f"ema_update: seed must be in [-2^63, 2^63), got {seed}")
     known = prepared is not None and not torch.compiler.is_compiling()  # a trace cannot tell versions
@@ -86,6 +96,8 @@ def ema_update(
     )
     if prepared is not None and packed is not None:
         prepared.mark_current()
+    elif prepared is not None and known:
+        prepared.mark_stale()  # `embed` may count its writes apart, as `words.data` does
     return restarted
 
 
@@ -100,9 +112,8 @@ def _packed_of(prepared: PreparedCodebook, embed: Tensor) -> Tensor | None:
 def _check(
     embed_KD: Tensor, embed_ema_KD: Tensor, cluster_size_ema_K: Tensor, vectors_ND: Tensor, codes_N: Tensor
 ) -> None:
-    shape, found = list(embed_KD.shape), f"{embed_KD.dtype} {list(embed_KD.shape)}"
-    fits = embed_KD.ndim == 2 and embed_KD.dtype == torch.float32
-    check(fits, lambda: f"ema_update: embed must be float32 [K, D], got {found}")
+    shape, fits = list(embed_KD.shape), embed_KD.ndim == 2 and embed_KD.dtype == torch.float32
+    check(fits, lambda: f"ema_update: embed must be float32 [K, D], got {embed_KD.dtype} {shape}")
     for name, tensor, dtype, want in (
         ("embed_ema", embed_ema_KD, torch.float32, shape),
         ("cluster_size_ema", cluster_size_ema_K, torch.float32, shape[:1]),
@@ -117,11 +128,14 @@ def _check(
         vectors_ND.dtype in DTYPES,
         lambda: f"ema_update: vectors must be float32, bfloat16 or float16, got {vectors_ND.dtype}",
     )
-    for tensor in (embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N):
-        check(
-            tensor.device == embed_KD.device,
-            lambda: f"ema_update: all tensors must be on {embed_KD.device} as embed is, got another device",
-        )
+    for name, tensor in (
+        ("embed_ema", embed_ema_KD),
+        ("cluster_size_ema", cluster_size_ema_K),
+        ("vectors", vectors_ND),
+        ("codes", codes_N),
+    ):
+        if tensor.device != embed_KD.device:
+            raise ValueError(f"ema_update: {name} must be on {embed_KD.device}, got {tensor.device}")
 
 
 def _allocate(
@@ -142,8 +156,9 @@ def _allocate(
     _check(embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N)
     check(0 <= decay <= 1, lambda: f"ema_update: decay must be in [0, 1], got {decay}")
     for name, value in (("eps", eps), ("restart_fraction", restart_fraction), ("restart_count", restart_count)):
-        if value < 0:
+        if not value >= 0:
             raise ValueError(f"ema_update: {name} must be at least 0, got {value}")
+    check(restart_threshold == restart_threshold, lambda: "ema_update: restart_threshold must be a number, got nan")
     return torch.empty((), dtype=torch.int64, device=embed_KD.device)
 
 
@@ -184,19 +199,33 @@ _op = register(
 
 
 def _why_not_cpu(*inputs: Any) -> str | None:
+    if inputs[0].device.type != "cpu":
+        return f"takes tensors on the CPU, got {inputs[0].device}"
+    return _why_not_strides(*inputs) or native.why_not()
+
+
+def _why_not_cuda(*inputs: Any) -> str | None:
+    return cuda.why_not("ema_update", inputs[0]) or _why_not_strides(*inputs)
+
+
+def _why_not_strides(*inputs: Any) -> str | None:
     embed_KD, embed_ema_KD, cluster_size_ema_K, _packed, vectors_ND = inputs[:5]
-    if embed_KD.device.type != "cpu":
-        return f"takes tensors on the CPU, got {embed_KD.device}"
     if not all(tensor.is_contiguous() for tensor in (embed_KD, embed_ema_KD, cluster_size_ema_K)):
         return "needs a contiguous codebook and statistics"
     if vectors_ND.stride(1) != 1:
         return "needs vectors whose rows have adjacent elements"
-    return native.why_not()
+    return None
 
 
 def _cpu(*arguments: Any) -> None:
     *tensors, codes_N = arguments[:6]
     native.module().ema_update(*tensors, codes_N.contiguous(), *arguments[6:], threads=torch.get_num_threads())
+
+
+def _cuda(*arguments: Any) -> None:
+    *tensors, codes_N = arguments[:6]
+    context, allocate = cuda.context("ema_update", codes_N.device), cuda.allocator(codes_N.device)
+    native.module().ema_update_cuda(*context, allocate, *tensors, codes_N.contiguous(), *arguments[6:])
 
 
 def _reference(*arguments: Any) -> None:
@@ -207,6 +236,7 @@ def _reference(*arguments: Any) -> None:
 
 
 IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda, _why_not_cuda),
     "triton": triton.implementation("ema_update"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": Impl(_reference, lambda *inputs: None),

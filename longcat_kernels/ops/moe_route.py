@@ -101,8 +101,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_Tk: Tensor, _ids: None) -> tuple[Any, ...]:
     logits_TE, ids_Tk = ctx.saved_tensors
-    backend = ctx.backend if ctx.backend in IMPLS_BACKWARD else "auto"  # on the CPU it is the definition's
-    grad_TE = _op_backward(grad_Tk, logits_TE, ids_Tk, ctx.score, ctx.renorm, ctx.scale, backend)
+    grad_TE = _op_backward(grad_Tk, logits_TE, ids_Tk, ctx.score, ctx.renorm, ctx.scale, ctx.backend)
     return grad_TE, None, None, None, None, None, None, None
 
 
@@ -115,7 +114,8 @@ def _allocate_backward(
 def _run_backward(*arguments: Any) -> Tensor:
     out_TE = _allocate_backward(*arguments)
     *inputs, backend = arguments
-    choose("moe_route_backward", IMPLS_BACKWARD, backend, *inputs).run(*inputs, out_TE)
+    wanted = backend if backend in IMPLS_BACKWARD else "auto"
+    choose("moe_route_backward", IMPLS_BACKWARD, wanted, *inputs).run(*inputs, out_TE)
     return out_TE
 
 
@@ -133,11 +133,6 @@ _op = register(
     save=_save,
     backward=_backward,
 )
-
-
-def _reference_backward(*arguments: Any) -> None:
-    *inputs, out_TE = arguments
-    out_TE.copy_(spec.backward(*inputs))
 
 
 def _why_not_cpu(logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, *_: Any) -> str | None:
@@ -164,6 +159,11 @@ def _cpu(
     choice_TE = spec.choice(p_TE, bias_E)
     arguments = (p_TE.contiguous(), choice_TE.contiguous(), renorm, scale, weights_Tk, ids_Tk)
     native.module().moe_route(*arguments, threads=torch.get_num_threads())
+
+
+def _reference_backward(*arguments: Any) -> None:
+    *inputs, out_TE = arguments
+    out_TE.copy_(spec.backward(*inputs))
 
 
 IMPLS: dict[str, Impl] = {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import native, triton
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import Codebook, check_codebook, level_codebooks, words_of
@@ -38,7 +38,8 @@ def rvq_decode(
         [..., D] float32.
 
     Raises:
-        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors.
+        ValueError: a shape, dtype, device or code is wrong, or no implementation takes the tensors. Codes are looked at
+            only on the CPU, where that costs no synchronisation.
 
     Example:
         >>> rvq_decode(torch.tensor([[1, 0], [0, -1]]), [torch.tensor([[1.0], [3.0]]), torch.tensor([[0.5]])]).tolist()
@@ -117,6 +118,24 @@ _op = register(
 )
 
 
+def _why_not_cuda(codes_TL: Tensor, codebooks: list[Tensor]) -> str | None:
+    return cuda.why_not("rvq_decode", codes_TL) or cuda.why_not_books(codebooks)
+
+
+def _cuda(codes_TL: Tensor, codebooks: list[Tensor], out_TD: Tensor) -> None:
+    native.module().rvq_decode_cuda(*cuda.context("rvq_decode", codes_TL.device), codes_TL, codebooks, out_TD)
+
+
+def _why_not_cuda_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> str | None:
+    return cuda.why_not("rvq_decode", grad_TD)
+
+
+def _cuda_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads: Tensor) -> None:
+    grad_TD = grad_TD if grad_TD.stride(1) == 1 else grad_TD.contiguous()
+    context, allocate = cuda.context("rvq_decode", grad_TD.device), cuda.allocator(grad_TD.device)
+    native.module().rvq_decode_backward_cuda(*context, allocate, grad_TD, codes_TL, list(grads))
+
+
 def _why_not_cpu(codes_TL: Tensor, codebooks: list[Tensor]) -> str | None:
     if codes_TL.device.type != "cpu":
         return f"takes tensors on the CPU, got {codes_TL.device}"
@@ -147,11 +166,13 @@ def _reference_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *
 
 
 IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda, _why_not_cuda),
     "triton": triton.implementation("rvq_decode"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_decode),
 }
 BACKWARD_IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda_backward, _why_not_cuda_backward),
     "triton": triton.implementation("rvq_decode_backward"),
     "cpu": Impl(_cpu_backward, _why_not_cpu_backward),
     "reference": Impl(_reference_backward, lambda *inputs: None),

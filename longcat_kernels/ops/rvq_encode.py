@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from longcat_kernels import native, triton
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops._rvq_encode_backward import rvq_encode_backward
@@ -48,6 +48,9 @@ def rvq_encode(
     Codes are exact: of the float32 residual recursion, nearest in float64, ties to the lower index; bit-identical
     for any batch size, row order, thread count and implementation. Gradients reach x only: 1 through `quantized`
     (whatever the number of levels) and 2 (x - cumulative quantized) / count through `losses`.
+
+    Sources: LongCat-Next report, equation (3), and SoundStream, arXiv 2107.03312, for the residual recursion;
+    `reference.rvq_encode` defines the scores to the last bit.
 
     Args:
         x: [..., D], float32, bfloat16 or float16, any strides. A row with NaN or infinity gets code 0 at every level,
@@ -290,6 +293,26 @@ _op = register(
 )
 
 
+def _why_not_cuda(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
+    reason = cuda.why_not("rvq_encode", x_TD) or cuda.why_not_books(codebooks)
+    if reason is None and x_TD.shape[1] > cuda.MOST_COLUMNS:
+        reason = f"takes at most {cuda.MOST_COLUMNS} columns, got {x_TD.shape[1]}"
+    return reason
+
+
+def _cuda(
+    x_TD: Tensor,
+    codebooks: list[Tensor],
+    packed: list[Tensor],
+    gram: Tensor | None,
+    mask_T: Tensor | None,
+    *rest: Any,
+) -> None:
+    mask_T = None if mask_T is None else mask_T.contiguous()
+    context, allocate = cuda.context("rvq_encode", x_TD.device), cuda.allocator(x_TD.device)
+    native.module().rvq_encode_cuda(*context, allocate, x_TD, codebooks, packed, mask_T, *rest)
+
+
 def _why_not_cpu(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
     if x_TD.device.type != "cpu":
         return f"takes tensors on the CPU, got {x_TD.device}"
@@ -311,6 +334,7 @@ def _cpu(
 
 
 IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda, _why_not_cuda),
     "triton": triton.implementation("rvq_encode"),
     "cpu": Impl(_cpu, _why_not_cpu),
     "reference": reference(spec.rvq_encode),

@@ -17,6 +17,28 @@ AT_ONCE = 8  # levels of a launch: each codebook is an argument of its own
 
 
 @triton.jit
+def of_level(LEVEL: tl.constexpr, of0, of1, of2, of3, of4, of5, of6, of7):
+    """That of the arguments which belongs to a level: Triton 3.2 has no tuples."""
+    if LEVEL == 0:
+        chosen = of0
+    elif LEVEL == 1:
+        chosen = of1
+    elif LEVEL == 2:
+        chosen = of2
+    elif LEVEL == 3:
+        chosen = of3
+    elif LEVEL == 4:
+        chosen = of4
+    elif LEVEL == 5:
+        chosen = of5
+    elif LEVEL == 6:
+        chosen = of6
+    elif LEVEL == 7:
+        chosen = of7
+    return chosen
+
+
+@triton.jit
 def codeword(book_ptr, entries, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, LEVEL: tl.constexpr):
     """[R, W] float32: the codewords of one level; zero where the code is negative, NaN where there is no such entry."""
     code_R = tl.load(codes_ptr + row_R.to(tl.int64) * row_stride + LEVEL * level_stride, row_R < T, other=-1)
@@ -62,21 +84,12 @@ def decode_kernel(
     sum_RW = tl.zeros((ROWS, WIDTH), tl.float32)
     if not FIRST:
         sum_RW = tl.load(out_ptr + at_RW, inside_RW, other=0.0)
-    sum_RW += codeword(book0_ptr, entries0, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 0)
-    if LEVELS > 1:
-        sum_RW += codeword(book1_ptr, entries1, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 1)
-    if LEVELS > 2:
-        sum_RW += codeword(book2_ptr, entries2, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 2)
-    if LEVELS > 3:
-        sum_RW += codeword(book3_ptr, entries3, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 3)
-    if LEVELS > 4:
-        sum_RW += codeword(book4_ptr, entries4, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 4)
-    if LEVELS > 5:
-        sum_RW += codeword(book5_ptr, entries5, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 5)
-    if LEVELS > 6:
-        sum_RW += codeword(book6_ptr, entries6, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 6)
-    if LEVELS > 7:
-        sum_RW += codeword(book7_ptr, entries7, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 7)
+    for level in tl.static_range(LEVELS):
+        book_ptr = of_level(
+            level, book0_ptr, book1_ptr, book2_ptr, book3_ptr, book4_ptr, book5_ptr, book6_ptr, book7_ptr
+        )
+        entries = of_level(level, entries0, entries1, entries2, entries3, entries4, entries5, entries6, entries7)
+        sum_RW += codeword(book_ptr, entries, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, level)
     tl.store(out_ptr + at_RW, sum_RW, inside_RW)
 
 

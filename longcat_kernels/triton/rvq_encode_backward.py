@@ -13,71 +13,7 @@ from torch import Tensor
 
 from longcat_kernels.triton import on
 from longcat_kernels.triton._numeric import DTYPES, round_to
-from longcat_kernels.triton.rvq_decode import codeword, groups, tile
-
-
-@triton.jit
-def _step(residual_RW, total_RW, scale_ptr, word_RW, LEVEL: tl.constexpr, RESIDUAL: tl.constexpr):
-    residual_RW = round_to(residual_RW - word_RW, RESIDUAL)
-    return residual_RW, total_RW + tl.load(scale_ptr + LEVEL) * residual_RW
-
-
-@triton.jit
-def _walk(
-    residual_RW,
-    total_RW,
-    scale_ptr,
-    codes_ptr,
-    book0_ptr,
-    book1_ptr,
-    book2_ptr,
-    book3_ptr,
-    book4_ptr,
-    book5_ptr,
-    book6_ptr,
-    book7_ptr,
-    entries0,
-    entries1,
-    entries2,
-    entries3,
-    entries4,
-    entries5,
-    entries6,
-    entries7,
-    row_R,
-    T,
-    column_W,
-    D,
-    row_stride,
-    level_stride,
-    LEVELS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    if LEVELS > 0:
-        word_RW = codeword(book0_ptr, entries0, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 0)
-        residual_RW, total_RW = _step(residual_RW, total_RW, scale_ptr, word_RW, 0, RESIDUAL)
-    if LEVELS > 1:
-        word_RW = codeword(book1_ptr, entries1, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 1)
-        residual_RW, total_RW = _step(residual_RW, total_RW, scale_ptr, word_RW, 1, RESIDUAL)
-    if LEVELS > 2:
-        word_RW = codeword(book2_ptr, entries2, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 2)
-        residual_RW, total_RW = _step(residual_RW, total_RW, scale_ptr, word_RW, 2, RESIDUAL)
-    if LEVELS > 3:
-        word_RW = codeword(book3_ptr, entries3, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 3)
-        residual_RW, total_RW = _step(residual_RW, total_RW, scale_ptr, word_RW, 3, RESIDUAL)
-    if LEVELS > 4:
-        word_RW = codeword(book4_ptr, entries4, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 4)
-        residual_RW, total_RW = _step(residual_RW, total_RW, scale_ptr, word_RW, 4, RESIDUAL)
-    if LEVELS > 5:
-        word_RW = codeword(book5_ptr, entries5, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 5)
-        residual_RW, total_RW = _step(residual_RW, total_RW, scale_ptr, word_RW, 5, RESIDUAL)
-    if LEVELS > 6:
-        word_RW = codeword(book6_ptr, entries6, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 6)
-        residual_RW, total_RW = _step(residual_RW, total_RW, scale_ptr, word_RW, 6, RESIDUAL)
-    if LEVELS > 7:
-        word_RW = codeword(book7_ptr, entries7, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, 7)
-        residual_RW, total_RW = _step(residual_RW, total_RW, scale_ptr, word_RW, 7, RESIDUAL)
-    return residual_RW, total_RW
+from longcat_kernels.triton.rvq_decode import codeword, groups, of_level, tile
 
 
 @triton.jit
@@ -137,36 +73,14 @@ def encode_backward_kernel(
     else:
         residual_RW = tl.load(residual_ptr + at_RW, inside_RW, other=0.0)
         total_RW = tl.load(total_ptr + at_RW, inside_RW, other=0.0)
-    residual_RW, total_RW = _walk(
-        residual_RW,
-        total_RW,
-        scale_ptr,
-        codes_ptr,
-        book0_ptr,
-        book1_ptr,
-        book2_ptr,
-        book3_ptr,
-        book4_ptr,
-        book5_ptr,
-        book6_ptr,
-        book7_ptr,
-        entries0,
-        entries1,
-        entries2,
-        entries3,
-        entries4,
-        entries5,
-        entries6,
-        entries7,
-        row_R,
-        T,
-        column_W,
-        D,
-        row_stride,
-        level_stride,
-        LEVELS,
-        RESIDUAL,
-    )
+    for level in tl.static_range(LEVELS):
+        book_ptr = of_level(
+            level, book0_ptr, book1_ptr, book2_ptr, book3_ptr, book4_ptr, book5_ptr, book6_ptr, book7_ptr
+        )
+        entries = of_level(level, entries0, entries1, entries2, entries3, entries4, entries5, entries6, entries7)
+        word_RW = codeword(book_ptr, entries, codes_ptr, row_R, T, column_W, D, row_stride, level_stride, level)
+        residual_RW = round_to(residual_RW - word_RW, RESIDUAL)
+        total_RW += tl.load(scale_ptr + level) * residual_RW
     if LAST:
         kept_R = tl.load(codes_ptr + row_R.to(tl.int64) * row_stride, row_R < T, other=-1) >= 0
         total_RW = tl.where(kept_R[:, None], total_RW, 0.0)

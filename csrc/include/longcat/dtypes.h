@@ -48,8 +48,9 @@ inline float to_float(BFloat16 value) { return float_of(uint32_t(value.bits) << 
 // The conversions of Float16 have no branches, so that loops over them become vector instructions.
 inline float to_float(Float16 value) {
     const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu;
-    // A float with the half's bits in place is too small by 2^112; the product is exact, subnormals included.
-    const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
+    // Subnormals by way of an integer: as floats they would read as zero where the caller flushes denormals.
+    const uint32_t subnormal = bits_of(float(int32_t(magnitude)) * 0x1p-24f);
+    const uint32_t finite = magnitude < 0x400u ? subnormal : (magnitude << 13) + 0x38000000u;
     const uint32_t other = 0x7f800000u | (magnitude & 0x3ffu) << 13;
     return float_of(sign | (magnitude >= 0x7c00u ? other : finite));
 }

@@ -8,18 +8,10 @@
 
 #include <cstdint>
 
+#include "longcat/codebook.h"
 #include "longcat/isa.h"
 
 namespace longcat {
-
-// Codewords in memory: [entries, dim] float32, a row's elements adjacent.
-struct Codebook {
-    const float* words;
-    int64_t entries, stride;
-    bool operator==(const Codebook& other) const {
-        return words == other.words && entries == other.entries && stride == other.stride;
-    }
-};
 
 // A view: pointers into a buffer of `packed_bytes`.
 struct PackedCodebook {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "longcat/codebook.h"
 #include "longcat/dtypes.h"
 
 namespace longcat {
@@ -18,11 +19,6 @@ struct CodesView {
 };
 
 struct RvqDecode {
-    struct Codebook {
-        const float* words;  // [entries, dim], a row's elements adjacent
-        int64_t entries, stride;
-    };
-
     CodesView codes;
     int64_t dim;
     std::vector<Codebook> codebooks;  // one a level

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "longcat/codebook.h"
 #include "longcat/dtypes.h"
 
 namespace longcat {
@@ -17,10 +18,6 @@ struct RvqEncodeBackward {
     struct Matrix {
         const void* data;  // [rows, dim], any strides
         int64_t row_stride, column_stride;
-    };
-    struct Codebook {
-        const float* words;  // [entries, dim], a row's elements adjacent
-        int64_t entries, stride;
     };
 
     int64_t rows, dim;

@@ -1,0 +1,141 @@
+// The vocabulary of device code: all that a kernel uses of CUDA. nvcc and NVRTC compile it without any header of the
+// toolkit; a C++ compiler gets declarations, which the emulation of the tests defines with one fiber a thread.
+#pragma once
+
+#ifndef __CUDACC__
+#include <cmath>
+#include <cstring>
+#endif
+
+namespace longcat::cuda {
+
+using i64 = long long;
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr u32 kWarp = 32, kAllLanes = 0xffffffffu;
+
+// As longcat::DType numbers them; those that device code reads and writes.
+enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+#ifdef __CUDACC__
+
+#define LC_BOTH __host__ __device__ __forceinline__
+#define LC_DEVICE __device__ __forceinline__
+#define LC_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define LC_PARAMS(Type) const __grid_constant__ Type
+#define LC_SHARED __shared__
+#define LC_UNROLL _Pragma("unroll")
+
+LC_DEVICE u32 thread_index() { return threadIdx.x; }
+LC_DEVICE u32 block_index() { return blockIdx.x; }
+LC_DEVICE u32 block_index_y() { return blockIdx.y; }
+LC_DEVICE void sync_block() { __syncthreads(); }
+LC_DEVICE void sync_warp() { __syncwarp(); }
+LC_DEVICE u32 shuffle_xor(u32 value, u32 mask) { return __shfl_xor_sync(kAllLanes, value, mask); }
+LC_DEVICE u32 shuffle_from(u32 value, u32 lane) { return __shfl_sync(kAllLanes, value, lane); }
+LC_DEVICE u32 ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
+LC_DEVICE u32 count_bits(u32 mask) { return __popc(mask); }
+LC_DEVICE u32 lowest_bit(u32 mask) { return __ffs(mask) - 1; }
+LC_DEVICE void atomic_max(int* address, int value) { atomicMax(address, value); }
+LC_DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
+LC_DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
+LC_DEVICE u64 bits_of(double value) { return __double_as_longlong(value); }
+LC_DEVICE double double_of(u64 bits) { return __longlong_as_double(bits); }
+
+LC_DEVICE u16 half_of(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+LC_DEVICE float value_of_half(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+#else
+
+#define LC_BOTH inline
+#define LC_DEVICE inline
+#define LC_KERNEL(threads) extern "C" void
+#define LC_PARAMS(Type) const Type&
+#define LC_SHARED static
+#define LC_UNROLL
+
+u32 thread_index();
+u32 block_index();
+u32 block_index_y();
+void sync_block();
+void sync_warp();
+u32 shuffle_xor(u32 value, u32 mask);
+u32 shuffle_from(u32 value, u32 lane);
+u32 ballot(bool vote);
+u16 half_of(float value);
+float value_of_half(u16 bits);
+inline u32 count_bits(u32 mask) { return u32(__builtin_popcount(mask)); }
+inline u32 lowest_bit(u32 mask) { return u32(__builtin_ctz(mask)); }
+inline void atomic_max(int* address, int value) { *address = value > *address ? value : *address; }
+
+template <class To, class From>
+inline To same_bits(From from) {
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+inline u32 bits_of(float value) { return same_bits<u32>(value); }
+inline float float_of(u32 bits) { return same_bits<float>(bits); }
+inline u64 bits_of(double value) { return same_bits<u64>(value); }
+inline double double_of(u64 bits) { return same_bits<double>(bits); }
+
+#endif
+
+LC_DEVICE u32 lane_index() { return thread_index() % kWarp; }
+LC_DEVICE float infinity() { return float_of(0x7f800000u); }
+LC_DEVICE float largest_float() { return float_of(0x7f7fffffu); }
+LC_DEVICE double double_infinity() { return double_of(0x7ff0000000000000ull); }
+LC_DEVICE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) != 0x7f800000u; }
+LC_DEVICE bool is_finite(double value) { return (bits_of(value) >> 52 & 0x7ff) != 0x7ff; }
+
+// 2^n for n in [-126, 127].
+LC_DEVICE float power_of_two(int n) { return float_of(u32(n + 127) << 23); }
+
+// floor(log2 |value|) of a normal number.
+LC_DEVICE int exponent_of(float value) { return int(bits_of(value) >> 23 & 0xff) - 127; }
+
+LC_DEVICE float shuffle_xor(float value, u32 mask) { return float_of(shuffle_xor(bits_of(value), mask)); }
+
+LC_DEVICE double shuffle_xor(double value, u32 mask) {
+    const u64 bits = bits_of(value);
+    return double_of(u64(shuffle_xor(u32(bits >> 32), mask)) << 32 | shuffle_xor(u32(bits), mask));
+}
+
+LC_DEVICE u16 bfloat16_of(float value) {
+    const u32 bits = bits_of(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return u16(bits >> 16 | 0x40u);
+    return u16((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+LC_DEVICE float load(const void* from, int type, i64 index) {
+    if (type == kFloat32) return static_cast<const float*>(from)[index];
+    const u16 bits = static_cast<const u16*>(from)[index];
+    return type == kFloat16 ? value_of_half(bits) : float_of(u32(bits) << 16);
+}
+
+LC_DEVICE void store(void* to, int type, i64 index, float value) {
+    if (type == kFloat32)
+        static_cast<float*>(to)[index] = value;
+    else
+        static_cast<u16*>(to)[index] = type == kFloat16 ? half_of(value) : bfloat16_of(value);
+}
+
+// Rounds to the type and back.
+LC_DEVICE float round_to(int type, float value) {
+    if (type == kFloat32) return value;
+    return type == kFloat16 ? value_of_half(half_of(value)) : float_of(u32(bfloat16_of(value)) << 16);
+}
+
+}  // namespace longcat::cuda

@@ -1,0 +1,109 @@
+"""PreparedCodebook: the same bits, after every write, copy and trace, and of codewords that are not plain memory."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from longcat_kernels import PreparedCodebook, ema_update, rvq_encode
+from longcat_kernels.ops.rvq_encode import IMPLS
+from longcat_kernels.reference import rvq_encode as spec
+
+BACKENDS = tuple(name for name in IMPLS if name != "cuda")  # which tests/cuda runs on the CPU
+
+
+def prepared(codebooks: Any, **options: bool) -> Any:
+    if isinstance(codebooks, Tensor):
+        return PreparedCodebook(codebooks, **options)
+    return [PreparedCodebook(book) for book in codebooks]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", spec.EDGE, ids=str)
+def test_prepared_codebooks_give_the_same_bits(backend: str, case: spec.Case) -> None:
+    arguments = spec.inputs(case)
+    got = rvq_encode(**{**arguments, "codebooks": prepared(arguments["codebooks"])}, backend=backend)
+    for a, b in zip(got, rvq_encode(**arguments, backend=backend), strict=True):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+
+
+def test_a_prepared_codebook_follows_every_write() -> None:
+    x, words = torch.randn(60, 8), torch.randn(40, 8)
+    book = PreparedCodebook(words)
+    writes = (
+        lambda: words.add_(torch.randn(40, 8)),
+        lambda: words.view(-1)[:17].zero_(),
+        lambda: words.copy_(torch.randn(40, 8) + 100),
+        lambda: ema_update(words, words.clone(), torch.ones(40), x, torch.zeros(60, dtype=torch.int64)),
+    )
+    for write in writes:
+        assert torch.equal(rvq_encode(x, [book]).codes, rvq_encode(x, [words]).codes) and book.is_current
+        write()
+        assert not book.is_current
+    assert torch.equal(rvq_encode(x, [book]).codes, rvq_encode(x, [words]).codes)
+
+
+def test_a_prepared_codebook_copies_and_pickles_as_its_words() -> None:
+    book = PreparedCodebook(torch.randn(5, 3), gram=True).refresh()
+    for other in (copy.deepcopy(book), pickle.loads(pickle.dumps(book))):
+        assert torch.equal(other.words, book.words) and other.packed is None and not other.is_current
+        assert other.refresh().gram is not None
+
+
+def test_a_prepared_codebook_is_its_words_inside_a_compiled_function() -> None:
+    x, words = torch.randn(20, 6), torch.randn(30, 6)
+    book = PreparedCodebook(words)
+    compiled = torch.compile(lambda x: rvq_encode(x, [book]).codes, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), rvq_encode(x, [words]).codes)
+        words.copy_(torch.randn(30, 6))
+
+
+@pytest.mark.parametrize("bad", [torch.ones(3), torch.ones(0, 3), torch.ones(3, 3).double(), torch.ones(3, 3).int()])
+def test_a_prepared_codebook_refuses_what_is_none(bad: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"PreparedCodebook: words must be float32 \[K, D\], K and D at least 1, got"):
+        PreparedCodebook(bad)
+
+
+def test_writes_that_torch_does_not_count_are_noticed_once_told() -> None:
+    x, words = torch.randn(60, 8), torch.randn(40, 8)
+    book = PreparedCodebook(words)
+    want = rvq_encode(x, [book]).codes
+    words.numpy()[:] = words.flip(0).numpy().copy()
+    book.mark_stale()
+    assert torch.equal(rvq_encode(x, [book]).codes, 39 - want)
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_prepared_codebook_follows_an_update_through_data(gram: bool) -> None:
+    x, words = torch.randn(60, 8), torch.randn(40, 8)
+    book = PreparedCodebook(words, gram=gram).refresh()
+    ema_update(words.data, words.clone(), torch.ones(40), x, torch.zeros(60, dtype=torch.int64), prepared=book)
+    assert torch.equal(rvq_encode(x, book, levels=2).codes, rvq_encode(x, words, levels=2).codes)
+
+
+def test_a_prepared_codebook_of_inference_mode_is_packed_for_every_use() -> None:
+    with torch.inference_mode():
+        x, words = torch.randn(60, 8), torch.randn(40, 8)
+        book = PreparedCodebook(words)
+        for _ in range(2):
+            assert torch.equal(rvq_encode(x, [book]).codes, rvq_encode(x, [words]).codes)
+            words.copy_(torch.randn(40, 8))
+
+
+def test_a_prepared_codebook_reads_lazily_negated_words() -> None:
+    x, words = torch.randn(60, 8), torch.randn(40, 8)
+    negated = torch.complex(torch.zeros(40, 8), words).conj().imag
+    book = PreparedCodebook(negated)
+    assert negated.is_neg() and torch.equal(rvq_encode(x, [book]).codes, rvq_encode(x, [-words]).codes)
+
+
+def test_a_prepared_codebook_without_memory_stands_for_its_words() -> None:
+    with FakeTensorMode():
+        assert rvq_encode(torch.randn(3, 8), [PreparedCodebook(torch.randn(5, 8))]).codes.shape == (3, 1)
