@@ -124,7 +124,7 @@ def load_rows(a_ptr, at_M, k, K, column_stride, DEPTH: tl.constexpr, EVEN: tl.co
     """[M, K]: elements k.. of the rows that begin at `at`, zero from K on."""
     k_K = k + tl.arange(0, DEPTH)
     ptrs_MK = a_ptr + at_M[:, None] + k_K.to(tl.int64)[None, :] * column_stride
-    return tl.load(ptrs_MK) if EVEN else tl.load(ptrs_MK, (k_K < K)[None, :], other=0.0)
+    return tl.load(ptrs_MK) if EVEN else tl.load(ptrs_MK, (k_K < K)[None, :] & (at_M >= 0)[:, None], other=0.0)
 
 
 @triton.jit

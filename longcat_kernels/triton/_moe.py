@@ -170,7 +170,7 @@ def combine_kernel(
     has_identity = tl.zeros((ROWS,), tl.int32)
     for first in range(0, SLOTS, AT_ONCE):
         for step in tl.static_range(AT_ONCE):
-            slot = first + step
+            slot = tl.zeros_like(token) + (first + step)  # a block: triton 3.9 interprets other masks wrongly
             at = token * SLOTS + slot
             here = (token < T) & (slot < SLOTS)
             row = tl.load(rows_ptr + at, here, other=-1)

@@ -29,7 +29,7 @@ from longcat_kernels.triton._gemm import (
     weights_of,
     zero_tail,
 )
-from longcat_kernels.triton._numeric import DTYPES
+from longcat_kernels.triton._numeric import DTYPES, INTERPRETED
 from longcat_kernels.triton.moe_plan import cut
 
 
@@ -173,7 +173,7 @@ def sum_rows(
     sums_kernel[(groups * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns),)](
         *(a_RM, b_RN, out_EMN, ends_E if a_index is None else a_index, ends_E if b_index is None else b_index, ends_E),
         *(rows, height, width, *a_RM.stride(), *b_RN.stride(), *out_EMN.stride()),
-        EVEN=height % tile.rows == 0 and width % tile.columns == 0,
+        EVEN=not INTERPRETED and height % tile.rows == 0 and width % tile.columns == 0,  # 3.2 interprets whole masks
         A_INDIRECT=a_index is not None,
         B_INDIRECT=b_index is not None,
         ADD=add,

@@ -29,9 +29,15 @@ def _load_keys(ids_ptr, at, R, E):
 
 
 @triton.jit
+def _narrow(sums):
+    """Sums of int32 as int32: they are, but the interpreter of triton 3.2 stores them as int64."""
+    return sums.to(tl.int64).to(tl.int32)
+
+
+@triton.jit
 def count_kernel(ids_ptr, before_ptr, R, E, BINS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    counts = tl.histogram(_load_keys(ids_ptr, at, R, E), BINS)
+    counts = _narrow(tl.histogram(_load_keys(ids_ptr, at, R, E), BINS))
     tl.store(before_ptr + tl.program_id(0) * BINS + tl.arange(0, BINS), counts)
 
 
@@ -45,8 +51,8 @@ def scan_kernel(before_ptr, totals_ptr, blocks, BINS: tl.constexpr, HEIGHT: tl.c
         ptrs_HW = before_ptr + block_H[:, None] * BINS + bin_W[None, :]
         inside_HW = (block_H < blocks)[:, None] & (bin_W < BINS)[None, :]
         count_HW = tl.load(ptrs_HW, inside_HW, other=0)
-        tl.store(ptrs_HW, total_W[None, :] + tl.cumsum(count_HW, 0) - count_HW, inside_HW)
-        total_W += tl.sum(count_HW, 0)
+        tl.store(ptrs_HW, total_W[None, :] + _narrow(tl.cumsum(count_HW, 0)) - count_HW, inside_HW)
+        total_W += _narrow(tl.sum(count_HW, 0))
     tl.store(totals_ptr + bin_W, total_W)
 
 
@@ -62,7 +68,7 @@ def write_tiles(tiles_ptr, start, count, N, TILE: tl.constexpr, PADS: tl.constex
     tiles = (count + TILE - 1) // TILE
     before = tl.sum(tl.where(bin_ < group, tiles, 0), 0)
     own = tl.sum(tl.where(bin_ == group, tiles, 0), 0)
-    row = tl.sum(tl.where(bin_ == group, start, 0), 0)
+    row = _narrow(tl.sum(tl.where(bin_ == group, start, 0), 0))
     for first in range(0, own, LANES):
         inside = (first + lane < own) & (before + first + lane < N)
         ptrs = tiles_ptr + 2 * (before + first + lane)
@@ -99,8 +105,8 @@ def place_kernel(
     block = tl.program_id(0)
     bin_ = tl.arange(0, BINS)
     own = _load_keys(ids_ptr, tl.arange(0, BLOCK), R, E)
-    count = tl.where(bin_ < E, tl.histogram(own, BINS) if ALONE else tl.load(totals_ptr + bin_), 0)
-    start = tl.cumsum(count, 0) - count
+    count = tl.where(bin_ < E, _narrow(tl.histogram(own, BINS)) if ALONE else tl.load(totals_ptr + bin_), 0)
+    start = _narrow(tl.cumsum(count, 0)) - count
     rows = tl.sum(count, 0)
     if block < E:
         write_tiles(tiles_ptr, start, count, N, TILE, PADS, LANES)
@@ -121,7 +127,7 @@ def place_kernel(
             other = first + tl.arange(0, STEP)
             other_key = _load_keys(ids_ptr, block * BLOCK + other, R, E)
             earlier = (other_key[None, :] == key[:, None]) & (other[None, :] < place[:, None])
-            row += tl.sum(earlier.to(tl.int32), 1)
+            row += _narrow(tl.sum(earlier.to(tl.int32), 1))
         real = (key < E) & (at < R)
         tl.store(rows_ptr + at, tl.where(real, row, -1), at < R)
         tl.store(slots_ptr + row, at, real)
