@@ -133,13 +133,32 @@ void write_run(const EmaUpdate& p, const Segments& rows, const Plan& plan, int64
     for (int64_t k = first; k < last; k += panel_words(p.packed->isa)) pack_panel(book, *p.packed, k, terms);
 }
 
+// Writes the packed form's centre before the codewords move: from a sample of where they will be, near enough.
+void choose_centre(const EmaUpdate& p, const Segments& rows, const Plan& plan) {
+    const int64_t count = std::min<int64_t>(p.entries, 256);
+    std::vector<float> sample(size_t(count * p.dim));
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t k = i * p.entries / count;
+        int64_t row = plan.restart_row[size_t(k)];
+        if (row < 0 && p.decay < 0.5 && rows.begin(k) != rows.end(k)) row = *rows.begin(k);
+        float* word = sample.data() + i * p.dim;
+        if (row < 0)
+            std::copy(p.embed + k * p.dim, p.embed + (k + 1) * p.dim, word);
+        else
+            dispatch_float(p.dtype, "ema_update: vectors", [&](auto type) {
+                const auto* vector = static_cast<const decltype(type)*>(p.vectors) + row * p.row_stride;
+                for (int64_t d = 0; d < p.dim; ++d) word[d] = to_float(vector[d]);
+            });
+    }
+    pack_centre({sample.data(), count, p.dim}, *p.packed);
+}
+
 }  // namespace
 
 int64_t ema_update(const EmaUpdate& p) {
     const Segments rows("ema_update: codes", p.codes, 1, p.rows, p.entries);
     const Plan plan(p, rows);
-    // The centre is a sample of the codewords before they move: it only has to be near them.
-    if (p.packed) pack_centre({p.embed, p.entries, p.dim}, *p.packed);
+    if (p.packed) choose_centre(p, rows, plan);
 #pragma omp parallel num_threads(p.threads)
     {
         std::vector<double> sum(size_t(p.dim)), terms(size_t(tree_terms(p.dim)));
@@ -147,7 +166,7 @@ int64_t ema_update(const EmaUpdate& p) {
         for (int64_t first = 0; first < p.entries; first += kRun)
             write_run(p, rows, plan, first, sum.data(), terms.data());
     }
-    if (p.packed) finish_packing(*p.packed);
+    if (p.packed) finish_packing({p.embed, p.entries, p.dim}, *p.packed);
     return plan.restarted;
 }
 

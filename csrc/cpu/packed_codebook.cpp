@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 #include <vector>
 
 #include "rvq_kernels.h"
@@ -96,7 +98,40 @@ int64_t tree_terms(int64_t dim) {
 
 int panel_words(Isa isa) { return rvq_kernels(isa).panel_words; }
 
-void finish_packing(const PackedCodebook& packed) {
+namespace {
+
+// Takes out of the screen the codewords that repeat one before them, which wins every tie: restarted entries may be the
+// same row hundreds of times over. Equal codewords have equal norms, so a table of norms finds them.
+void drop_repeats(const Codebook& book, const PackedCodebook& packed) {
+    constexpr int kProbes = 32;  // different codewords of one norm are rare, and missing a repeat only costs time
+    size_t size = 1;
+    while (size < 2 * size_t(packed.entries)) size *= 2;
+    std::vector<int64_t> table(size, -1);
+    for (int64_t k = 0; k < packed.entries; ++k) {
+        if (!std::isfinite(packed.norm[k])) continue;
+        uint64_t bits;
+        std::memcpy(&bits, packed.norm + k, sizeof bits);
+        size_t at = size_t(bits * 0x9e3779b97f4a7c15u >> 20) & (size - 1);
+        for (int probe = 0; probe < kProbes; ++probe, at = (at + 1) & (size - 1)) {
+            const int64_t other = table[at];
+            if (other < 0) {
+                table[at] = k;
+                break;
+            }
+            if (packed.norm[other] != packed.norm[k]) continue;
+            const float *a = book.words + other * book.stride, *b = book.words + k * book.stride;
+            if (std::memcmp(a, b, size_t(packed.dim) * sizeof(float)) != 0) continue;
+            packed.start[k] = -std::numeric_limits<float>::infinity();
+            packed.slack[k] = packed.length[k] = packed.error[k] = 0.0f;
+            break;
+        }
+    }
+}
+
+}  // namespace
+
+void finish_packing(const Codebook& book, const PackedCodebook& packed) {
+    drop_repeats(book, packed);
     const float longest = *std::max_element(packed.length, packed.length + packed.padded);
     *packed.header = {kMagic, packed.entries, packed.dim, int32_t(packed.isa), !(double(longest) < kLongest)};
 }
@@ -109,7 +144,7 @@ void pack_codebook(const Codebook& book, const PackedCodebook& packed, [[maybe_u
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < packed.padded; first += panel) pack_panel(book, packed, first, terms.data());
     }
-    finish_packing(packed);
+    finish_packing(book, packed);
 }
 
 }  // namespace longcat

@@ -50,8 +50,8 @@ void pack_panel(const Codebook& book, const PackedCodebook& packed, int64_t firs
 int64_t tree_terms(int64_t dim);
 int panel_words(Isa isa);
 
-// Writes the header, once all panels are packed.
-void finish_packing(const PackedCodebook& packed);
+// Takes repeated codewords out of the screen and writes the header, once all panels are packed.
+void finish_packing(const Codebook& book, const PackedCodebook& packed);
 
 // All of it but the centre.
 void pack_codebook(const Codebook& book, const PackedCodebook& packed, int threads);
