@@ -71,6 +71,31 @@ def test_data_on_which_one_part_of_the_bound_decides(isa: str, make: Any) -> Non
     assert torch.equal(codes_by(isa, x, book), rvq_encode(x, [book], backend="reference").codes[:, 0])
 
 
+def one_sided_sums(run: int, runs: int) -> tuple[Tensor, Tensor]:
+    """A row and two codewords: every float32 addition loses half a unit of one's score and gains as much of the other's.
+
+    `runs` runs of a long product and `run - 1` of half an ulp of it, a little less or a little more; the last product
+    makes the first codeword the nearer one after all. All elements are bfloat16, and so short beside the row that
+    their norms hardly count.
+    """
+    length, ulp = 1024.0, 2.0**-13
+    row, lose, gain = torch.zeros(3, runs, run)
+    row[:, 0], lose[:, 0], gain[:, 0] = length, 1 + 2.0**-7, 1 + 2.0**-7
+    row[:, 1:], lose[:, 1:], gain[:, 1:] = length * 2.0**-12, 251 / 256 * 2.0**-12, 65 / 64 * 2.0**-12
+    lead = torch.tensor([1.0])
+    extra = torch.tensor([0.03 * runs * run * ulp])
+    words = torch.stack([torch.cat([lose.flatten(), extra]), torch.cat([gain.flatten(), 0 * extra])])
+    return torch.cat([row.flatten(), lead])[None], torch.cat([words[1:], -words, words[:1]])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("run", "runs"), [(127, 1), (128, 8), (256, 1), (4096, 1)])
+def test_sums_of_which_every_addition_errs_the_same_way(isa: str, run: int, runs: int) -> None:
+    x, book = one_sided_sums(run, runs)
+    assert rvq_encode(x, [book], backend="reference").codes.item() == len(book) - 1
+    assert codes_by(isa, x, book).item() == len(book) - 1
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_equal_codewords_of_two_pieces_go_to_the_lower_even_if_the_later_piece_is_scored_exhaustively(isa: str) -> None:
     book = torch.randn(16411, 300, generator=torch.Generator().manual_seed(0))  # two pieces
@@ -96,3 +121,15 @@ def test_the_gram_form_is_exact_where_products_of_words_near_overflow(levels: in
         words[1::2] = torch.linspace(9e17, 8e17, 256)[:, None]
     got = rvq_encode(x, PreparedCodebook(words, gram=True), levels=levels)
     assert torch.equal(got.codes, rvq_encode(x, words, levels=levels, backend="reference").codes)
+
+
+def test_the_gram_form_allows_for_the_errors_of_every_product_of_words() -> None:
+    """Each level takes off the second codeword: half an ulp too much of its own score, too little of the first's."""
+    own, other = torch.full((2, 128), 2.0**-12)
+    own, other = own * 1.0258, other * 0.97
+    own[0] = other[0] = 1
+    own[-1], other[-1] = 0, (2.06 * 128 * 2.0**-24) ** 0.5
+    far = 10 * torch.eye(128)[64:80]  # their mean, zero, is the centre of all
+    x, words, levels = torch.zeros(3, 128), torch.cat([torch.stack([other, own]), far, -far]), 16
+    assert (rvq_encode(x, words, levels=levels, backend="reference").codes == 1).all()
+    assert (rvq_encode(x, PreparedCodebook(words, gram=True), levels=levels).codes == 1).all()

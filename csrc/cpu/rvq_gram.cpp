@@ -38,14 +38,15 @@ struct GramRow {
 
     bool is_screened() const { return tile->row[lane] != nullptr && tile->finite[lane] && !tile->exhaustive[lane]; }
 
-    // Sends for what the next steps read, while other rows have their turn.
+    const float* reads() const { return products != nullptr ? products : scores; }
+
+    // Sends for the codeword, which is taken off once other rows have had their turn.
     void chose(const RvqEncode& p, const Part& part, int64_t chosen) {
         code = chosen;
         if (code < 0) return;
         products = p.gram + code * part.packed.padded;
         const float* word = part.book.words + code * part.book.stride;
         for (int64_t d = 0; d < p.dim; d += 16) __builtin_prefetch(word + d, 0, 2);
-        for (int64_t k = 0; k < part.packed.padded; k += 16) __builtin_prefetch(products + k, 0, 2);
     }
 
     // Readies the next level, given the square of the residual's length.
@@ -69,11 +70,14 @@ void encode_gram_rows(const Batch& batch, const RvqKernels& kernels, const Part&
     const size_t levels = batch.p.levels.size();
     for (size_t level = 0; level < levels; ++level) {
         for (GramRow* r = first; r != last; ++r) {
+            const GramRow* next = r + 1 != last ? r + 1 : level + 1 < levels ? first : nullptr;
             if (r->is_screened())
-                kernels.screen_scores(part, r->scores, r->products, *r->tile, r->lane);
+                kernels.screen_scores(part, r->scores, r->products, *r->tile, r->lane,
+                                      next != nullptr ? next->reads() : nullptr);
             else if (r->tile->row[r->lane] != nullptr && r->tile->finite[r->lane])
                 resolve_all(r->tile->found[r->lane], kernels, part, r->tile->row[r->lane]);
-            r->chose(batch.p, part, choose(batch, kernels, level, part, *r->tile, r->lane, r->row));
+            const int64_t code = choose(batch, kernels, level, part, *r->tile, r->lane, r->row);
+            r->chose(batch.p, part, code);
         }
         for (GramRow* r = first; r != last; ++r) {
             take_off(batch, kernels, part, r->row, r->code);

@@ -22,15 +22,16 @@ constexpr double kUnit = 0x1p-24;
 // Not below `value`, which double arithmetic gave, and not above it by more than 5 u.
 float up(double value) { return float(value + std::fabs(value) * 0x1p-22 + 0x1p-126); }
 
-// g of rvq_kernels.h for `dim` products and the start.
-double accumulation(int64_t dim) {
-    const double n = double(dim + 2) * kUnit;
+// g of rvq_kernels.h for `dim` products and the start, in runs.
+double accumulation(int64_t dim, int64_t run) {
+    const double n = double(std::min(dim, run) + (dim + run - 1) / run + 1) * kUnit;
     return n / (1 - n);
 }
 
 // From float32 sums of squares, each in 16 lanes: of r, of rho^ and of rho's rounding to its element.
-RowBounds row_bounds(double all, double kept, double lost, int64_t dim) {
-    const double grown = 1 + double(dim + 32) * kUnit, g = accumulation(dim), tiny = std::sqrt(double(dim)) * 0x1p-60;
+RowBounds row_bounds(double all, double kept, double lost, int64_t dim, int64_t run) {
+    const double grown = 1 + double(dim + 32) * kUnit, g = accumulation(dim, run),
+                 tiny = std::sqrt(double(dim)) * 0x1p-60;
     const double norm = std::sqrt(all * grown) + tiny, length = std::sqrt(kept * grown) + tiny;
     const double lost_length = std::sqrt(lost * grown) + tiny;
     const double error = lost_length + kUnit * (length + lost_length);  // the rounding of r - m comes on top
@@ -45,10 +46,10 @@ RowBounds row_bounds(double all, double kept, double lost, int64_t dim) {
 
 // Writes what the bound takes from codeword k, given float32 sums of squares of d and of its rounding to d^, which err
 // by (D + 32) u at most.
-void describe_word(const PackedCodebook& packed, int64_t k, double whole, double lost) {
+void describe_word(const PackedCodebook& packed, int64_t k, double whole, double lost, int64_t run) {
     const double grown = 1 + double(packed.dim + 32) * kUnit, tiny = std::sqrt(double(packed.dim)) * 0x1p-60;
     const double length = std::sqrt(whole * grown) + tiny;
-    const double slack = (accumulation(packed.dim) + (grown - 1) + 64 * kUnit) * 0.5 * whole * grown +
+    const double slack = (accumulation(packed.dim, run) + (grown - 1) + 64 * kUnit) * 0.5 * whole * grown +
                          double(packed.dim) * 0x1p-120 + 0x1p-46 * packed.norm[k];
     const bool usable = std::isfinite(packed.norm[k]);
     packed.slack[k] = usable ? up(slack) : 0.0f;
@@ -78,7 +79,7 @@ void take_nearer(Candidates& found, const RvqKernels& kernels, const Part& part,
 }  // namespace
 
 RowBounds word_bounds(const PackedCodebook& packed, int64_t j) {
-    return row_bounds(packed.norm[j], packed.norm[j], 0, packed.dim);
+    return row_bounds(packed.norm[j], packed.norm[j], 0, packed.dim, rvq_kernels(packed.isa).run);
 }
 
 int drop_losers(Candidates& found, float bound) {

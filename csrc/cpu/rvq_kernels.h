@@ -5,7 +5,7 @@
 //
 //     start_k, slack_k, length_k, error_k    PackedCodebook::start[k], slack[k], length[k], error[k]
 //     A, B, margin                           RowBounds::by_length, by_error, margin
-//     g                                      accumulation(D) of rvq_kernels.cpp
+//     g                                      accumulation(D, run) of rvq_kernels.cpp
 //     a_k + E_k                              Candidates::high
 //     max_j (a_j - E_j - 2 slack_j) - margin Tile::bound
 //     H                                      RvqEncode::gram
@@ -18,8 +18,10 @@
 //
 //     a_k = fl(start_k + rho^_0 d^_0 + rho^_1 d^_1 + ...),     start_k ~ slack_k - |d_k|^2 / 2,
 //
-// in float32, each addition rounded once (bfloat16 products are exact in float32). With n = D + 2 additions,
-// g = n u / (1 - n u) (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1) and Cauchy-Schwarz,
+// in float32, each addition rounded once (bfloat16 products are exact in float32). Products are summed in runs, and
+// each run's sum is then added to those before it, so that a product meets at most n = min(D, run) + ceil(D / run) + 1
+// additions. With g = n u / (1 - n u) (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1) and
+// Cauchy-Schwarz,
 //
 //     |a_k - slack_k - t_k|  <=  |rho - rho^| |d_k| + |rho^| |d_k - d^_k| + g |rho^| |d^_k| + g (|d_k|^2 / 2 +
 //     slack_k).
@@ -60,9 +62,10 @@
 
 namespace longcat {
 
-constexpr float kLowest = -1e38f;    // below every score that is screened
-constexpr double kLongest = 1e18;    // beyond it float32 products could overflow
-constexpr int kMostRows = 12;        // of a tile, at most
+constexpr float kLowest = -1e38f;  // below every score that is screened
+constexpr double kLongest = 1e18;  // beyond it float32 products could overflow
+constexpr int kMostRows = 12;      // of a tile, at most
+constexpr int64_t kNoRuns = int64_t(1) << 40;
 constexpr int kMostCandidates = 32;  // held for a row before they are resolved
 
 // What the bound takes from a row: A, B and margin above.
@@ -103,6 +106,7 @@ struct Part {
 // The functions of one instruction set.
 struct RvqKernels {
     int tile_rows, panel_words, step;  // step: elements of a row in four bytes
+    int64_t run;                       // products summed in one go
 
     // Sum of a_d b_d in double: halves are folded onto each other, from a power of two that zeros fill up.
     double (*tree_dot)(const float* a, const float* b, int64_t dim, double* terms);
@@ -122,8 +126,10 @@ struct RvqKernels {
     void (*scores)(const PackedCodebook& packed, const float* start, const uint32_t* rows, int64_t stride,
                    int64_t tiles, float* out, int64_t pitch);
 
-    // Screens lane `lane` by its scores, from which `products` are subtracted first where they are given.
-    void (*screen_scores)(const Part& part, float* scores, const float* products, Tile& state, int lane);
+    // Screens lane `lane` by its scores, from which `products` are subtracted first where they are given. Sends for
+    // `next`, which the row after it reads, on the way, unless it is null: all at once would stall.
+    void (*screen_scores)(const Part& part, float* scores, const float* products, Tile& state, int lane,
+                          const float* next);
 };
 
 const RvqKernels& rvq_kernels(Isa isa);

@@ -2,6 +2,8 @@
 // floats), `kTileRows`, and `kStep`, the elements of a row in four bytes. No include guard: see rvq_kernels.cpp.
 
 constexpr int kPanelWords = 2 * Lanes::kWidth;
+// Products summed in one go, or all: short runs make the bound of float32 narrow, that of bfloat16 is wider anyway.
+constexpr int64_t kRun = kStep > 1 ? kNoRuns : 128;
 
 // Sum of kCount products that lie `part` apart, in the order in which eight parts are folded onto each other; with
 // kSquare, b is a.
@@ -100,7 +102,8 @@ static inline void round_values(const float* values, const float* centre, int64_
 static RowBounds prepare_row(const float* row, const float* centre, int64_t dim, uint32_t* out) {
     Sums sums;
     round_values(row, centre, dim, out, sums);
-    RowBounds bounds = row_bounds(double(sums.all.total()), double(sums.kept.total()), double(sums.lost.total()), dim);
+    RowBounds bounds =
+        row_bounds(double(sums.all.total()), double(sums.kept.total()), double(sums.lost.total()), dim, kRun);
     bounds.finite = double(sums.zero.total()) == 0;
     if (!bounds.finite || bounds.exhaustive) std::fill(out, out + (dim + kStep - 1) / kStep, 0u);
     return bounds;
@@ -159,7 +162,7 @@ static void pack_panel(const Codebook& book, const PackedCodebook& packed, int64
                      out + d / kStep * kPanelWords);
     float longest = 0, roughest = 0;
     for (int w = 0; w < kPanelWords; ++w) {
-        describe_word(packed, first + w, double(sums[w].whole.total()), double(sums[w].lost.total()));
+        describe_word(packed, first + w, double(sums[w].whole.total()), double(sums[w].lost.total()), kRun);
         longest = std::max(longest, packed.length[first + w]);
         roughest = std::max(roughest, packed.error[first + w]);
     }
@@ -167,23 +170,34 @@ static void pack_panel(const Codebook& book, const PackedCodebook& packed, int64
     packed.panel_error[first / kPanelWords] = roughest;
 }
 
-// Scores of one tile of rows against the panel that begins at codeword `first`.
-static inline __attribute__((always_inline)) void tile_scores(const PackedCodebook& packed, const float* start,
-                                                              int64_t first, const uint32_t* rows, int64_t stride,
-                                                              Lanes (&scores)[kTileRows][2]) {
-    constexpr int kWidth = Lanes::kWidth;
-    const Lanes low = Lanes::load(start + first), high = Lanes::load(start + first + kWidth);
+static inline __attribute__((always_inline)) void store_tile(const Lanes (&scores)[kTileRows][2], float* out,
+                                                             int64_t pitch) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) scores[i][0] = low, scores[i][1] = high;
-    const int64_t units = (packed.dim + kStep - 1) / kStep;
-    const uint32_t* panel = packed.panels + first * units;
-    const uint32_t* end = panel + units * kPanelWords;
+    for (int i = 0; i < kTileRows; ++i) {
+        scores[i][0].store(out + i * pitch);
+        scores[i][1].store(out + i * pitch + Lanes::kWidth);
+    }
+}
+
+static inline __attribute__((always_inline)) void add_tile(const float* sums, Lanes (&scores)[kTileRows][2]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+        scores[i][0] = Lanes::add(Lanes::load(sums + i * kPanelWords), scores[i][0]);
+        scores[i][1] = Lanes::add(Lanes::load(sums + i * kPanelWords + Lanes::kWidth), scores[i][1]);
+    }
+}
+
+// Adds the products of `count` units of a tile's rows and of a panel to the scores.
+static inline __attribute__((always_inline)) void add_products(const uint32_t* panel, const uint32_t* rows,
+                                                               int64_t stride, int64_t count,
+                                                               Lanes (&scores)[kTileRows][2]) {
+    const uint32_t* end = panel + count * kPanelWords;
     // Three rows a pointer: more pointers than that do not fit the registers.
     const uint32_t* at[kTileRows / 3];
 #pragma GCC unroll 4
     for (int group = 0; group < kTileRows / 3; ++group) at[group] = rows + 3 * group * stride;
     for (; panel != end; panel += kPanelWords) {
-        const Lanes words[2] = {Lanes::load_units(panel), Lanes::load_units(panel + kWidth)};
+        const Lanes words[2] = {Lanes::load_units(panel), Lanes::load_units(panel + Lanes::kWidth)};
 #pragma GCC unroll 16
         for (int i = 0; i < kTileRows; ++i) {
             const Lanes x = Lanes::splat_unit(at[i / 3] + (i % 3) * stride);
@@ -195,8 +209,34 @@ static inline __attribute__((always_inline)) void tile_scores(const PackedCodebo
     }
 }
 
+// Scores of one tile of rows against the panel that begins at codeword `first`, run by run.
+static inline __attribute__((always_inline)) void tile_scores(const PackedCodebook& packed, const float* start,
+                                                              int64_t first, const uint32_t* rows, int64_t stride,
+                                                              Lanes (&scores)[kTileRows][2]) {
+    const Lanes low = Lanes::load(start + first), high = Lanes::load(start + first + Lanes::kWidth);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) scores[i][0] = low, scores[i][1] = high;
+    const int64_t units = (packed.dim + kStep - 1) / kStep;
+    const uint32_t* panel = packed.panels + first * units;
+    if constexpr (kStep > 1) {
+        add_products(panel, rows, stride, units, scores);
+    } else {
+        alignas(64) float sums[kTileRows * kPanelWords];
+        int64_t done = 0;
+        for (; units - done > kRun; done += kRun) {
+            add_products(panel + done * kPanelWords, rows + done, stride, kRun, scores);
+            if (done > 0) add_tile(sums, scores);
+            store_tile(scores, sums, kPanelWords);
+#pragma GCC unroll 16
+            for (int i = 0; i < kTileRows; ++i) scores[i][0] = scores[i][1] = Lanes::splat(0);
+        }
+        add_products(panel + done * kPanelWords, rows + done, stride, units - done, scores);
+        if (done > 0) add_tile(sums, scores);
+    }
+}
+
 // Takes the candidates of one row among the words of a panel, by their own lengths and errors.
-static void take(const Part& part, int64_t first, const float* scores, Tile& state, int lane) {
+static inline void take(const Part& part, int64_t first, const float* scores, Tile& state, int lane) {
     const PackedCodebook& packed = part.packed;
     const Lanes by_length = Lanes::splat(state.by_length[lane]), by_error = Lanes::splat(state.by_error[lane]);
     alignas(64) float high[kPanelWords];
@@ -246,15 +286,6 @@ static __attribute__((noinline)) void take_tile(const Part& part, int64_t first,
     }
 }
 
-static inline __attribute__((always_inline)) void store_tile(const Lanes (&scores)[kTileRows][2], float* out,
-                                                             int64_t pitch) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
-        scores[i][0].store(out + i * pitch);
-        scores[i][1].store(out + i * pitch + Lanes::kWidth);
-    }
-}
-
 static void screen(const Part& part, const uint32_t* rows, int64_t stride, int64_t tiles, Tile* states) {
     const PackedCodebook& packed = part.packed;
     for (int64_t first = 0; first < packed.padded; first += kPanelWords) {
@@ -287,25 +318,35 @@ static void scores(const PackedCodebook& packed, const float* start, const uint3
     }
 }
 
-static void screen_scores(const Part& part, float* scores, const float* products, Tile& state, int lane) {
-    const PackedCodebook& packed = part.packed;
-    const Lanes by_length = Lanes::splat(state.by_length[lane]), by_error = Lanes::splat(state.by_error[lane]);
-    for (int64_t first = 0; first < packed.padded; first += kPanelWords) {
-        Lanes best = Lanes::splat(kLowest);
-#pragma GCC unroll 2
-        for (int h = 0; h < kPanelWords; h += Lanes::kWidth) {
-            Lanes score = Lanes::load(scores + first + h);
-            if (products != nullptr) score = Lanes::subtract(score, Lanes::load(products + first + h));
-            score.store(scores + first + h);
-            best = Lanes::larger(best, score);
+template <bool kSubtract>
+static void screen_row(const Part& part, float* scores, const float* products, Tile& state, int lane,
+                       const float* next) {
+    const int64_t padded = part.packed.padded;
+    const float *length = part.packed.panel_length, *error = part.packed.panel_error;
+    for (int64_t first = 0; first < padded; first += kPanelWords, ++length, ++error) {
+        Lanes low = Lanes::load(scores + first), high = Lanes::load(scores + first + Lanes::kWidth);
+        if constexpr (kSubtract) {
+            low = Lanes::subtract(low, Lanes::load(products + first));
+            high = Lanes::subtract(high, Lanes::load(products + first + Lanes::kWidth));
+            low.store(scores + first);
+            high.store(scores + first + Lanes::kWidth);
         }
-        const Lanes length = Lanes::splat(packed.panel_length[first / kPanelWords]),
-                    error = Lanes::splat(packed.panel_error[first / kPanelWords]),
-                    e = Lanes::add(Lanes::multiply(by_length, length), Lanes::multiply(by_error, error)),
-                    threshold = Lanes::subtract(Lanes::splat(state.bound[lane]), e);
-        if (Lanes::not_below(best, threshold) != 0) take(part, first, scores + first, state, lane);
+        if (next != nullptr)
+#pragma GCC unroll 2
+            for (int h = 0; h < kPanelWords; h += 16) __builtin_prefetch(next + first + h, 0, 2);
+        const float e = state.by_length[lane] * *length + state.by_error[lane] * *error;
+        const Lanes threshold = Lanes::splat(state.bound[lane] - e);
+        if (Lanes::not_below(Lanes::larger(low, high), threshold) != 0) take(part, first, scores + first, state, lane);
     }
 }
 
-const RvqKernels kKernels = {kTileRows,   kPanelWords, kStep,  tree_dot, take_off,
-                             prepare_row, pack_panel,  screen, scores,   screen_scores};
+static void screen_scores(const Part& part, float* scores, const float* products, Tile& state, int lane,
+                          const float* next) {
+    if (products == nullptr)
+        screen_row<false>(part, scores, products, state, lane, next);
+    else
+        screen_row<true>(part, scores, products, state, lane, next);
+}
+
+const RvqKernels kKernels = {kTileRows,   kPanelWords, kStep,  kRun,   tree_dot,     take_off,
+                             prepare_row, pack_panel,  screen, scores, screen_scores};
