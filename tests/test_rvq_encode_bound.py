@@ -72,7 +72,7 @@ def test_data_on_which_one_part_of_the_bound_decides(isa: str, make: Any) -> Non
 
 
 def one_sided_sums(run: int, runs: int) -> tuple[Tensor, Tensor]:
-    """A row and two codewords: every float32 addition loses half a unit of one's score and gains as much of the other's.
+    """A row and two codewords: float32 additions all lose half a unit of one score, and gain as much of the other.
 
     `runs` runs of a long product and `run - 1` of half an ulp of it, a little less or a little more; the last product
     makes the first codeword the nearer one after all. All elements are bfloat16, and so short beside the row that
