@@ -1,6 +1,7 @@
 #include "longcat/ema_update.h"
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "segments.h"
@@ -116,8 +117,18 @@ MoveEntry move_entry_for(Isa isa) {
     return portable::move_entry_of;
 }
 
+// Packing the entries between them hides from the hardware that they are read one after another.
+void send_for_entry(const EmaUpdate& p, int64_t k) {
+    if (k >= p.entries) return;
+    for (int64_t d = 0; d < p.dim; d += 16) {
+        __builtin_prefetch(p.embed_ema + k * p.dim + d, 1);
+        __builtin_prefetch(p.embed + k * p.dim + d, 1);
+    }
+}
+
 // Writes entries [first, first + kRun) and packs them.
-void write_run(const EmaUpdate& p, const Segments& rows, const Plan& plan, int64_t first, double* sum, double* terms) {
+void write_run(const EmaUpdate& p, const Segments& rows, const Plan& plan, int64_t first, double* sum,
+               std::optional<PanelPacker>& packer) {
     const MoveEntry move_entry = move_entry_for(p.isa);
     const int64_t last = std::min(first + kRun, p.entries);
     for (int64_t k = first; k < last; ++k) {
@@ -127,10 +138,12 @@ void write_run(const EmaUpdate& p, const Segments& rows, const Plan& plan, int64
         else
             dispatch_float(p.dtype, "ema_update: vectors",
                            [&](auto type) { restart_entry<decltype(type)>(p, k, row, plan.restart_count); });
+        if (!packer) continue;
+        send_for_entry(p, k + 1);
+        packer->pack(k);
     }
-    if (!p.packed) return;
-    const Codebook book{p.embed, p.entries, p.dim};
-    for (int64_t k = first; k < last; k += panel_words(p.packed->isa)) pack_panel(book, *p.packed, k, terms);
+    if (packer && last == p.entries)
+        for (int64_t k = last; k < p.packed->padded; ++k) packer->pack(k);
 }
 
 // Writes the packed form's centre before the codewords move: from a sample of where they will be, near enough.
@@ -158,15 +171,17 @@ void choose_centre(const EmaUpdate& p, const Segments& rows, const Plan& plan) {
 int64_t ema_update(const EmaUpdate& p) {
     const Segments rows("ema_update: codes", p.codes, 1, p.rows, p.entries);
     const Plan plan(p, rows);
+    const Codebook book{p.embed, p.entries, p.dim};
     if (p.packed) choose_centre(p, rows, plan);
 #pragma omp parallel num_threads(p.threads)
     {
-        std::vector<double> sum(size_t(p.dim)), terms(size_t(tree_terms(p.dim)));
+        std::vector<double> sum(size_t(p.dim));
+        std::optional<PanelPacker> packer;
+        if (p.packed) packer.emplace(book, *p.packed);
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < p.entries; first += kRun)
-            write_run(p, rows, plan, first, sum.data(), terms.data());
+        for (int64_t first = 0; first < p.entries; first += kRun) write_run(p, rows, plan, first, sum.data(), packer);
     }
-    if (p.packed) finish_packing({p.embed, p.entries, p.dim}, *p.packed);
+    if (p.packed) finish_packing(book, *p.packed);
     return plan.restarted;
 }
 

@@ -86,8 +86,18 @@ void pack_centre(const Codebook& book, const PackedCodebook& packed) {
     for (int64_t d = 0; d < packed.dim; ++d) packed.centre[d] = centred ? float(sum[size_t(d)]) : 0.0f;
 }
 
-void pack_panel(const Codebook& book, const PackedCodebook& packed, int64_t first, double* terms) {
-    rvq_kernels(packed.isa).pack_panel(book, packed, first, terms);
+PanelPacker::PanelPacker(const Codebook& book, const PackedCodebook& packed)
+    : book_(book),
+      packed_(packed),
+      pitch_((packed.dim / 16 | 1) * 16 + 32),  // an odd number of cache lines: words must not meet in one cache set
+      units_(size_t(panel_words(packed.isa) * pitch_)),
+      terms_(size_t(tree_terms(packed.dim))) {}
+
+void PanelPacker::pack(int64_t k) {
+    const RvqKernels& kernels = rvq_kernels(packed_.isa);
+    const int64_t lane = k % kernels.panel_words;
+    kernels.pack_word(book_, packed_, k, units_.data() + lane * pitch_, terms_.data());
+    if (lane + 1 == kernels.panel_words) kernels.lay_panel(packed_, k - lane, units_.data(), pitch_);
 }
 
 int64_t tree_terms(int64_t dim) {
@@ -128,6 +138,12 @@ void drop_repeats(const Codebook& book, const PackedCodebook& packed) {
     }
 }
 
+// The sum of a word's squares reads it from eight places at once, which no hardware foresees.
+void prefetch_word(const Codebook& book, const PackedCodebook& packed, int64_t k) {
+    if (k >= packed.entries) return;
+    for (int64_t d = 0; d < packed.dim; d += 16) __builtin_prefetch(book.words + k * book.stride + d);
+}
+
 }  // namespace
 
 void finish_packing(const Codebook& book, const PackedCodebook& packed) {
@@ -140,9 +156,13 @@ void pack_codebook(const Codebook& book, const PackedCodebook& packed, [[maybe_u
     const int panel = panel_words(packed.isa);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<double> terms(size_t(tree_terms(packed.dim)));
+        PanelPacker packer(book, packed);
 #pragma omp for schedule(static)
-        for (int64_t first = 0; first < packed.padded; first += panel) pack_panel(book, packed, first, terms.data());
+        for (int64_t first = 0; first < packed.padded; first += panel)
+            for (int64_t k = first; k < first + panel; ++k) {
+                prefetch_word(book, packed, k + 2);
+                packer.pack(k);
+            }
     }
     finish_packing(book, packed);
 }

@@ -117,7 +117,11 @@ struct RvqKernels {
     // Rounds r - m to the element type, zero-padded to whole steps.
     RowBounds (*prepare_row)(const float* row, const float* centre, int64_t dim, uint32_t* out);
 
-    void (*pack_panel)(const Codebook& book, const PackedCodebook& packed, int64_t first, double* terms);
+    // Describes codeword k and rounds it to `units`; zeros where it is unusable or past the end.
+    void (*pack_word)(const Codebook& book, const PackedCodebook& packed, int64_t k, uint32_t* units, double* terms);
+
+    // Lays the words of a panel, `pitch` units apart, unit by unit.
+    void (*lay_panel)(const PackedCodebook& packed, int64_t first, const uint32_t* units, int64_t pitch);
 
     // Screens tiles of prepared rows, `stride` units apart, against all panels of a part.
     void (*screen)(const Part& part, const uint32_t* rows, int64_t stride, int64_t tiles, Tile* states);

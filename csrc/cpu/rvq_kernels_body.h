@@ -5,31 +5,28 @@ constexpr int kPanelWords = 2 * Lanes::kWidth;
 // Products summed in one go, or all: short runs make the bound of float32 narrow, that of bfloat16 is wider anyway.
 constexpr int64_t kRun = kStep > 1 ? kNoRuns : 128;
 
-// Sum of kCount products that lie `part` apart, in the order in which eight parts are folded onto each other; with
-// kSquare, b is a.
-template <int kCount, bool kSquare>
-static inline double folded(const float* a, const float* b, int64_t part) {
-    double sum[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) {
-        const double x = double(a[i * part]), y = kSquare ? x : double(b[i * part]);
-        sum[i] = x * y;
+// Of kCount products that lie `part` apart, the kPart-th and those kHalf, 2 kHalf, ... after it, in the order in which
+// eight parts are folded onto each other; with kSquare, b is a. Recursive, since a loop here would be vectorized itself.
+template <int kCount, bool kSquare, int kHalf, int kPart>
+static inline __attribute__((always_inline)) double folded(const float* a, const float* b, int64_t part) {
+    if constexpr (kHalf == 8) {
+        const double x = double(a[kPart * part]), y = kSquare ? x : double(b[kPart * part]);
+        return x * y;
+    } else {
+        const double sum = folded<kCount, kSquare, 2 * kHalf, kPart>(a, b, part);
+        if constexpr (kPart + kHalf < kCount)
+            return sum + folded<kCount, kSquare, 2 * kHalf, kPart + kHalf>(a, b, part);
+        return sum;
     }
-#pragma GCC unroll 3
-    for (int half = 4; half >= 1; half /= 2)
-#pragma GCC unroll 4
-        for (int i = 0; i < half; ++i)
-            if (i + half < kCount) sum[i] += sum[i + half];
-    return sum[0];
 }
 
 // Terms [first, last) of an eighth of the sum, where the first kCount parts have them.
 template <int kCount>
 static void fold_range(const float* a, const float* b, int64_t part, int64_t first, int64_t last, double* terms) {
     if (a == b)
-        for (int64_t d = first; d < last; ++d) terms[d] = folded<kCount, true>(a + d, b + d, part);
+        for (int64_t d = first; d < last; ++d) terms[d] = folded<kCount, true, 1, 0>(a + d, b + d, part);
     else
-        for (int64_t d = first; d < last; ++d) terms[d] = folded<kCount, false>(a + d, b + d, part);
+        for (int64_t d = first; d < last; ++d) terms[d] = folded<kCount, false, 1, 0>(a + d, b + d, part);
 }
 
 static void fold_parts(const float* a, const float* b, int64_t part, int64_t count, int64_t first, int64_t last,
@@ -123,51 +120,34 @@ static inline void transpose4(const uint32_t* a, const uint32_t* b, const uint32
     *reinterpret_cast<Four*>(out + 3 * kPanelWords) = LC_SHUFFLE(Four, ab_high, cd_high, 2, 3, 6, 7);
 }
 
-// Packs kColumns elements of a panel's words from `first` on: rounds them word by word, then lays them element by
-// element.
-constexpr int kColumns = 64;
-static void pack_columns(const float* const* words, const float* centre, int64_t first, int64_t count, Sums* sums,
-                         uint32_t* out) {
-    alignas(64) uint32_t rows[kPanelWords][kColumns / kStep];
-    const int64_t units = (count + kStep - 1) / kStep;
-    for (int w = 0; w < kPanelWords; ++w) {
-        if (words[w] == nullptr)
-            std::fill(rows[w], rows[w] + units, 0u);
-        else
-            round_values(words[w] + first, centre + first, count, rows[w], sums[w]);
+static void pack_word(const Codebook& book, const PackedCodebook& packed, int64_t k, uint32_t* units, double* terms) {
+    const float* word = k < packed.entries ? book.words + k * book.stride : nullptr;
+    packed.norm[k] = word == nullptr ? double(kInfinity) : tree_dot(word, word, packed.dim, terms);
+    Sums sums;
+    if (std::isfinite(packed.norm[k])) {
+        round_values(word, packed.centre, packed.dim, units, sums);
+    } else {
+        packed.norm[k] = double(kInfinity);
+        std::fill(units, units + (packed.dim + kStep - 1) / kStep, 0u);
     }
-    int64_t unit = 0;
-    for (; unit + 4 <= units; unit += 4)  // four a time, so that loads and stores fill vectors
-        for (int w = 0; w < kPanelWords; w += 4)
-            transpose4(rows[w] + unit, rows[w + 1] + unit, rows[w + 2] + unit, rows[w + 3] + unit,
-                       out + unit * kPanelWords + w);
-    for (; unit < units; ++unit)
-        for (int w = 0; w < kPanelWords; ++w) out[unit * kPanelWords + w] = rows[w][unit];
+    describe_word(packed, k, double(sums.whole.total()), double(sums.lost.total()), kRun);
 }
 
-static void pack_panel(const Codebook& book, const PackedCodebook& packed, int64_t first, double* terms) {
-    const float* words[kPanelWords];
-    Sums sums[kPanelWords];
-    for (int w = 0; w < kPanelWords; ++w) {
-        const int64_t k = first + w;
-        if (k + 2 < packed.entries)  // the sum below reads a word from eight places at once, which no hardware foresees
-            for (int64_t d = 0; d < packed.dim; d += 16) __builtin_prefetch(book.words + (k + 2) * book.stride + d);
-        words[w] = k < packed.entries ? book.words + k * book.stride : nullptr;
-        packed.norm[k] = words[w] == nullptr ? double(kInfinity) : tree_dot(words[w], words[w], packed.dim, terms);
-        if (!std::isfinite(packed.norm[k])) words[w] = nullptr, packed.norm[k] = double(kInfinity);
-    }
-    uint32_t* out = packed.panels + first * ((packed.dim + kStep - 1) / kStep);
-    for (int64_t d = 0; d < packed.dim; d += kColumns)
-        pack_columns(words, packed.centre, d, std::min<int64_t>(kColumns, packed.dim - d), sums,
-                     out + d / kStep * kPanelWords);
-    float longest = 0, roughest = 0;
-    for (int w = 0; w < kPanelWords; ++w) {
-        describe_word(packed, first + w, double(sums[w].whole.total()), double(sums[w].lost.total()), kRun);
-        longest = std::max(longest, packed.length[first + w]);
-        roughest = std::max(roughest, packed.error[first + w]);
-    }
-    packed.panel_length[first / kPanelWords] = longest;
-    packed.panel_error[first / kPanelWords] = roughest;
+static void lay_panel(const PackedCodebook& packed, int64_t first, const uint32_t* units, int64_t pitch) {
+    const int64_t count = (packed.dim + kStep - 1) / kStep;
+    uint32_t* out = packed.panels + first * count;
+    int64_t unit = 0;
+    for (; unit + 4 <= count; unit += 4)  // four a time, so that loads and stores fill vectors
+        for (int w = 0; w < kPanelWords; w += 4) {
+            const uint32_t* at = units + w * pitch + unit;
+            transpose4(at, at + pitch, at + 2 * pitch, at + 3 * pitch, out + unit * kPanelWords + w);
+        }
+    for (; unit < count; ++unit)
+        for (int w = 0; w < kPanelWords; ++w) out[unit * kPanelWords + w] = units[w * pitch + unit];
+    packed.panel_length[first / kPanelWords] =
+        *std::max_element(packed.length + first, packed.length + first + kPanelWords);
+    packed.panel_error[first / kPanelWords] =
+        *std::max_element(packed.error + first, packed.error + first + kPanelWords);
 }
 
 static inline __attribute__((always_inline)) void store_tile(const Lanes (&scores)[kTileRows][2], float* out,
@@ -348,5 +328,5 @@ static void screen_scores(const Part& part, float* scores, const float* products
         screen_row<true>(part, scores, products, state, lane, next);
 }
 
-const RvqKernels kKernels = {kTileRows,   kPanelWords, kStep,  kRun,   tree_dot,     take_off,
-                             prepare_row, pack_panel,  screen, scores, screen_scores};
+const RvqKernels kKernels = {kTileRows,   kPanelWords, kStep,     kRun,   tree_dot, take_off,
+                             prepare_row, pack_word,   lay_panel, screen, scores,   screen_scores};

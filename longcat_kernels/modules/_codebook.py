@@ -86,7 +86,10 @@ def finite_rows(x: Tensor, mask: Tensor | None, residual_dtype: torch.dtype) -> 
 
 def usable_rows(x: Tensor, encoding: RVQEncoding) -> tuple[Tensor, Tensor]:
     """Rows [N, D] and codes [N, L] of x [..., D] but for those that are masked or left NaN or infinity over."""
-    usable = (encoding.codes[..., 0] >= 0) & encoding.residual.isfinite().all(-1)
+    extremes = encoding.residual.amax(-1), encoding.residual.amin(-1)  # NaN where one is
+    usable = (encoding.codes[..., 0] >= 0) & extremes[0].isfinite() & extremes[1].isfinite()
+    if usable.all():
+        return x.reshape(-1, x.shape[-1]), encoding.codes.reshape(-1, encoding.codes.shape[-1])
     return x[usable], encoding.codes[usable]
 
 
@@ -135,11 +138,13 @@ def residuals(
     books: Sequence[Codebook], rows_ND: Tensor, codes_NL: Tensor, residual_dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """What each level was given, [N, D] float32; the codebook of a level may move once its residuals are there."""
-    left_ND = rows_ND.to(residual_dtype).float()
-    for book, codes_N in zip(books, codes_NL.unbind(1), strict=True):
-        given_ND = left_ND
-        left_ND = (given_ND - book.entries[codes_N]).to(residual_dtype).float()
+    given_ND = rows_ND.to(residual_dtype).float()
+    for book, codes_N in zip(books[:-1], codes_NL.unbind(1)[:-1], strict=True):
+        words_ND = book.entries.index_select(0, codes_N)
+        left_ND = torch.sub(given_ND, words_ND, out=words_ND).to(residual_dtype).float()
         yield given_ND
+        given_ND = left_ND
+    yield given_ND
 
 
 def _is_shared(books: Sequence[Codebook]) -> bool:

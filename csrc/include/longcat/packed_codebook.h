@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "longcat/codebook.h"
 #include "longcat/isa.h"
@@ -45,9 +46,21 @@ bool is_packed(const PackedCodebook& packed);
 // Writes the centre: the mean of a sample of the codewords where they have one worth subtracting, else zero.
 void pack_centre(const Codebook& book, const PackedCodebook& packed);
 
-// Packs the panel that begins at entry `first` of `book`; `terms` has `tree_terms(dim)` doubles.
-void pack_panel(const Codebook& book, const PackedCodebook& packed, int64_t first, double* terms);
-int64_t tree_terms(int64_t dim);
+// Packs codewords one by one, in the order of their indices up to `padded`, from the first of any panel on.
+class PanelPacker {
+  public:
+    PanelPacker(const Codebook& book, const PackedCodebook& packed);
+    void pack(int64_t k);
+
+  private:
+    const Codebook& book_;
+    const PackedCodebook& packed_;
+    int64_t pitch_;
+    std::vector<uint32_t> units_;  // of the panel's words so far
+    std::vector<double> terms_;
+};
+
+int64_t tree_terms(int64_t dim);  // doubles that a sum of `dim` products takes
 int panel_words(Isa isa);
 
 // Takes repeated codewords out of the screen and writes the header, once all panels are packed.
