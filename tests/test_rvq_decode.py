@@ -81,12 +81,12 @@ def test_a_codebook_read_by_columns_is_left_to_the_reference() -> None:
 @pytest.mark.skipif(native.why_not() is not None, reason="rvq_decode, cpu: the compiled module is missing")
 def test_the_kernel_trusts_no_code_and_no_shape() -> None:
     module, out = native.module(), torch.full((2, 3), 7.0)
-    with pytest.raises(ValueError, match="codes must be below the number of entries"):
+    with pytest.raises(ValueError, match="codes must be below"):
         module.rvq_decode(torch.tensor([[0], [4]]), [torch.ones(4, 3)], out, threads=1)
     with pytest.raises(ValueError, match="codes must have one column a level"):
         module.rvq_decode(torch.tensor([[0], [1]]), [torch.ones(4, 3)] * 2, out, threads=1)
     with pytest.raises(ValueError, match="codebooks must be as wide as out"):
         module.rvq_decode(torch.tensor([[0], [1]]), [torch.ones(4, 2)], out, threads=1)
-    with pytest.raises(ValueError, match="codes must be below the number of entries"):
+    with pytest.raises(ValueError, match="codes must be below"):
         module.rvq_decode_backward(out, torch.tensor([[0], [4]]), [torch.zeros(4, 3)], threads=1)
     assert torch.equal(out, torch.full((2, 3), 7.0))

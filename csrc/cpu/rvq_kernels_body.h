@@ -6,7 +6,8 @@ constexpr int kPanelWords = 2 * Lanes::kWidth;
 constexpr int64_t kRun = kStep > 1 ? kNoRuns : 128;
 
 // Of kCount products that lie `part` apart, the kPart-th and those kHalf, 2 kHalf, ... after it, in the order in which
-// eight parts are folded onto each other; with kSquare, b is a. Recursive, since a loop here would be vectorized itself.
+// eight parts are folded onto each other; with kSquare, b is a. Recursive, since a loop here would be vectorized
+// itself.
 template <int kCount, bool kSquare, int kHalf, int kPart>
 static inline __attribute__((always_inline)) double folded(const float* a, const float* b, int64_t part) {
     if constexpr (kHalf == 8) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "longcat/check.h"
@@ -17,7 +18,8 @@ struct Segments {
         : starts(size_t(entries) + 1) {
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t code = codes[i * stride];
-            LC_CHECK(code < entries, std::string(name) + " must be below the number of entries");
+            LC_CHECK(code < entries,
+                     std::string(name) + " must be below " + std::to_string(entries) + ", got " + std::to_string(code));
             if (code >= 0) ++starts[size_t(code) + 1];
         }
         for (size_t k = 0; k < size_t(entries); ++k) starts[k + 1] += starts[k];

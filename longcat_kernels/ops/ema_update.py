@@ -180,12 +180,13 @@ def _run(
     rule = (decay, eps, restart_threshold, restart_fraction, restart_count, seed)
     inputs = (embed_KD, embed_ema_KD, cluster_size_ema_K, packed, vectors_ND, codes_N, *rule)
     restarted = _allocate(*inputs, backend)
-    if codes_N.device.type == "cpu" and codes_N.numel():
+    chosen = choose("ema_update", IMPLS, backend, *inputs)
+    if codes_N.is_cpu and chosen is not IMPLS["cpu"] and codes_N.numel():  # that one looks itself, before any work
         largest, entries = int(codes_N.amax()), embed_KD.shape[0]
         check(largest < entries, lambda: f"ema_update: codes must be below {entries}, got {largest}")
-    choose("ema_update", IMPLS, backend, *inputs).run(*inputs, restarted)
-    for tensor in inputs[:3]:  # a kernel writes behind autograd's back: a backward that saved them must refuse, not err
-        torch.autograd.graph.increment_version(tensor)
+    chosen.run(*inputs, restarted)
+    # A kernel writes behind autograd's back: a backward that saved them must refuse, not err.
+    torch.autograd.graph.increment_version(inputs[:3])
     return restarted
 
 
