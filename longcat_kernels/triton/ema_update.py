@@ -56,7 +56,7 @@ def plan_kernel(
     sizes_ptr,  # [K] float32, in and out
     starts_ptr,  # [K + 1] int64
     rows_ptr,  # [N] int64: rows in the order in which entries restart from them
-    divisors_ptr,  # out [K] float64: smoothed counts
+    inverses_ptr,  # out [K] float64: one over the smoothed counts, 0 where these are not positive
     chosen_ptr,  # out [K] int64: the row that an entry restarts from, or -1
     count_ptr,  # out [1] float64: the moving count of a restarted entry
     restarted_ptr,  # out [] int64
@@ -96,7 +96,9 @@ def plan_kernel(
         entry = first + tl.arange(0, BLOCK)
         size = tl.load(sizes_ptr + entry, entry < K, other=float("inf"))
         wide = size.to(tl.float64)
-        tl.store(divisors_ptr + entry, total * (wide + smooth) / (total + K * smooth), entry < K)
+        smoothed = total * (wide + smooth) / (total + K * smooth)
+        inverse = tl.where(smoothed > 0, 1 / tl.where(smoothed > 0, smoothed, 1.0), 0.0)
+        tl.store(inverses_ptr + entry, inverse, entry < K)
         if RESTART:
             dead = (wide < least) & (entry < K)
             rank = restarted + tl.cumsum(dead.to(tl.int64), 0) - 1
@@ -116,7 +118,7 @@ def update_kernel(
     vectors_ptr,
     order_ptr,  # [N] int64: rows grouped by code
     starts_ptr,
-    divisors_ptr,  # what `plan_kernel` wrote
+    inverses_ptr,  # what `plan_kernel` wrote
     chosen_ptr,
     count_ptr,
     D,
@@ -136,10 +138,10 @@ def update_kernel(
     keep = _float64(decay)
     moving_W = tl.load(moving_ptr + at_W, inside_W, other=0.0).to(tl.float64)
     moving_W = (keep * moving_W + (1 - keep) * sum_W).to(tl.float32)
-    divisor = tl.load(divisors_ptr + entry)
+    inverse = tl.load(inverses_ptr + entry)
     word_W = tl.load(embed_ptr + at_W, inside_W, other=0.0)
-    if divisor > 0:
-        word_W = (moving_W.to(tl.float64) / divisor).to(tl.float32)
+    if inverse > 0:
+        word_W = (moving_W.to(tl.float64) * inverse).to(tl.float32)
     row = tl.load(chosen_ptr + entry)
     if row >= 0:
         word_W = tl.load(vectors_ptr + row * row_stride + place_W, inside_W, other=0.0).to(tl.float32)
@@ -179,10 +181,10 @@ def run(
     with on(device):
         order_N, starts = segments(codes_N, entries)
         rows_N = _restart_rows(codes_N, seed) if restart and rows else order_N
-        divisors_K = torch.empty(entries, dtype=torch.float64, device=device)
-        chosen_K, count = torch.empty_like(starts[1:]), torch.empty_like(divisors_K[:1])
+        inverses_K = torch.empty(entries, dtype=torch.float64, device=device)
+        chosen_K, count = torch.empty_like(starts[1:]), torch.empty_like(inverses_K[:1])
         plan_kernel[(1,)](
-            *(cluster_size_ema_K, starts, rows_N, divisors_K, chosen_K, count, restarted, rows, entries),
+            *(cluster_size_ema_K, starts, rows_N, inverses_K, chosen_K, count, restarted, rows, entries),
             *map(_bits, (decay, eps, restart_threshold, restart_fraction, restart_count)),
             RESTART=restart,
             BLOCK=min(4096, padded(entries)),
@@ -190,7 +192,7 @@ def run(
             enable_fp_fusion=False,
         )
         update_kernel[(entries, triton.cdiv(dim, width))](
-            *(embed_KD, embed_ema_KD, vectors_ND, order_N, starts, divisors_K, chosen_K, count),
+            *(embed_KD, embed_ema_KD, vectors_ND, order_N, starts, inverses_K, chosen_K, count),
             *(dim, *vectors_ND.stride(), _bits(decay)),
             WIDTH=width,
             num_warps=4,
