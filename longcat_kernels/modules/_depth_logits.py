@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longcat_kernels.reference.depth_decode import norm, rotated
-from longcat_kernels.reference.depth_weights import DepthLayer, DepthWeights
+from longcat_kernels.reference.depth_weights import DepthConfig, DepthLayer, DepthWeights
 
 
 def depth_logits(weights: DepthWeights, hidden: Tensor, codes: Tensor, start: Tensor | None = None) -> list[Tensor]:
@@ -27,12 +27,16 @@ def depth_logits(weights: DepthWeights, hidden: Tensor, codes: Tensor, start: Te
     for layer in weights.layers:
         x_NLD = _layer(x_NLD, layer, weights)
     if weights.final_norm is not None:
-        sets = config.sets("norm_sets")
-        scale_LD = weights.final_norm if len(set(sets)) == 1 else weights.final_norm[list(sets)]
-        x_NLD = functional.rms_norm(x_NLD, (config.dim,), None, config.eps) * scale_LD
+        x_NLD = _final_norm(x_NLD, weights.final_norm, config)
     biases = weights.head_biases or [None] * config.levels
     heads = list(zip(x_NLD.unbind(1), weights.head_weights, biases, strict=True))
     return [functional.linear(x_ND, w, b) for x_ND, w, b in heads[config.given :] if w is not None]
+
+
+def _final_norm(x_NLD: Tensor, weight_SD: Tensor, config: DepthConfig) -> Tensor:
+    if len(weight_SD) == 1:
+        return norm(x_NLD, weight_SD[0], config.eps)
+    return functional.rms_norm(x_NLD, (config.dim,), None, config.eps) * weight_SD[list(config.sets("norm_sets"))]
 
 
 def _inputs(weights: DepthWeights, hidden: Tensor, codes: Tensor, start: Tensor | None) -> Tensor:
@@ -95,7 +99,8 @@ def _layer(x_NLD: Tensor, layer: DepthLayer, w: DepthWeights) -> Tensor:
     k = k if layer.k_norm is None else norm(k, layer.k_norm, config.eps)
     if w.rope is not None:
         q, k = (rotated(x, *w.rope[:, :, None]) for x in (q, k))
-    k, v = (x.repeat_interleave(config.heads // config.kv_heads, 2) for x in (k, v))
+    if config.heads != config.kv_heads:
+        k, v = (x.repeat_interleave(config.heads // config.kv_heads, 2) for x in (k, v))
     mixed_NALC = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
     x_NLD = x_NLD + _linear(mixed_NALC.transpose(1, 2).flatten(2), layer.out_weight, layer.out_bias, sets)
     return x_NLD + _feed_forward(norm(x_NLD, layer.norm2, config.eps), layer, config.sets("ffn_sets"))
