@@ -101,25 +101,32 @@ def _layer(x_NLD: Tensor, layer: DepthLayer, w: DepthWeights) -> Tensor:
         q, k = (rotated(x, *w.rope[:, :, None]) for x in (q, k))
     if config.heads != config.kv_heads:
         k, v = (x.repeat_interleave(config.heads // config.kv_heads, 2) for x in (k, v))
-    mixed_NALC = functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mixed_NALC = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     x_NLD = x_NLD + _linear(mixed_NALC.transpose(1, 2).flatten(2), layer.out_weight, layer.out_bias, sets)
     return x_NLD + _feed_forward(norm(x_NLD, layer.norm2, config.eps), layer, config.sets("ffn_sets"))
 
 
 def _feed_forward(n_NLD: Tensor, layer: DepthLayer, sets: Sequence[int]) -> Tensor:
-    up_NLF = _linear(n_NLD, layer.up, None, sets)
-    if layer.gate is None:
-        return _linear(functional.gelu(up_NLF), layer.down, None, sets)
-    gate_NLF = _linear(n_NLD, layer.gate, None, sets)
-    return _linear(functional.silu(gate_NLF) * up_NLF, layer.down, None, sets)
+    is_shared = len(layer.up) == 1
+    n = n_NLD if is_shared else n_NLD.transpose(0, 1)
+    up = _product(n, layer.up, sets)
+    act = functional.gelu(up) if layer.gate is None else functional.silu(_product(n, layer.gate, sets)) * up
+    out = _product(act, layer.down, sets)
+    return out if is_shared else out.transpose(0, 1)
 
 
 def _linear(x_NLI: Tensor, weight_SOI: Tensor, bias_SO: Tensor | None, sets: Sequence[int]) -> Tensor:
     """[N, L, O]: level l by weight set sets[l]."""
     if len(weight_SOI) == 1:
         return functional.linear(x_NLI, weight_SOI[0], None if bias_SO is None else bias_SO[0])
-    if tuple(sets) != tuple(range(len(weight_SOI))):
-        chosen = torch.tensor(sets, device=weight_SOI.device)
-        weight_SOI, bias_SO = weight_SOI[chosen], None if bias_SO is None else bias_SO[chosen]
-    product_NLO = torch.bmm(x_NLI.transpose(0, 1), weight_SOI.mT).transpose(0, 1)
-    return product_NLO if bias_SO is None else product_NLO + bias_SO
+    product_NLO = _product(x_NLI.transpose(0, 1), weight_SOI, sets).transpose(0, 1)
+    return product_NLO if bias_SO is None else product_NLO + bias_SO[list(sets)]
+
+
+def _product(x: Tensor, weight_SOI: Tensor, sets: Sequence[int]) -> Tensor:
+    """x [..., I] by the one weight set, or x [L, N, I] by those of its levels."""
+    if len(weight_SOI) == 1:
+        return functional.linear(x, weight_SOI[0])
+    is_own = tuple(sets) == tuple(range(len(weight_SOI)))
+    return torch.bmm(x, (weight_SOI if is_own else weight_SOI[list(sets)]).mT)

@@ -83,9 +83,7 @@ class DepthTransformer(nn.Module):
         self.headnorm = nn.RMSNorm(dim, eps)
         self.heads = nn.ModuleList(nn.Linear(dim, size + 1) for size in sizes)
 
-    def logits(
-        self, hidden: Tensor, codes: Tensor, tables: Sequence[Tensor], *, exact: bool = False
-    ) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, tables: Sequence[Tensor], *, exact: bool = False) -> list[Tensor]:
         """Teacher-forced logits of all levels in one pass.
 
         Args:

@@ -79,7 +79,8 @@ def depth_decode(
     """
     packed: list[Tensor] = []
     if isinstance(weights, PreparedDepth):
-        weights, packed = weights.weights, [] if torch.compiler.is_compiling() else weights.refresh().packed
+        packed = [] if torch.compiler.is_compiling() else weights.refresh().packed
+        weights = weights.weights
     config = weights.config
     if not packed:
         check_weights(weights)

@@ -112,11 +112,14 @@ EDGE = (
     Case(3, _longcat((3,) * 32, 8, 4, 2, 1, 4), sampling=DepthSampling(min_p=0.1)),
     Case(16, _longcat((64, 64), 32, 32, 2, 2, 48), sampling=DepthSampling(0.8, 8)),
 )
-MODEL = (
-    Case(1, _longcat((16_385,) * 8, 3072, 2048, 16, 4, 4096), sampling=DepthSampling(0.5, 1024, 0.75)),
-    Case(16, _longcat((8193, 4097, 2049, *(1025,) * 5), 3072, 3072, 24, 4, 6144), sampling=DepthSampling(0.5, 5, 0.85)),
+_AUDIO = (8193, 4097, 2049, *(1025,) * 5)
+MODEL = tuple(
+    Case(rows, config, sampling=sampling, dtype=torch.bfloat16)
+    for rows, config, sampling in (
+        (1, _longcat((16_385,) * 8, 3072, 2048, 16, 4, 4096), DepthSampling(0.5, 1024, 0.75)),
+        (16, _longcat(_AUDIO, 3072, 3072, 24, 4, 6144), DepthSampling(0.5, 5, 0.85)),
+    )
 )
-MODEL = tuple(replace(case, dtype=torch.bfloat16) for case in MODEL)
 
 
 def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
@@ -239,7 +242,9 @@ REFUSALS = (
     Refusal("weights must have 2 classes or more at level 1, one of them end, got 1", _config(classes=(5, 1))),
     Refusal("weights.config.given must be in [0, 2], got 3", _config(given=3)),
     Refusal("weights.config.kv_heads must divide 2 heads, got 3", _config(kv_heads=3)),
-    Refusal("weights.config.ffn_sets must be one number a level, 2, or none, got (0, 1, 2)", _config(ffn_sets=(0, 1, 2))),
+    Refusal(
+        "weights.config.ffn_sets must be one number a level, 2, or none, got (0, 1, 2)", _config(ffn_sets=(0, 1, 2))
+    ),
     Refusal("weights.config.norm_sets must be in [0, 2), got (0, -1)", _config(norm_sets=(0, -1))),
     Refusal("weights.tables must have 2 tensors, one a level, got 0", _weights(tables=[])),
     Refusal(
@@ -259,9 +264,7 @@ REFUSALS = (
         "weights.final_norm must be torch.float32 [1, 4], got torch.float64 [1, 4]",
         _weights(final_norm=torch.ones(1, 4).double()),
     ),
-    Refusal(
-        "weights.layers.gate must be given, for gated is True, got None", _config(gated=True)
-    ),
+    Refusal("weights.layers.gate must be given, for gated is True, got None", _config(gated=True)),
     Refusal("temperature must be >= 0 and finite, got -1", _sampling(temperature=-1.0)),
     Refusal("temperature must be >= 0 and finite, got nan", _sampling(temperature=float("nan"))),
     Refusal("top_k must be >= 0 (0 keeps all), got -2", _sampling(top_k=-2)),
@@ -271,9 +274,7 @@ REFUSALS = (
     Refusal("guidance must be finite, got inf", _sampling(guidance=float("inf"))),
     Refusal("order must be sequential or joint, got 'random'", _sampling(order="random")),
     Refusal("end must be mask, level0 or allow, got 'stop'", _sampling(end="stop")),
-    Refusal(
-        "top_p must be a number or broadcast to [0, 2] on cpu, got [3] on cpu", _sampling(top_p=torch.ones(3))
-    ),
+    Refusal("top_p must be a number or broadcast to [0, 2] on cpu, got [3] on cpu", _sampling(top_p=torch.ones(3))),
     Refusal("sampling must be float32 [0, 2, 8], got torch.float32 [0, 3, 8]", _given(sampling=torch.ones(0, 3, 8))),
     Refusal(
         "temperature must be >= 0 and finite, got -1",
@@ -301,9 +302,7 @@ REFUSALS = (
     Refusal(
         "pairs must be None, interleaved, split or int64 [0], got torch.int64 [2]", _given(pairs=torch.zeros(2).long())
     ),
-    Refusal(
-        "pairs must be rows in [0, 2), got 2", _given(pairs=torch.tensor([0, 2]), hidden=torch.ones(2, 8))
-    ),
+    Refusal("pairs must be rows in [0, 2), got 2", _given(pairs=torch.tensor([0, 2]), hidden=torch.ones(2, 8))),
     Refusal(
         "pairs must follow rows that follow themselves, got [1, 0]",
         _given(pairs=torch.tensor([1, 0]), hidden=torch.ones(2, 8)),

@@ -58,7 +58,10 @@ def check_weights(w: DepthWeights) -> None:
     for layer in w.layers:
         rule = "given" if c.gated else "None"
         found = "None" if layer.gate is None else "a tensor"
-        _check((layer.gate is not None) == c.gated, f"weights.layers.gate must be {rule}, for gated is {c.gated}, got {found}")
+        _check(
+            (layer.gate is not None) == c.gated,
+            f"weights.layers.gate must be {rule}, for gated is {c.gated}, got {found}",
+        )
 
 
 def check_shapes(w: DepthWeights, like: Tensor) -> None:

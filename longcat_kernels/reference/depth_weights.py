@@ -75,7 +75,9 @@ class DepthConfig:
 
     @classmethod
     def of(cls, numbers: Sequence[int], eps: float) -> DepthConfig:
-        levels, hidden, dim, layers, heads, kv_heads, head_dim, ffn, given, conditioning, ends, gated = numbers[:_HEADER]
+        levels, hidden, dim, layers, heads, kv_heads, head_dim, ffn, given, conditioning, ends, gated = numbers[
+            :_HEADER
+        ]
         classes, *sets = (tuple(numbers[_HEADER + i * levels :][:levels]) for i in range(1 + len(SETS)))
         return cls(
             classes=classes,
@@ -164,9 +166,10 @@ class DepthWeights(NamedTuple):
 
 # The tensors of a layer in the order of the schema.
 ORDER = (
-    "norm1 q_weight q_bias k_weight k_bias v_weight v_bias out_weight out_bias q_norm k_norm norm2 gate up down".split()
+    *("norm1", "q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias", "out_weight", "out_bias"),
+    *("q_norm", "k_norm", "norm2", "gate", "up", "down"),
 )
-MATRICES = tuple("q_weight k_weight v_weight out_weight gate up down".split())
+MATRICES = ("q_weight", "k_weight", "v_weight", "out_weight", "gate", "up", "down")
 
 
 def rope_table(theta: float, levels: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:

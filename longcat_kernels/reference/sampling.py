@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,7 @@ def sample(
     seen_TV = None
     if history is not None:
         check_history("sample", history, rows, None, device)
+        check_offsets("sample", len(history[0]), history[1])
         seen_TV = seen(history[0], history[1], logits.shape[1])
     noise_TV = gumbel(seeds_T, steps_T, [(level, logits.shape[1])])[0] if draws(params_T8) else None
     return draw(logits.to(wide(logits.dtype)), params_T8, noise_TV, seen_TV, None)
@@ -208,20 +210,15 @@ def table(op: str, values: Sequence[float | Tensor], shape: tuple[int, ...], dev
                 f"{op}: {COLUMNS[column]} must be a number or broadcast to {list(shape)} on {device}, got "
                 f"{list(value.shape)} on {value.device}"
             )
-    if not any(isinstance(value, Tensor) for value in values):
-        columns = [torch.full((), value, dtype=torch.float32, device=device) for value in values]
-        return torch.stack(columns).expand(*shape, len(COLUMNS))
     columns = [
         value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=device)
         for value in values
     ]
-    return torch.stack([column.expand(shape) for column in columns], -1)
+    return torch.stack(torch.broadcast_tensors(*columns), -1).expand(*shape, len(COLUMNS))
 
 
 def _broadcasts(found: Sequence[int], shape: Sequence[int]) -> bool:
-    return len(found) <= len(shape) and all(
-        a in (1, b) for a, b in zip(reversed(found), reversed(shape), strict=False)
-    )
+    return len(found) <= len(shape) and all(a in (1, b) for a, b in zip(reversed(found), reversed(shape), strict=False))
 
 
 def check_range(op: str, column: int, lowest: float, highest: float) -> None:
@@ -267,10 +264,8 @@ def _check_row_numbers(op: str, name: str, tensor: Tensor, rows: int, device: to
         raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
 
 
-def check_history(
-    op: str, history: tuple[Tensor, Tensor], rows: int, levels: int | None, device: torch.device
-) -> None:
-    """Shapes of (ids, offsets); on the CPU also that offsets are in order and within the ids."""
+def check_history(op: str, history: tuple[Tensor, Tensor], rows: int, levels: int | None, device: torch.device) -> None:
+    """Shapes of (ids, offsets)."""
     ids, offsets = history
     wanted = "[N]" if levels is None else f"[N, {levels}]"
     trailing = [] if levels is None else [levels]
@@ -289,7 +284,7 @@ def check_offsets(op: str, ids: int, offsets: Tensor) -> None:
     if offsets.device.type != "cpu":
         return
     values: list[int] = offsets.tolist()
-    if values[0] < 0 or values[-1] > ids or any(a > b for a, b in zip(values, values[1:], strict=False)):
+    if values[0] < 0 or values[-1] > ids or any(a > b for a, b in pairwise(values)):
         raise ValueError(f"{op}: history offsets must rise from 0 or more to at most {ids}, got {values}")
 
 

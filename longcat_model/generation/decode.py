@@ -46,8 +46,8 @@ class Chooser:
         audio_NL = torch.full((size, len(ids.audio_sizes)), NONE)
         for rows, hidden_ND in _asking(heads.text, hidden_MD):
             logits_NV = self.model.text_logits(hidden_ND).masked_fill(~self.text_mask, -torch.inf)
-            past = _history(self.text, None if written is None else written.text[rows], logits_NV)
-            drawn = sample(logits_NV, **self.text.numbers(), history=past, **self._stream(self.text, seeds[rows], step))
+            said = _history(self.text, None if written is None else written.text[rows], logits_NV)
+            drawn = sample(logits_NV, **self.text.numbers(), history=said, **self._stream(self.text, seeds[rows], step))
             text_N[rows] = drawn.ids.cpu()
         for rows, hidden_ND in _asking(heads.visual, hidden_MD):
             past = None if written is None else written.visual[rows]
@@ -86,9 +86,7 @@ class Chooser:
         return {"seed": (sampling.seed + seeds).to(self.text_mask.device), "step": step}
 
 
-def _history(
-    sampling: Sampling, past: Tensor | None, like: Tensor, copies: int = 1
-) -> tuple[Tensor, Tensor] | None:
+def _history(sampling: Sampling, past: Tensor | None, like: Tensor, copies: int = 1) -> tuple[Tensor, Tensor] | None:
     """Ids [N, positions, ...] as the sampler's history, `copies` rows each; None where nothing is penalised."""
     if sampling.repetition_penalty == 1 or past is None:
         return None

@@ -34,9 +34,7 @@ class Sampling:
         if not 0 <= self.min_p < 1:
             raise ValueError(f"Sampling: min_p must be in [0, 1), got {self.min_p}")
         if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(
-                f"Sampling: repetition_penalty must be above 0 and finite, got {self.repetition_penalty}"
-            )
+            raise ValueError(f"Sampling: repetition_penalty must be above 0 and finite, got {self.repetition_penalty}")
         if self.order not in ("sequential", "joint"):
             raise ValueError(f"Sampling: order must be sequential or joint, got {self.order!r}")
 
