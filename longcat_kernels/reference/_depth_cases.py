@@ -37,7 +37,7 @@ class Case:
     @property
     def inner(self) -> float:
         """Every product of every layer takes operands that are rounded to the dtype."""
-        return 0.0 if self.dtype == torch.float32 else 8 * torch.finfo(self.dtype).eps
+        return 0.0 if self.dtype == torch.float32 else 2 * torch.finfo(self.dtype).eps
 
 
 def _longcat(classes: tuple[int, ...], hidden: int, dim: int, heads: int, layers: int, ffn: int) -> DepthConfig:
