@@ -193,6 +193,7 @@ class PreparedDepth:
     """
 
     weights: DepthWeights
+    tensors: list[Tensor]  # of `weights`
     packed: list[Tensor]  # uint8, opaque; empty where no kernel wants them
 
     def __init__(self, weights: DepthWeights, precision: str | None = None) -> None:
@@ -205,20 +206,24 @@ class PreparedDepth:
             raise ValueError(f"PreparedDepth: weights must be float32 for precision int8, got {like.dtype}")
         self.weights = weights if precision is None else weights.map_matrices(rounded_to_int8)
         self.precision, self.packed = precision, []
-        self._tensors = [t for t in self.weights.tensors() if not t.is_inference()]
+        self.tensors = self.weights.tensors()
         self._versions: list[int] | None = None
 
     @property
     def is_current(self) -> bool:
-        """Whether the packed form is that of the weights as they are."""
-        return self._versions == [tensor._version for tensor in self._tensors]
+        """Whether the packed form is that of the weights as they are; those of inference mode stay as they were."""
+        return self._versions == self._now()
 
     def refresh(self) -> PreparedDepth:
         """Makes the packed form anew if the weights have changed since; gives itself."""
-        if not self.is_current:
+        versions = self._now()
+        if self._versions != versions:
             self._pack()
-            self._versions = [tensor._version for tensor in self._tensors]
+            self._versions = versions
         return self
+
+    def _now(self) -> list[int]:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in self.tensors]
 
     def mark_stale(self) -> None:
         """Says that the weights have changed by a write that their versions do not count."""

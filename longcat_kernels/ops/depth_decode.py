@@ -80,10 +80,10 @@ def depth_decode(
     packed: list[Tensor] = []
     if isinstance(weights, PreparedDepth):
         packed = [] if torch.compiler.is_compiling() else weights.refresh().packed
-        weights = weights.weights
-    config = weights.config
-    if not packed:
+        config, tensors = weights.weights.config, weights.tensors
+    else:
         check_weights(weights)
+        config, tensors = weights.config, weights.tensors()
     checks.check_hidden(hidden, config)
     rows, device = hidden.shape[0], hidden.device
     params = sampling if isinstance(sampling, Tensor) else (sampling or DepthSampling()).table(rows, config, device)
@@ -91,7 +91,7 @@ def depth_decode(
     with torch.no_grad():
         logprobs, drawn_logprobs, embedding, all_logits, codes = _op(
             hidden,
-            weights.tensors(),
+            tensors,
             packed,
             params,
             *numbers,

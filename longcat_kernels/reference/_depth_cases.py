@@ -107,6 +107,7 @@ EDGE = (
     Case(8, _SMALL, sampling=_MIXED_NUMBERS, pairs="mixed", some=True),
     Case(6, _SMALL, sampling=DepthSampling(0.5, end="allow"), pairs="split", forced=4, dtype=torch.bfloat16),
     Case(5, _MOSHI, "moshi", DepthSampling(0.9, top_k=3)),
+    Case(4, _MOSHI, "moshi", forced=3, dtype=torch.float16),
     Case(5, _CSM, "csm", DepthSampling(0.9, top_p=0.8), forced=1),
     Case(5, replace(_CSM, hidden=12, eps=1e-6), "qwen", forced=1, some=True),
     Case(3, _longcat((3,) * 32, 8, 4, 2, 1, 4), sampling=DepthSampling(min_p=0.1)),
