@@ -69,8 +69,8 @@ class DepthConfig:
     def numbers(self) -> list[int]:
         """All but `eps` as the op's schema takes them; `of` puts them back.
 
-        L, hidden, dim, layers, heads, kv_heads, head_dim, ffn, given, conditioning (its place in `CONDITIONINGS`), ends,
-        gated; then L each: classes, attention_sets, ffn_sets, projection_sets, norm_sets.
+        L, hidden, dim, layers, heads, kv_heads, head_dim, ffn, given, conditioning (its place in `CONDITIONINGS`),
+        ends, gated; then L each: classes, attention_sets, ffn_sets, projection_sets, norm_sets.
         """
         rules = [self.given, CONDITIONINGS.index(self.conditioning), int(self.ends), int(self.gated)]
         sizes = [self.hidden, self.dim, self.layers, self.heads, self.kv_heads, self.head_dim, self.ffn]

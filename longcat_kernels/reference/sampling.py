@@ -117,8 +117,8 @@ def draw(
 ) -> Sampled:
     """One id a row, a draw or `forced_T` where that is not negative, and its logprobs.
 
-    With c the logits, y = c after the repetition penalty of seen ids (y / r, or y * r where negative; float32), -inf for
-    the last `excluded` ids, t the temperature and m = max y:
+    With c the logits, y = c after the repetition penalty r of seen ids (y / r, or y * r where negative; float32) and
+    -inf for the last `excluded` ids, t the temperature and m = max y:
 
         t = 0:  the id of m, the lowest among equals
         else, in float64, e_i = exp((y_i - m) / t), ids ordered by falling y, equal ones by rising id:
@@ -129,9 +129,9 @@ def draw(
         logprob = c_id - log sum exp c;  drawn_logprob = log(e_id / sum of e over those kept), or of a point mass
 
     A kernel that follows this draws the same id from the same logits. It may screen in float32 if it proves which ids
-    can still win and compares those in float64, and may sum e with a relative error of 2^-20: then only an id that is so
-    near to top_p's threshold can differ. Where log sum exp c is not finite (NaN or infinity among them), the row is
-    lost: id 0 unless forced, NaN logprobs.
+    can still win and compares those in float64, and may sum e with a relative error of 2^-20: then only an id so near
+    to top_p's threshold can differ. Where log sum exp c is not finite (NaN or infinity among them), the row is lost:
+    id 0 unless forced, NaN logprobs.
 
     Args:
         logits_TV: float32 or float64.
