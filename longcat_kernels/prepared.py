@@ -179,14 +179,14 @@ class PreparedExperts:
 class PreparedDepth:
     """The weights of a depth transformer and their packed form, for `depth_decode`: packed once, at first use.
 
-    It never goes stale: writes to the weights are noticed by their versions, and the packed form is made anew at the
+    It never goes stale: writes to `weights` are noticed by their versions, and the packed form is made anew at the
     next use. Tables are never copied.
 
     Args:
         weights: kept, not copied, unless they are rounded.
         precision: None keeps the weights as they are; "int8", of float32 ones, rounds each row w of each matrix (not of
             tables, norms and biases) to multiples of s = max |w| / 127, half to even. `weights` is then the rounded
-            copy, so that every implementation computes the same.
+            copy, so that every implementation computes the same, and later writes to the given ones do not matter.
 
     Raises:
         ValueError: the weights do not fit their config or each other, or no such precision.

@@ -171,8 +171,9 @@ def random_weights(case: Case, device: str, g: torch.Generator) -> DepthWeights:
 
     def layer() -> DepthLayer:
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        biases = (normal(c.count("attention_sets"), n, scale=0.1) for n in (queries, keys, c.dim))
-        q_bias, v_bias, out_bias = biases if like == "longcat" else (None, None, None)
+        biased = {"longcat": "qvo", "csm": "qk"}.get(like, "")
+        widths = {"q": queries, "k": keys, "v": keys, "o": c.dim}
+        biases = {x: normal(c.count("attention_sets"), n, scale=0.1) for x, n in widths.items() if x in biased}
         return DepthLayer(
             norm1=1 + normal(c.dim, scale=0.1),
             q_weight=matrices("attention_sets", queries, c.dim),
@@ -183,10 +184,10 @@ def random_weights(case: Case, device: str, g: torch.Generator) -> DepthWeights:
             up=matrices("ffn_sets", c.ffn, c.dim),
             down=normal(c.dim, c.count("ffn_sets"), c.ffn, scale=c.ffn**-0.5).transpose(0, 1),
             gate=matrices("ffn_sets", c.ffn, c.dim) if c.gated else None,
-            q_bias=q_bias,
-            k_bias=None,
-            v_bias=v_bias,
-            out_bias=out_bias,
+            q_bias=biases.get("q"),
+            k_bias=biases.get("k"),
+            v_bias=biases.get("v"),
+            out_bias=biases.get("o"),
             q_norm=1 + normal(c.head_dim, scale=0.1) if like == "qwen" else None,
             k_norm=1 + normal(c.head_dim, scale=0.1) if like == "qwen" else None,
         )
@@ -200,7 +201,8 @@ def random_weights(case: Case, device: str, g: torch.Generator) -> DepthWeights:
         head_biases=[normal(n, scale=0.1) for n in c.classes] if like == "longcat" else (),
         input_norm=1 + normal(c.hidden, scale=0.1) if like == "longcat" else None,
         projection=None if like == "qwen" else matrices("projection_sets", c.dim, c.hidden),
-        final_norm=1 + normal(c.count("norm_sets"), c.dim, scale=0.1),
+        projection_bias=normal(c.count("projection_sets"), c.dim, scale=0.1) if like == "csm" else None,
+        final_norm=None if like == "moshi" and not c.norm_sets else 1 + normal(c.count("norm_sets"), c.dim, scale=0.1),
         rope=rope_table(500.0, c.levels, c.head_dim, device) if like in ("csm", "qwen") else None,
     )
 
@@ -274,7 +276,8 @@ REFUSALS = (
     Refusal("repetition_penalty must be > 0 and finite, got 0", _sampling(repetition_penalty=0.0)),
     Refusal("guidance must be finite, got inf", _sampling(guidance=float("inf"))),
     Refusal("order must be sequential or joint, got 'random'", _sampling(order="random")),
-    Refusal("end must be mask, level0 or allow, got 'stop'", _sampling(end="stop")),
+    Refusal("end must be mask, level0, allow or a bool tensor, got 'stop'", _sampling(end="stop")),
+    Refusal("end must be mask, level0, allow or a bool tensor, got torch.int64", _sampling(end=torch.ones(2).long())),
     Refusal("top_p must be a number or broadcast to [0, 2] on cpu, got [3] on cpu", _sampling(top_p=torch.ones(3))),
     Refusal("sampling must be float32 [0, 2, 8], got torch.float32 [0, 3, 8]", _given(sampling=torch.ones(0, 3, 8))),
     Refusal(
