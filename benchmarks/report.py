@@ -13,12 +13,14 @@ from harness import Row
 Document = dict[str, Any]
 
 HEADER = ("contender", "time", "by ours", "GFLOP/s", "GB/s", "of ceiling", "extra MB", "wrong codes")
+OPTIONAL = {"error": ("error", "{:.1e}"), "saved_mb": ("saved MB", "{:.1f}")}  # columns where a row has something
 PREAMBLE = """# Benchmark results
 
 Written by `python benchmarks/run.py --table` from the JSON files in `results/`. "by ours" is the median over rounds of
 a contender's time by ours in the same round: above 1, ours is faster. "medium" marks contenders measured again with
 `torch.set_float32_matmul_precision("medium")`. "of ceiling" is the shortest time that the ceilings allow by the time
 taken; sizes that fit in a cache can exceed the ceiling of memory. "extra MB" is what one call adds to resident memory.
+"error" is relative, against float64 on the same inputs; "saved MB" is what forward keeps for backward besides weights.
 """
 
 
@@ -26,8 +28,8 @@ def text(rows: Sequence[Row]) -> str:
     """The rows of one case as lines with aligned columns."""
     if not rows:
         return ""
-    cells = [HEADER, *(_cells(asdict(row)) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
+    cells = _table([asdict(row) for row in rows])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
     return "\n".join([f"\n{rows[0].op}: {rows[0].case}", *lines])
 
@@ -101,7 +103,8 @@ def _section(file: Path, document: Document) -> str:
     if file.with_suffix(".png").exists():
         parts.append(f"![{file.stem}]({file.parent.parent.name}/{file.parent.name}/{file.stem}.png)\n")
     for case, rows in _by_case(document["rows"]).items():
-        lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(_cells(row) for row in rows)]
+        header, *cells = _table(rows)
+        lines = [header, ("---", *["---:"] * (len(header) - 1)), *cells]
         parts.append(f"**{case}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     return "\n".join(parts)
 
@@ -116,6 +119,13 @@ def _by_case(rows: Iterable[Document]) -> dict[str, list[Document]]:
 def label(row: Document) -> str:
     """Contender, and its precision where that is not torch's default."""
     return row["contender"] + ("" if row["precision"] == "highest" else f", {row['precision']}")
+
+
+def _table(rows: Sequence[Document]) -> list[tuple[str, ...]]:
+    """Header, then a line a row."""
+    more = {key: column for key, column in OPTIONAL.items() if any(row.get(key) is not None for row in rows)}
+    lines = [(*_cells(row), *(_or_dash(row.get(key), form) for key, (_, form) in more.items())) for row in rows]
+    return [(*HEADER, *(name for name, _ in more.values())), *lines]
 
 
 def _cells(row: Document) -> tuple[str, ...]:
