@@ -71,7 +71,7 @@ def contenders(case: spec.Case, backward: bool, device: str) -> list[Contender]:
     """Ours, the peers, and the dense pair, which has one expert's weights and neither sorts nor sums."""
     inputs = spec.inputs(case, device)
     arguments = {name: inputs[name].detach() for name in ("x", "gate_up", "down", "ids", "weights")}
-    arguments["weights"] = arguments["weights"].to(case.dtype)  # as most models have them
+    arguments["ids"] = arguments["ids"].contiguous()  # as a router gives them; weights are float32
     generator = torch.Generator().manual_seed(1)
     grad_TD = torch.randn(case.tokens, case.dim, generator=generator).to(device, case.dtype)
     judge = Judge(case.dtype, lambda: experts_truth(arguments, grad_TD if backward else None))

@@ -91,8 +91,9 @@ def _sorted(ids_Tk: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     return slots_R, slots_R // ids_Tk.shape[1], torch.bincount(flat, minlength=experts)
 
 
-def _summed(x_TD: Tensor, tokens_R: Tensor, y_RD: Tensor) -> Tensor:
-    return torch.zeros_like(x_TD).index_add(0, tokens_R, y_RD.to(x_TD.dtype))
+def _summed(x_TD: Tensor, tokens_R: Tensor, y_RD: Tensor, weights_R: Tensor) -> Tensor:
+    """The weighted sum, in x's dtype: with float32 weights it would take longer."""
+    return torch.zeros_like(x_TD).index_add(0, tokens_R, y_RD * weights_R.to(x_TD.dtype)[:, None])
 
 
 def eager_loop(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ def eager_loop(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tens
         if len(x_rD):
             gate_rF, up_rF = F.linear(x_rD, gate_up_EFD[expert]).chunk(2, dim=1)
             parts.append(F.linear(F.silu(gate_rF) * up_rF, down_EDF[expert]))
-    return _summed(x_TD, tokens_R, torch.cat(parts) * weights_Tk.flatten()[slots_R, None])
+    return _summed(x_TD, tokens_R, torch.cat(parts), weights_Tk.flatten()[slots_R])
 
 
 def grouped(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ def grouped(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor,
     offs_E = counts_E.cumsum(0).int()
     gate_RF, up_RF = F.grouped_mm(x_TD[tokens_R], gate_up_EFD.mT, offs=offs_E).chunk(2, dim=1)
     y_RD = F.grouped_mm(F.silu(gate_RF) * up_RF, down_EDF.mT, offs=offs_E)
-    return _summed(x_TD, tokens_R, y_RD * weights_Tk.flatten()[slots_R, None])
+    return _summed(x_TD, tokens_R, y_RD, weights_Tk.flatten()[slots_R])
 
 
 def padded_bmm(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def padded_bmm(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tens
     x_ECD = x_TD.new_zeros(len(down_EDF) * room, x_TD.shape[1]).index_copy(0, place_R, x_TD[tokens_R])
     gate_ECF, up_ECF = torch.bmm(x_ECD.view(-1, room, x_TD.shape[1]), gate_up_EFD.mT).chunk(2, dim=2)
     y_ECD = torch.bmm(F.silu(gate_ECF) * up_ECF, down_EDF.mT)
-    return _summed(x_TD, tokens_R, y_ECD.flatten(0, 1)[place_R] * weights_Tk.flatten()[slots_R, None])
+    return _summed(x_TD, tokens_R, y_ECD.flatten(0, 1)[place_R], weights_Tk.flatten()[slots_R])
 
 
 def hf_grouped() -> Experts:
