@@ -16,6 +16,8 @@ constexpr int64_t kLine = 64;  // bytes that the caches take at once
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
+
 // An odd number of cache lines, so that rows do not meet in one cache set.
 inline int64_t odd_pitch(int64_t units) { return (ceil_div(units, 16) | 1) * 16; }
 
@@ -128,10 +130,11 @@ inline Ahead ahead_of(const GemmKernels& kernels, const Panel& panel, int64_t de
 }
 
 // Multiplies the rows with panels [first, last): `panel(p)` gives panel p, and for `last` what will be read next;
-// `target(place, tile, pitch)` where a tile's sums go, `tile` itself or elsewhere; `take(place, sums)` uses them.
+// `target(place, tile, pitch)` where a tile's sums go, `tile` itself or elsewhere, and with `add` go on from what is
+// there; `take(place, sums)` uses them.
 template <class PanelOf, class Target, class Take>
 void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64_t last, const Room& room,
-              const PanelOf& panel, const Target& target, const Take& take) {
+              const PanelOf& panel, const Target& target, const Take& take, bool add = false) {
     const int64_t units = ceil_div(left.depth, kernels.step);
     const int64_t block = left.units == nullptr ? left.block_rows(kernels) : std::max<int64_t>(left.rows, 1);
     const bool few = left.rows <= std::min(kFewRows, kernels.tile_rows) && !left.by_depth;
@@ -160,9 +163,10 @@ void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64
                 int64_t pitch = kernels.panel_columns;
                 float* sums = target(place, room.tile.data(), pitch);
                 if (streams)
-                    kernels.stream(tile, columns.lines, columns.halves, left.depth, sums, pitch);
+                    kernels.stream(tile, columns.lines, columns.halves, left.depth, sums, pitch, add);
                 else
-                    kernels.product(tile, packed, units, ahead_of(kernels, next, left.depth, i, tiles), sums, pitch);
+                    kernels.product(tile, packed, units, ahead_of(kernels, next, left.depth, i, tiles), sums, pitch,
+                                    add);
                 take(place, sums);
             }
         }

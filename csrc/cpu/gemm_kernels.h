@@ -87,13 +87,14 @@ struct GemmKernels {
     // Lines are columns: those of a panel, filled up with zeros.
     void (*pack_columns)(const Lines& lines, const Halves& halves, int64_t depth, uint32_t* panel);
 
-    // out[i * pitch + j] = the product of row i with column j of the panel.
+    // out[i * pitch + j] = the product of row i with column j of the panel; with `add` the chain of what is there goes
+    // on.
     void (*product)(const TileRows& rows, const uint32_t* panel, int64_t units, const Ahead& ahead, float* out,
-                    int64_t pitch);
+                    int64_t pitch, bool add);
 
     // The same for at most `kFewRows` rows by row, and columns that are not packed.
     void (*stream)(const TileRows& rows, const Lines& lines, const Halves& halves, int64_t depth, float* out,
-                   int64_t pitch);
+                   int64_t pitch, bool add);
 
     // Rounds rows of a tile to `dtype`, or adds them to what is there.
     void (*store)(const float* tile, int64_t tile_pitch, int64_t rows, int64_t count, void* out, DType dtype,

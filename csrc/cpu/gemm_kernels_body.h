@@ -140,9 +140,11 @@ static void pack_columns(const Lines& lines, const Halves& halves, int64_t depth
 }
 
 template <class T, int kRows>
-static void stream_rows(const uint32_t* rows, int64_t pitch, const Columns<T>& columns, float* out, int64_t out_pitch) {
+static void stream_rows(const uint32_t* rows, int64_t pitch, const Columns<T>& columns, float* out, int64_t out_pitch,
+                        bool add) {
     Lanes sums[kRows][2];
-    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = Lanes::splat(0);
+    for (int i = 0; i < kRows; ++i)
+        for (int h = 0; h < 2; ++h) sums[i][h] = add ? Lanes::load(out + i * out_pitch + h * kWidth) : Lanes::splat(0);
     for (int64_t first = 0; first < columns.depth; first += kWidth * kStep)
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
@@ -162,34 +164,41 @@ static void stream_rows(const uint32_t* rows, int64_t pitch, const Columns<T>& c
 }
 
 static void stream(const TileRows& rows, const Lines& lines, const Halves& halves, int64_t depth, float* out,
-                   int64_t pitch) {
+                   int64_t pitch, bool add) {
     with_type(lines.dtype, [&](auto type) {
         using T = decltype(type);
         Columns<T> columns(lines, halves, depth);
         columns.goes_on = true;
         switch (rows.count) {
             case 1:
-                return stream_rows<T, 1>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 1>(rows.units, rows.pitch, columns, out, pitch, add);
             case 2:
-                return stream_rows<T, 2>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 2>(rows.units, rows.pitch, columns, out, pitch, add);
             case 3:
-                return stream_rows<T, 3>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 3>(rows.units, rows.pitch, columns, out, pitch, add);
             case 4:
-                return stream_rows<T, 4>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 4>(rows.units, rows.pitch, columns, out, pitch, add);
             case 5:
-                return stream_rows<T, 5>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 5>(rows.units, rows.pitch, columns, out, pitch, add);
             default:
-                return stream_rows<T, 6>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 6>(rows.units, rows.pitch, columns, out, pitch, add);
         }
     });
 }
 
 template <int kRows, bool kByDepth>
 static void product_tile(const uint32_t* rows, int64_t pitch, const uint32_t* panel, int64_t units, const Ahead& ahead,
-                         float* out, int64_t out_pitch) {
+                         float* out, int64_t out_pitch, bool add) {
     Lanes sums[kRows][2];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = Lanes::splat(0);
+    if (add) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            sums[i][0] = Lanes::load(out + i * out_pitch);
+            sums[i][1] = Lanes::load(out + i * out_pitch + kWidth);
+        }
+    }
     // Three rows a pointer: more pointers than that do not fit the registers.
     constexpr int kPointers = kByDepth ? 1 : (kRows + 2) / 3;
     const uint32_t* at[kPointers];
@@ -218,7 +227,7 @@ static void product_tile(const uint32_t* rows, int64_t pitch, const uint32_t* pa
     }
 }
 
-using ProductTile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, const Ahead&, float*, int64_t);
+using ProductTile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, const Ahead&, float*, int64_t, bool);
 
 template <bool kByDepth, int... kLess>
 static ProductTile product_tile_of(int rows, std::integer_sequence<int, kLess...>) {
@@ -227,11 +236,11 @@ static ProductTile product_tile_of(int rows, std::integer_sequence<int, kLess...
 }
 
 static void product(const TileRows& rows, const uint32_t* panel, int64_t units, const Ahead& ahead, float* out,
-                    int64_t pitch) {
+                    int64_t pitch, bool add) {
     constexpr auto counts = std::make_integer_sequence<int, kTileRows>{};
     const ProductTile tile = rows.by_depth ? product_tile_of<true>(rows.count, counts)  //
                                            : product_tile_of<false>(rows.count, counts);
-    tile(rows.units, rows.pitch, panel, units, ahead, out, pitch);
+    tile(rows.units, rows.pitch, panel, units, ahead, out, pitch, add);
 }
 
 static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t count, void* out, DType dtype,
