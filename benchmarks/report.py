@@ -49,33 +49,48 @@ def markdown(results: Path) -> str:
     return "\n".join(parts)
 
 
-SUMMARY_PEERS = {
-    "official-style eval": "official style",
-    "vector-quantize-pytorch eval": "vector-quantize-pytorch",
-    "faiss IndexFlatL2": "faiss",
-    "torch.compile": "torch.compile",
-    "torch mm only": "fp32 product alone",
+SUMMARIES = {  # op: the start of its cases' names, and peers by their columns' names
+    "rvq_encode": (
+        "encode ",
+        {
+            "official-style eval": "official style",
+            "vector-quantize-pytorch eval": "vector-quantize-pytorch",
+            "faiss IndexFlatL2": "faiss",
+            "torch.compile": "torch.compile",
+            "torch mm only": "fp32 product alone",
+        },
+    ),
+    "fused_moe": (
+        "",
+        {
+            "eager loop": "eager loop",
+            "F.grouped_mm": "F.grouped_mm",
+            "transformers grouped_mm": "transformers grouped_mm",
+            "transformers LongcatFlashExperts": "transformers LongcatFlash",
+            "dense pair": "two dense products",
+        },
+    ),
 }
 
 
 def summary(results: Path) -> str:
-    """The README's table: how `rvq_encode` fares in each encoding case of the results files under `results`."""
-    lines = [
-        f"| `rvq_encode`, one thread | time | GFLOP/s | of the ceiling | {' | '.join(SUMMARY_PEERS.values())} |",
-        "|---|" + "---:|" * (3 + len(SUMMARY_PEERS)),
-    ]
-    for file in sorted(results.glob("*/rvq_encode.json")):
-        document = json.loads(file.read_text())
-        for case, rows in _by_case(document["rows"]).items():
-            known = {label(row): row for row in rows}
-            if case.startswith("encode ") and set(SUMMARY_PEERS) <= set(known):
-                lines.append(_summary_line(case.removeprefix("encode "), known))
-        environment = document["environment"]
-        lines.append(
-            f"\nMeasured on {environment['device']} at commit `{environment['commit']}`, "
-            f"{environment['date']}; a peer's column is its time by ours. All of it: `benchmarks/RESULTS.md`."
-        )
-    return "\n".join(lines)
+    """The README's tables: how ours fares in each case of the results files that has the peers of `SUMMARIES`."""
+    parts = []
+    for op, (start, peers) in SUMMARIES.items():
+        lines = [
+            f"| `{op}`, one thread | time | GFLOP/s | of the ceiling | {' | '.join(peers.values())} |",
+            "|---|" + "---:|" * (3 + len(peers)),
+        ]
+        for file in sorted(results.glob(f"*/{op}.json")):
+            document = json.loads(file.read_text())
+            for case, rows in _by_case(document["rows"]).items():
+                known = {label(row): row for row in rows}
+                if case.startswith(start) and set(peers) <= set(known):
+                    lines.append(_summary_line(case.removeprefix(start), known, peers))
+            environment = document["environment"]
+            lines.append(f"\nOn {environment['device']} at commit `{environment['commit']}`, {environment['date']}.\n")
+        parts += lines
+    return "\n".join([*parts, "A peer's column is its time by ours. All of it: `benchmarks/RESULTS.md`."])
 
 
 def insert(readme: str, table: str) -> str:
@@ -85,9 +100,9 @@ def insert(readme: str, table: str) -> str:
     return f"{before}<!-- benchmarks -->\n{table}\n<!-- end of benchmarks -->{after}"
 
 
-def _summary_line(case: str, rows: dict[str, Document]) -> str:
+def _summary_line(case: str, rows: dict[str, Document], peers: Iterable[str]) -> str:
     ours = rows["ours"]
-    ratios = " | ".join(f"{rows[peer]['ratio_to_ours']:.1f}x" for peer in SUMMARY_PEERS)
+    ratios = " | ".join(f"{rows[peer]['ratio_to_ours']:.1f}x" for peer in peers)
     speed = f"{_time(ours['median_s'])} | {ours['gflops']:.0f} | {ours['fraction_of_ceiling']:.0%}"
     return f"| {case} | {speed} | {ratios} |"
 

@@ -166,6 +166,17 @@ def test_saves_x_and_the_pre_activations_of_real_rows_at_most(dtype: torch.dtype
     assert activations <= 1.05 * (a["x"].nbytes + kept * rows * 2 * 128 * dtype.itemsize)
 
 
+def test_inference_is_an_op_of_its_own_with_the_same_bits() -> None:
+    a = arguments(24, 16, 12, 4, 3, dtype=torch.float32)
+    plain = {name: value.detach() for name, value in a.items()}
+    out = fused_moe(**a)
+    assert out.requires_grad and torch.equal(fused_moe(**plain), out)
+    operands = (plain["x"], plain["gate_up"], plain["down"], plain["ids"], plain["weights"])
+    torch.library.opcheck(
+        torch.ops.longcat.fused_moe_inference.default, (*operands, None, None, None, [], 0, True, "auto")
+    )
+
+
 def test_inference_saves_nothing() -> None:
     a = arguments(8, 8, 4, 2, 2, dtype=torch.float32)
     with torch.no_grad():

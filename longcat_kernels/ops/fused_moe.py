@@ -221,9 +221,8 @@ _SCHEMA = (
     "Tensor? main_down, Tensor[] packed, SymInt rows, bool recompute, str backend) -> (Tensor out, Tensor hidden)"
 )
 _op = register(f"fused_moe{_SCHEMA}", _run, _allocate, save=_save, backward=_backward)
-_op_inference = register(
-    f"fused_moe_inference{_SCHEMA}", _run, _allocate
-)  # autograd would take as long as a small call
+# Without autograd, whose part of a small call is felt.
+_op_inference = register(f"fused_moe_inference{_SCHEMA}", _run, _allocate)
 
 
 def _cpu(
