@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,9 @@ class Contender:
     Args:
         name: unique in its case; "ours" is what the others are compared with.
         make: builds what a user would have ready, and gives the call that is timed.
-        judge: takes the result of the first call: gives the share of wrong codes, or None where it has no codes; raises
-            WrongResult where it is not what the contender promises.
+        judge: takes the result of the first call: gives the share of wrong codes, None where it has no codes, or what
+            goes into other columns of its `Row`, by name; raises WrongResult where it is not what the contender
+            promises.
         threads: None for the run's.
         ceiling: name of the ceiling of its arithmetic; None for the highest of the run.
         precisions: of `torch.set_float32_matmul_precision`; it is measured with each.
@@ -51,7 +52,7 @@ class Contender:
 
     name: str
     make: Callable[[], Call]
-    judge: Callable[[Any], float | None] = lambda result: None
+    judge: Callable[[Any], float | Mapping[str, float] | None] = lambda result: None
     threads: int | None = None
     ceiling: str | None = None
     precisions: tuple[str, ...] = ("highest",)
@@ -98,6 +99,8 @@ class Row:
     fraction_of_ceiling: float | None  # shortest possible time by the ceilings of this run, by its time
     extra_mb: float | None  # growth of resident memory during one call
     wrong_codes: float | None
+    error: float | None = None  # relative, against float64 on the same inputs
+    saved_mb: float | None = None  # kept for backward, besides weights
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,7 @@ def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -
     made = _made(case, options)
     if ("ours", "highest") not in made:
         return []
-    wrong, samples = _judged(case, made, options)
+    judged, samples = _judged(case, made, options)
     samples.update({(name, "highest"): sample for name, sample in options.rivals.items()})
     rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if options.quick else (ROUNDS, SECONDS)
     with tqdm(desc=f"{op}: {case.name}", unit="round", leave=False) as bar:
@@ -194,16 +197,17 @@ def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -
     for key, series in times.items():
         contender = made[key][0] if key in made else made["ours", "highest"][0]
         row = _row(op, case, contender, series, times["ours", "highest"], ceilings, options)
-        memory = options.memory(key[0]) if case.memory and key in wrong and key[1] == "highest" else None
-        rows.append(replace(row, contender=key[0], precision=key[1], extra_mb=memory, wrong_codes=wrong.get(key)))
+        memory = options.memory(key[0]) if case.memory and key in judged and key[1] == "highest" else None
+        found: dict[str, Any] = dict(judged.get(key, {}))
+        rows.append(replace(row, contender=key[0], precision=key[1], extra_mb=memory, **found))
     return rows
 
 
 def _judged(
     case: Case, made: dict[tuple[str, str], tuple[Contender, Call | None]], options: Options
-) -> tuple[dict[tuple[str, str], float | None], dict[tuple[str, str], Callable[[], float]]]:
-    """Shares of wrong codes and samplers, of contenders that are not wrong."""
-    wrong: dict[tuple[str, str], float | None] = {}
+) -> tuple[dict[tuple[str, str], Mapping[str, float | None]], dict[tuple[str, str], Callable[[], float]]]:
+    """What judges found, by column, and samplers, of contenders that are not wrong."""
+    judged: dict[tuple[str, str], Mapping[str, float | None]] = {}
     samples: dict[tuple[str, str], Callable[[], float]] = {}
     for key, (contender, call) in made.items():
         threads = contender.threads or options.threads
@@ -214,7 +218,8 @@ def _judged(
                 assert options.start is not None
                 samples[key] = options.start(contender)
                 continue
-            wrong[key] = contender.judge(call())
+            found = contender.judge(call())
+            judged[key] = found if isinstance(found, Mapping) else {"wrong_codes": found}
         except Skip as why:
             tqdm.write(f"  {contender.name}: {why}")
             continue
@@ -224,7 +229,7 @@ def _judged(
             tqdm.write(f"  {contender.name}: {how}")
             continue
         samples[key] = sampler(call, device=options.device, threads=threads, precision=key[1], wall=case.wall)
-    return wrong, samples
+    return judged, samples
 
 
 def _row(

@@ -13,12 +13,14 @@ from harness import Row
 Document = dict[str, Any]
 
 HEADER = ("contender", "time", "by ours", "GFLOP/s", "GB/s", "of ceiling", "extra MB", "wrong codes")
+OPTIONAL = {"error": ("error", "{:.1e}"), "saved_mb": ("saved MB", "{:.1f}")}  # columns where a row has something
 PREAMBLE = """# Benchmark results
 
 Written by `python benchmarks/run.py --table` from the JSON files in `results/`. "by ours" is the median over rounds of
 a contender's time by ours in the same round: above 1, ours is faster. "medium" marks contenders measured again with
 `torch.set_float32_matmul_precision("medium")`. "of ceiling" is the shortest time that the ceilings allow by the time
 taken; sizes that fit in a cache can exceed the ceiling of memory. "extra MB" is what one call adds to resident memory.
+"error" is relative, against float64 on the same inputs; "saved MB" is what forward keeps for backward besides weights.
 """
 
 
@@ -26,8 +28,8 @@ def text(rows: Sequence[Row]) -> str:
     """The rows of one case as lines with aligned columns."""
     if not rows:
         return ""
-    cells = [HEADER, *(_cells(asdict(row)) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
+    cells = _table([asdict(row) for row in rows])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
     return "\n".join([f"\n{rows[0].op}: {rows[0].case}", *lines])
 
@@ -47,33 +49,48 @@ def markdown(results: Path) -> str:
     return "\n".join(parts)
 
 
-SUMMARY_PEERS = {
-    "official-style eval": "official style",
-    "vector-quantize-pytorch eval": "vector-quantize-pytorch",
-    "faiss IndexFlatL2": "faiss",
-    "torch.compile": "torch.compile",
-    "torch mm only": "fp32 product alone",
+SUMMARIES = {  # op: the start of its cases' names, and peers by their columns' names
+    "rvq_encode": (
+        "encode ",
+        {
+            "official-style eval": "official style",
+            "vector-quantize-pytorch eval": "vector-quantize-pytorch",
+            "faiss IndexFlatL2": "faiss",
+            "torch.compile": "torch.compile",
+            "torch mm only": "fp32 product alone",
+        },
+    ),
+    "fused_moe": (
+        "",
+        {
+            "eager loop": "eager loop",
+            "F.grouped_mm": "F.grouped_mm",
+            "transformers grouped_mm": "transformers grouped_mm",
+            "transformers LongcatFlashExperts": "transformers LongcatFlash",
+            "dense pair": "two dense products",
+        },
+    ),
 }
 
 
 def summary(results: Path) -> str:
-    """The README's table: how `rvq_encode` fares in each encoding case of the results files under `results`."""
-    lines = [
-        f"| `rvq_encode`, one thread | time | GFLOP/s | of the ceiling | {' | '.join(SUMMARY_PEERS.values())} |",
-        "|---|" + "---:|" * (3 + len(SUMMARY_PEERS)),
-    ]
-    for file in sorted(results.glob("*/rvq_encode.json")):
-        document = json.loads(file.read_text())
-        for case, rows in _by_case(document["rows"]).items():
-            known = {label(row): row for row in rows}
-            if case.startswith("encode ") and set(SUMMARY_PEERS) <= set(known):
-                lines.append(_summary_line(case.removeprefix("encode "), known))
-        environment = document["environment"]
-        lines.append(
-            f"\nMeasured on {environment['device']} at commit `{environment['commit']}`, "
-            f"{environment['date']}; a peer's column is its time by ours. All of it: `benchmarks/RESULTS.md`."
-        )
-    return "\n".join(lines)
+    """The README's tables: how ours fares in each case of the results files that has the peers of `SUMMARIES`."""
+    parts = []
+    for op, (start, peers) in SUMMARIES.items():
+        lines = [
+            f"| `{op}`, one thread | time | GFLOP/s | of the ceiling | {' | '.join(peers.values())} |",
+            "|---|" + "---:|" * (3 + len(peers)),
+        ]
+        for file in sorted(results.glob(f"*/{op}.json")):
+            document = json.loads(file.read_text())
+            for case, rows in _by_case(document["rows"]).items():
+                known = {label(row): row for row in rows}
+                if case.startswith(start) and set(peers) <= set(known):
+                    lines.append(_summary_line(case.removeprefix(start), known, peers))
+            environment = document["environment"]
+            lines.append(f"\nOn {environment['device']} at commit `{environment['commit']}`, {environment['date']}.\n")
+        parts += lines
+    return "\n".join([*parts, "A peer's column is its time by ours. All of it: `benchmarks/RESULTS.md`."])
 
 
 def insert(readme: str, table: str) -> str:
@@ -83,9 +100,9 @@ def insert(readme: str, table: str) -> str:
     return f"{before}<!-- benchmarks -->\n{table}\n<!-- end of benchmarks -->{after}"
 
 
-def _summary_line(case: str, rows: dict[str, Document]) -> str:
+def _summary_line(case: str, rows: dict[str, Document], peers: Iterable[str]) -> str:
     ours = rows["ours"]
-    ratios = " | ".join(f"{rows[peer]['ratio_to_ours']:.1f}x" for peer in SUMMARY_PEERS)
+    ratios = " | ".join(f"{rows[peer]['ratio_to_ours']:.1f}x" for peer in peers)
     speed = f"{_time(ours['median_s'])} | {ours['gflops']:.0f} | {ours['fraction_of_ceiling']:.0%}"
     return f"| {case} | {speed} | {ratios} |"
 
@@ -101,7 +118,8 @@ def _section(file: Path, document: Document) -> str:
     if file.with_suffix(".png").exists():
         parts.append(f"![{file.stem}]({file.parent.parent.name}/{file.parent.name}/{file.stem}.png)\n")
     for case, rows in _by_case(document["rows"]).items():
-        lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *(_cells(row) for row in rows)]
+        header, *cells = _table(rows)
+        lines = [header, ("---", *["---:"] * (len(header) - 1)), *cells]
         parts.append(f"**{case}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
     return "\n".join(parts)
 
@@ -116,6 +134,13 @@ def _by_case(rows: Iterable[Document]) -> dict[str, list[Document]]:
 def label(row: Document) -> str:
     """Contender, and its precision where that is not torch's default."""
     return row["contender"] + ("" if row["precision"] == "highest" else f", {row['precision']}")
+
+
+def _table(rows: Sequence[Document]) -> list[tuple[str, ...]]:
+    """Header, then a line a row."""
+    more = {key: column for key, column in OPTIONAL.items() if any(row.get(key) is not None for row in rows)}
+    lines = [(*_cells(row), *(_or_dash(row.get(key), form) for key, (_, form) in more.items())) for row in rows]
+    return [(*HEADER, *(name for name, _ in more.values())), *lines]
 
 
 def _cells(row: Document) -> tuple[str, ...]:

@@ -26,12 +26,13 @@ void up_share(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& 
     const int64_t first_row = plan.offsets[size_t(share.group)], lanes = kernels.panel_columns / 2;
     const Left left{
         plan.rows_of(share.group), p.dim, {p.x.data, p.dtype, p.x.stride, &plan.token[size_t(first_row)]}, false};
-    const Lines first{p.gate_up.data, p.dtype, p.gate_up.row_stride};
-    const Lines lines = matrix_lines(first, p.gate_up.expert_stride, share.group);
-    const auto panel = [&](int64_t i, uint32_t* to, bool few) {
-        const Halves halves = swiglu_halves(kernels, p.width, i);
-        if (p.packed[0] == nullptr) return panel_of(kernels, lines, false, p.dim, halves, to, few);
-        return Panel{static_cast<const uint32_t*>(p.packed[0]) + (share.group * panels + i) * units, lines, halves};
+    const Lines lines{p.gate_up.data, p.dtype, p.gate_up.row_stride};
+    const auto* packed = static_cast<const uint32_t*>(p.packed[0]);
+    const auto panel = [&](int64_t at) {
+        const bool ends = at == panels && share.group + 1 < p.experts;
+        const int64_t expert = share.group + ends, i = ends ? 0 : std::min(at, panels - 1);
+        return Panel{matrix_lines(lines, p.gate_up.expert_stride, expert), swiglu_halves(kernels, p.width, i), false,
+                     packed == nullptr ? nullptr : packed + (expert * panels + i) * units};
     };
     const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
     const auto take = [&](const Place& place, const float* tile) {

@@ -12,9 +12,11 @@ void activation_share(const FusedMoeInputGrad& p, const GemmKernels& kernels, co
     const int64_t panels = ceil_div(p.width, columns), size = bytes_of(p.dtype);
     const Left left{
         plan.rows_of(share.group), p.dim, {p.grad.data, p.dtype, p.grad.stride, &plan.token[size_t(first_row)]}, false};
-    const Lines lines = matrix_lines({p.down.data, p.dtype, p.down.row_stride}, p.down.expert_stride, share.group);
-    const auto panel = [&](int64_t i, uint32_t* to, bool) {
-        return panel_of(kernels, lines, true, p.dim, halves_of(kernels, p.width, i), to, false);
+    const Lines lines{p.down.data, p.dtype, p.down.row_stride};
+    const auto panel = [&](int64_t at) {
+        const bool ends = at == panels && share.group + 1 < p.experts;
+        const int64_t expert = share.group + ends, i = ends ? 0 : at;
+        return Panel{matrix_lines(lines, p.down.expert_stride, expert), halves_of(kernels, p.width, i), true};
     };
     const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
     const auto take = [&](const Place& place, const float* tile) {
@@ -55,25 +57,27 @@ void weight_of_slots(const FusedMoeInputGrad& p, const GemmKernels& kernels, con
 }
 
 // Outer products of rows, summed over the rows of each expert: out [experts, rows, columns].
-// `left(e)` gives the rows; `pack(e, halves, units)` packs those columns of the other side.
-template <class LeftOf, class Pack>
+// `left(e)` gives the rows; `right(share, room)` the other side, of which column 0 is the share's first.
+template <class LeftOf, class RightOf>
 void outer_products(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const RoutingPlan& plan, int64_t rows,
-                    int64_t columns, void* out, const LeftOf& left, const Pack& pack) {
+                    int64_t columns, void* out, const LeftOf& left, const RightOf& right) {
     const int64_t width = kernels.panel_columns, panels = ceil_div(columns, width), size = bytes_of(p.grad_dtype);
     int64_t row_units = 0, depth = 0;
     for (int64_t e = 0; e < p.experts; ++e) {
         row_units = std::max(row_units, left(e).block_units(kernels));
         depth = std::max(depth, plan.rows_of(e));
     }
-    // A panel, and its elements before they are packed.
-    const auto rooms = rooms_for(p.threads, row_units, panel_units(kernels, depth) + depth * width);
+    const auto rooms = rooms_for(p.threads, row_units, panel_units(kernels, depth));
+    std::vector<Buffer<uint32_t>> more;
+    for (int t = 0; t < p.threads; ++t) more.emplace_back(ceil_div(depth * panels * width, kernels.step));
     const auto parts =
         shares(p.experts, p.threads, [&](int64_t e) { return p.add && plan.rows_of(e) == 0 ? 0 : panels; });
     take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
         const Share& share = parts[size_t(i)];
         char* first = static_cast<char*>(out) + share.group * rows * columns * size;
-        const auto panel = [&](int64_t at, uint32_t* units, bool) {
-            return pack(share.group, halves_of(kernels, columns, at), units);
+        const Lines lines = right(share, more[size_t(t)].data());
+        const auto panel = [&](int64_t at) {
+            return Panel{lines, halves_of(kernels, columns - share.first_panel * width, at - share.first_panel), true};
         };
         const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
         const auto take = [&](const Place& place, const float* tile) {
@@ -91,11 +95,12 @@ void gate_up_grad(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const
         const Lines lines = rows_from(p.grad_hidden, p.dtype, 2 * p.width, plan.offsets[size_t(e)]);
         return Left{2 * p.width, plan.rows_of(e), lines, true};
     };
-    const auto panel = [&](int64_t e, const Halves& halves, uint32_t* units) {
-        const Lines x{p.x.data, p.dtype, p.x.stride, plan.token.data() + plan.offsets[size_t(e)]};
-        return panel_of(kernels, x, true, plan.rows_of(e), halves, units, false);
+    const auto right = [&](const Share& share, uint32_t*) {
+        const int64_t column = share.first_panel * kernels.panel_columns;
+        return Lines{static_cast<const char*>(p.x.data) + column * bytes_of(p.dtype), p.dtype, p.x.stride,
+                     plan.token.data() + plan.offsets[size_t(share.group)]};
     };
-    outer_products(kernels, p, plan, 2 * p.width, p.dim, p.grad_gate_up, left, panel);
+    outer_products(kernels, p, plan, 2 * p.width, p.dim, p.grad_gate_up, left, right);
 }
 
 void down_grad(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const RoutingPlan& plan) {
@@ -104,18 +109,16 @@ void down_grad(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const Ro
         const Lines grad{p.grad.data, p.dtype, p.grad.stride, plan.token.data() + plan.offsets[size_t(e)]};
         return Left{p.dim, plan.rows_of(e), grad, true};
     };
-    const auto panel = [&](int64_t e, const Halves& halves, uint32_t* units) {
-        const int64_t first = plan.offsets[size_t(e)], depth = plan.rows_of(e), pitch = kernels.panel_columns;
-        uint32_t* act = units + panel_units(kernels, depth);
+    const auto right = [&](const Share& share, uint32_t* act) {
+        const int64_t first = plan.offsets[size_t(share.group)], width = kernels.panel_columns;
+        const int64_t column = share.first_panel * width, pitch = (share.last_panel - share.first_panel) * width;
         const Lines gate = rows_from(p.hidden, p.dtype, 2 * p.width, first);
         const Lines up{static_cast<const char*>(gate.data) + p.width * bytes_of(p.dtype), p.dtype, gate.stride};
-        const int64_t count = halves.count[0] + halves.count[1];
-        kernels.activate(gate, up, weights.data() + first, depth, halves.first[0], count, act, pitch);
-        const Halves here{{0, pitch / 2}, {halves.count[0], halves.count[1]}};
-        return panel_of(kernels, {act, kernels.step == 1 ? DType::float32 : DType::bfloat16, pitch}, true, depth, here,
-                        units, false);
+        kernels.activate(gate, up, weights.data() + first, plan.rows_of(share.group), column,
+                         std::min(pitch, p.width - column), act, pitch);
+        return Lines{act, kernels.step == 1 ? DType::float32 : DType::bfloat16, pitch};
     };
-    outer_products(kernels, p, plan, p.dim, p.width, p.grad_down, left, panel);
+    outer_products(kernels, p, plan, p.dim, p.width, p.grad_down, left, right);
 }
 
 }  // namespace

@@ -12,7 +12,11 @@ namespace longcat {
 
 constexpr int64_t kBlockUnits = (3 << 20) / 4;  // of rows that pass each panel together: what the last cache keeps
 
+constexpr int64_t kLine = 64;  // bytes that the caches take at once
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
 
 // An odd number of cache lines, so that rows do not meet in one cache set.
 inline int64_t odd_pitch(int64_t units) { return (ceil_div(units, 16) | 1) * 16; }
@@ -81,19 +85,56 @@ struct Place {
     int64_t panel, row, rows;
 };
 
-// A panel of the other side: packed, or where its columns are to be read as they lie.
+// A panel of the other side: where its columns lie, as lines or, `by_depth`, across them; or packed already.
 struct Panel {
-    const uint32_t* units;  // or null
     Lines lines;
     Halves halves;
+    bool by_depth = false;
+    const uint32_t* units = nullptr;
 };
 
-// Multiplies the rows with panels [first, last): `panel(p, room, few)` gives panel p, which only `few` rows allow to be
-// left unpacked; `target(place, tile, pitch)` where a tile's sums go, `tile` itself or elsewhere; `take(place, sums)`
-// uses them.
+// The columns of panel p of `columns`.
+inline Halves halves_of(const GemmKernels& kernels, int64_t columns, int64_t p) {
+    const int64_t width = kernels.panel_columns / 2, first = p * kernels.panel_columns;
+    const auto count = [&](int64_t from) { return std::clamp<int64_t>(columns - from, 0, width); };
+    return {{first, first + width}, {count(first), count(first + width)}};
+}
+
+inline void pack(const GemmKernels& kernels, const Panel& panel, int64_t depth, uint32_t* out) {
+    if (!panel.by_depth) return kernels.pack_columns(panel.lines, panel.halves, depth, out);
+    const int64_t width = kernels.panel_columns / 2;
+    for (int h = 0; h < 2; ++h)
+        kernels.pack_steps(panel.lines, depth, panel.halves.count[h] ? panel.halves.first[h] : 0, panel.halves.count[h],
+                           width, out + h * width, kernels.panel_columns);
+}
+
+// What tile i of `tiles` asks for of a panel: the first tiles of one half of it, the others of the other.
+inline Ahead ahead_of(const GemmKernels& kernels, const Panel& panel, int64_t depth, int64_t i, int64_t tiles) {
+    const int64_t first_tiles = (tiles + 1) / 2, h = i < first_tiles ? 0 : 1, size = bytes_of(panel.lines.dtype);
+    const int64_t part = h == 0 ? i : i - first_tiles, parts = h == 0 ? first_tiles : tiles - first_tiles;
+    const int64_t stride = panel.lines.stride * size, first = panel.halves.first[h], count = panel.halves.count[h];
+    const char* data = static_cast<const char*>(panel.lines.data);
+    Ahead ahead{};
+    if (panel.units != nullptr) {
+        ahead.count = ceil_div(depth, kernels.step) * kernels.panel_columns / 2 * 4 / kLine, ahead.step = kLine;
+        ahead.from = reinterpret_cast<const char*>(panel.units) + h * ahead.count * kLine;
+    } else if (panel.lines.index != nullptr || count == 0) {
+        return ahead;
+    } else if (panel.by_depth) {
+        ahead = {data + first * size, stride, depth};
+    } else if (panel.lines.stride == depth) {
+        ahead = {data + first * stride, kLine, ceil_div(count * stride, kLine)};
+    }
+    const int64_t start = part * ahead.count / parts;
+    return {ahead.from + start * ahead.step, ahead.step, (part + 1) * ahead.count / parts - start};
+}
+
+// Multiplies the rows with panels [first, last): `panel(p)` gives panel p, and for `last` what will be read next;
+// `target(place, tile, pitch)` where a tile's sums go, `tile` itself or elsewhere, and with `add` go on from what is
+// there; `take(place, sums)` uses them.
 template <class PanelOf, class Target, class Take>
 void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64_t last, const Room& room,
-              const PanelOf& panel, const Target& target, const Take& take) {
+              const PanelOf& panel, const Target& target, const Take& take, bool add = false) {
     const int64_t units = ceil_div(left.depth, kernels.step);
     const int64_t block = left.units == nullptr ? left.block_rows(kernels) : std::max<int64_t>(left.rows, 1);
     const bool few = left.rows <= std::min(kFewRows, kernels.tile_rows) && !left.by_depth;
@@ -110,7 +151,10 @@ void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64
         const uint32_t* base = tile.units;
         const int64_t tiles = ceil_div(rows, kernels.tile_rows);
         for (int64_t p = first; p < last; ++p) {
-            const Panel columns = panel(p, room.panel.data(), few);
+            const Panel columns = panel(p), next = panel(p + 1 == last && start + rows < left.rows ? first : p + 1);
+            const bool streams = few && !columns.by_depth && columns.units == nullptr;
+            const uint32_t* packed = columns.units != nullptr ? columns.units : room.panel.data();
+            if (packed != columns.units && !streams) pack(kernels, columns, left.depth, room.panel.data());
             for (int64_t i = 0; i < tiles; ++i) {
                 const int64_t row = i * rows / tiles;
                 tile.count = int((i + 1) * rows / tiles - row);
@@ -118,36 +162,15 @@ void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64
                 const Place place{p, start + row, tile.count};
                 int64_t pitch = kernels.panel_columns;
                 float* sums = target(place, room.tile.data(), pitch);
-                if (columns.units != nullptr)
-                    kernels.product(tile, columns.units, units, sums, pitch);
+                if (streams)
+                    kernels.stream(tile, columns.lines, columns.halves, left.depth, sums, pitch, add);
                 else
-                    kernels.stream(tile, columns.lines, columns.halves, left.depth, sums, pitch);
+                    kernels.product(tile, packed, units, ahead_of(kernels, next, left.depth, i, tiles), sums, pitch,
+                                    add);
                 take(place, sums);
             }
         }
     }
-}
-
-// The columns of panel p of `columns`.
-inline Halves halves_of(const GemmKernels& kernels, int64_t columns, int64_t p) {
-    const int64_t width = kernels.panel_columns / 2, first = p * kernels.panel_columns;
-    const auto count = [&](int64_t from) { return std::clamp<int64_t>(columns - from, 0, width); };
-    return {{first, first + width}, {count(first), count(first + width)}};
-}
-
-// The panel of these columns of a matrix whose lines are its columns or, `by_depth`, its rows.
-inline Panel panel_of(const GemmKernels& kernels, const Lines& lines, bool by_depth, int64_t depth,
-                      const Halves& halves, uint32_t* room, bool few) {
-    if (few && !by_depth) return {nullptr, lines, halves};
-    if (!by_depth) {
-        kernels.pack_columns(lines, halves, depth, room);
-        return {room, lines, halves};
-    }
-    const int64_t width = kernels.panel_columns / 2;
-    for (int h = 0; h < 2; ++h)
-        kernels.pack_steps(lines, depth, halves.count[h] ? halves.first[h] : 0, halves.count[h], width,
-                           room + h * width, kernels.panel_columns);
-    return {room, lines, halves};
 }
 
 }  // namespace longcat

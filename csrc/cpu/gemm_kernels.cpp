@@ -17,6 +17,7 @@ constexpr int kAhead = 512;  // bytes from a line's element to what is prefetche
 namespace portable {
 namespace {
 
+using Floats = Lanes;
 void transpose(Lanes (&rows)[Lanes::kWidth]) {
     for (int i = 0; i < Lanes::kWidth; ++i)
         for (int j = 0; j < i; ++j) {
@@ -24,6 +25,13 @@ void transpose(Lanes (&rows)[Lanes::kWidth]) {
             rows[i].v[j] = rows[j].v[i];
             rows[j].v[i] = kept;
         }
+}
+
+template <class T>
+inline void load_transposed(const T* const (&line)[Lanes::kWidth], int64_t first, Lanes (&units)[Lanes::kWidth]) {
+    for (int c = 0; c < Lanes::kWidth; ++c)
+        units[c] = Lanes::load_units(reinterpret_cast<const uint32_t*>(line[c] + first));
+    transpose(units);
 }
 
 #include "gemm_kernels_body.h"
@@ -36,6 +44,7 @@ LC_TARGET_AVX2
 namespace avx2 {
 namespace {
 
+using Floats = Lanes;
 inline void transpose(Lanes (&rows)[Lanes::kWidth]) {
     __m256 pairs[8], fours[8];
     for (int i = 0; i < 4; ++i) {
@@ -54,6 +63,13 @@ inline void transpose(Lanes (&rows)[Lanes::kWidth]) {
     }
 }
 
+template <class T>
+inline void load_transposed(const T* const (&line)[Lanes::kWidth], int64_t first, Lanes (&units)[Lanes::kWidth]) {
+    for (int c = 0; c < Lanes::kWidth; ++c)
+        units[c] = Lanes::load_units(reinterpret_cast<const uint32_t*>(line[c] + first));
+    transpose(units);
+}
+
 #include "gemm_kernels_body.h"
 
 }  // namespace
@@ -64,33 +80,29 @@ LC_TARGET_AVX512
 namespace avx512 {
 namespace {
 
-template <class L>
-inline __attribute__((always_inline)) void transpose(L (&rows)[16]) {
-    __m512 pairs[16], fours[16], eights[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
-        pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v);
-    }
+using Floats = Lanes;
+// A quarter of a register of four lines at a time, so that loads do half of the work.
+template <class L, class T>
+inline __attribute__((always_inline)) void load_transposed(const T* const (&line)[16], int64_t first, L (&units)[16]) {
+    const auto quarter = [&](int i, int q) {
+        return _mm_loadu_ps(reinterpret_cast<const float*>(line[i] + first) + 4 * q);
+    };
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-            const __m512 one = pairs[4 * i + j], other = pairs[4 * i + 2 + j];
-            fours[4 * i + 2 * j] = _mm512_shuffle_ps(one, other, 0x44);
-            fours[4 * i + 2 * j + 1] = _mm512_shuffle_ps(one, other, 0xee);
-        }
+    for (int q = 0; q < 4; ++q) {
+        __m512 fours[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-            eights[8 * j + i] = _mm512_shuffle_f32x4(fours[8 * j + i], fours[8 * j + 4 + i], 0x88);
-            eights[8 * j + 4 + i] = _mm512_shuffle_f32x4(fours[8 * j + i], fours[8 * j + 4 + i], 0xdd);
+        for (int i = 0; i < 4; ++i) {
+            fours[i] = _mm512_castps128_ps512(quarter(i, q));
+            fours[i] = _mm512_mask_broadcast_f32x4(fours[i], 0x00f0, quarter(i + 4, q));
+            fours[i] = _mm512_mask_broadcast_f32x4(fours[i], 0x0f00, quarter(i + 8, q));
+            fours[i] = _mm512_mask_broadcast_f32x4(fours[i], 0xf000, quarter(i + 12, q));
         }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        rows[i].v = _mm512_shuffle_f32x4(eights[i], eights[8 + i], 0x88);
-        rows[8 + i].v = _mm512_shuffle_f32x4(eights[i], eights[8 + i], 0xdd);
+        const __m512 low[2] = {_mm512_unpacklo_ps(fours[0], fours[1]), _mm512_unpacklo_ps(fours[2], fours[3])};
+        const __m512 high[2] = {_mm512_unpackhi_ps(fours[0], fours[1]), _mm512_unpackhi_ps(fours[2], fours[3])};
+        units[4 * q].v = _mm512_shuffle_ps(low[0], low[1], 0x44);
+        units[4 * q + 1].v = _mm512_shuffle_ps(low[0], low[1], 0xee);
+        units[4 * q + 2].v = _mm512_shuffle_ps(high[0], high[1], 0x44);
+        units[4 * q + 3].v = _mm512_shuffle_ps(high[0], high[1], 0xee);
     }
 }
 
@@ -104,7 +116,8 @@ LC_TARGET_AVX512_BF16
 namespace avx512_bf16 {
 namespace {
 
-using avx512::transpose;
+using avx512::load_transposed;
+using Floats = avx512::Lanes;
 inline void narrow(const float* from, BFloat16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
 }

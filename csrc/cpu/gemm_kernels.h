@@ -43,6 +43,12 @@ struct TileRows {
     int count;
 };
 
+// What a product asks the caches for meanwhile: `count` lines, `step` bytes apart.
+struct Ahead {
+    const char* from;
+    int64_t step, count;
+};
+
 // A tile of up and gate projections, and what becomes of it.
 struct SwigluTile {
     const float* tile;  // rows of a panel: gate | up
@@ -81,12 +87,14 @@ struct GemmKernels {
     // Lines are columns: those of a panel, filled up with zeros.
     void (*pack_columns)(const Lines& lines, const Halves& halves, int64_t depth, uint32_t* panel);
 
-    // out[i * pitch + j] = the product of row i with column j of the panel.
-    void (*product)(const TileRows& rows, const uint32_t* panel, int64_t units, float* out, int64_t pitch);
+    // out[i * pitch + j] = the product of row i with column j of the panel; with `add` the chain of what is there goes
+    // on.
+    void (*product)(const TileRows& rows, const uint32_t* panel, int64_t units, const Ahead& ahead, float* out,
+                    int64_t pitch, bool add);
 
     // The same for at most `kFewRows` rows by row, and columns that are not packed.
     void (*stream)(const TileRows& rows, const Lines& lines, const Halves& halves, int64_t depth, float* out,
-                   int64_t pitch);
+                   int64_t pitch, bool add);
 
     // Rounds rows of a tile to `dtype`, or adds them to what is there.
     void (*store)(const float* tile, int64_t tile_pitch, int64_t rows, int64_t count, void* out, DType dtype,
@@ -95,8 +103,8 @@ struct GemmKernels {
     void (*swiglu)(const SwigluTile& tile);
     void (*swiglu_grad)(const SwigluGradTile& tile);
 
-    // silu(gate) * up * weight of elements [first, first + count) of each row, at most a panel's columns, as elements
-    // of products: out[i * pitch + j].
+    // silu(gate) * up * weight of elements [first, first + count) of each row, as elements of products:
+    // out[i * pitch + j].
     void (*activate)(const Lines& gate, const Lines& up, const float* weights, int64_t rows, int64_t first,
                      int64_t count, void* out, int64_t pitch);
 

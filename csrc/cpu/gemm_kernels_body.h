@@ -86,8 +86,8 @@ template <class T>
 struct Columns {
     const T* line[2][kWidth];
     int64_t count[2], depth;
-    int64_t next;              // from a line to the one in its place in the next panel
-    bool whole_panel = false;  // prefetch the next panel: products of this one leave time for it
+    int64_t next;          // from a line to the one in its place in the next panel
+    bool goes_on = false;  // the next panel is read right after this one
 
     Columns(const Lines& lines, const Halves& halves, int64_t depth) : depth(depth) {
         for (int h = 0; h < 2; ++h) {
@@ -101,33 +101,32 @@ struct Columns {
     inline __attribute__((always_inline)) int64_t load(int h, int64_t first, Lanes (&units)[kWidth]) const {
         const int64_t elements = std::min<int64_t>(kWidth * kStep, depth - first);
         constexpr int64_t kAheadElements = kAhead / int64_t(sizeof(T));
-        const int64_t ahead = whole_panel ? next : kAheadElements + (first + kAheadElements < depth ? 0 : next - depth);
+        const bool in_line = first + kAheadElements < depth;
+        const int64_t ahead = in_line ? kAheadElements : goes_on ? kAheadElements + next - depth : 0;
         if (std::is_same_v<T, Element> && elements == kWidth * kStep && count[h] == kWidth) {
 #pragma GCC unroll 16
-            for (int c = 0; c < kWidth; ++c) {
-                __builtin_prefetch(line[h][c] + first + ahead, 0, 2);
-                units[c] = Lanes::load_units(reinterpret_cast<const uint32_t*>(line[h][c] + first));
-            }
+            for (int c = 0; c < kWidth; ++c) __builtin_prefetch(line[h][c] + first + ahead, 0, 2);
+            load_transposed(line[h], first, units);
         } else {
             load_part(h, first, elements, units);
         }
-        transpose(units);
         return (elements + kStep - 1) / kStep;
     }
 
     void load_part(int h, int64_t first, int64_t elements, Lanes (&units)[kWidth]) const {
+        alignas(64) uint32_t room[kWidth][kWidth] = {};
+        const uint32_t* rows[kWidth];
         for (int c = 0; c < kWidth; ++c) {
-            alignas(64) uint32_t room[kWidth] = {};
-            if (c < count[h]) to_units(line[h][c] + first, elements, room);
-            units[c] = Lanes::load_units(room);
+            rows[c] = room[c];
+            if (c < count[h]) to_units(line[h][c] + first, elements, room[c]);
         }
+        load_transposed(rows, 0, units);
     }
 };
 
 static void pack_columns(const Lines& lines, const Halves& halves, int64_t depth, uint32_t* panel) {
     with_type(lines.dtype, [&](auto type) {
-        Columns<decltype(type)> columns(lines, halves, depth);
-        columns.whole_panel = true;
+        const Columns<decltype(type)> columns(lines, halves, depth);
         for (int64_t first = 0; first < depth; first += kWidth * kStep)
             for (int h = 0; h < 2; ++h) {
                 Lanes units[kWidth];
@@ -141,9 +140,11 @@ static void pack_columns(const Lines& lines, const Halves& halves, int64_t depth
 }
 
 template <class T, int kRows>
-static void stream_rows(const uint32_t* rows, int64_t pitch, const Columns<T>& columns, float* out, int64_t out_pitch) {
+static void stream_rows(const uint32_t* rows, int64_t pitch, const Columns<T>& columns, float* out, int64_t out_pitch,
+                        bool add) {
     Lanes sums[kRows][2];
-    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = Lanes::splat(0);
+    for (int i = 0; i < kRows; ++i)
+        for (int h = 0; h < 2; ++h) sums[i][h] = add ? Lanes::load(out + i * out_pitch + h * kWidth) : Lanes::splat(0);
     for (int64_t first = 0; first < columns.depth; first += kWidth * kStep)
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
@@ -163,40 +164,52 @@ static void stream_rows(const uint32_t* rows, int64_t pitch, const Columns<T>& c
 }
 
 static void stream(const TileRows& rows, const Lines& lines, const Halves& halves, int64_t depth, float* out,
-                   int64_t pitch) {
+                   int64_t pitch, bool add) {
     with_type(lines.dtype, [&](auto type) {
         using T = decltype(type);
-        const Columns<T> columns(lines, halves, depth);
+        Columns<T> columns(lines, halves, depth);
+        columns.goes_on = true;
         switch (rows.count) {
             case 1:
-                return stream_rows<T, 1>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 1>(rows.units, rows.pitch, columns, out, pitch, add);
             case 2:
-                return stream_rows<T, 2>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 2>(rows.units, rows.pitch, columns, out, pitch, add);
             case 3:
-                return stream_rows<T, 3>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 3>(rows.units, rows.pitch, columns, out, pitch, add);
             case 4:
-                return stream_rows<T, 4>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 4>(rows.units, rows.pitch, columns, out, pitch, add);
             case 5:
-                return stream_rows<T, 5>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 5>(rows.units, rows.pitch, columns, out, pitch, add);
             default:
-                return stream_rows<T, 6>(rows.units, rows.pitch, columns, out, pitch);
+                return stream_rows<T, 6>(rows.units, rows.pitch, columns, out, pitch, add);
         }
     });
 }
 
 template <int kRows, bool kByDepth>
-static void product_tile(const uint32_t* rows, int64_t pitch, const uint32_t* panel, int64_t units, float* out,
-                         int64_t out_pitch) {
+static void product_tile(const uint32_t* rows, int64_t pitch, const uint32_t* panel, int64_t units, const Ahead& ahead,
+                         float* out, int64_t out_pitch, bool add) {
     Lanes sums[kRows][2];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = Lanes::splat(0);
+    if (add) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+            sums[i][0] = Lanes::load(out + i * out_pitch);
+            sums[i][1] = Lanes::load(out + i * out_pitch + kWidth);
+        }
+    }
     // Three rows a pointer: more pointers than that do not fit the registers.
     constexpr int kPointers = kByDepth ? 1 : (kRows + 2) / 3;
     const uint32_t* at[kPointers];
 #pragma GCC unroll 4
     for (int group = 0; group < kPointers; ++group) at[group] = rows + 3 * group * pitch;
     const uint32_t* end = panel + units * kPanelColumns;
-    for (; panel != end; panel += kPanelColumns) {
+    // Spread out evenly: a burst of requests would hold up the loads behind it.
+    const int64_t share = (ahead.count << 16) / std::max<int64_t>(units, 1);
+    int64_t asked = 0;
+    for (; panel != end; panel += kPanelColumns, asked += share) {
+        __builtin_prefetch(ahead.from + (asked >> 16) * ahead.step, 0, 2);
         const Lanes columns[2] = {Lanes::load_units(panel), Lanes::load_units(panel + kWidth)};
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
@@ -214,7 +227,7 @@ static void product_tile(const uint32_t* rows, int64_t pitch, const uint32_t* pa
     }
 }
 
-using ProductTile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, int64_t);
+using ProductTile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, const Ahead&, float*, int64_t, bool);
 
 template <bool kByDepth, int... kLess>
 static ProductTile product_tile_of(int rows, std::integer_sequence<int, kLess...>) {
@@ -222,11 +235,12 @@ static ProductTile product_tile_of(int rows, std::integer_sequence<int, kLess...
     return tiles[rows - 1];
 }
 
-static void product(const TileRows& rows, const uint32_t* panel, int64_t units, float* out, int64_t pitch) {
+static void product(const TileRows& rows, const uint32_t* panel, int64_t units, const Ahead& ahead, float* out,
+                    int64_t pitch, bool add) {
     constexpr auto counts = std::make_integer_sequence<int, kTileRows>{};
     const ProductTile tile = rows.by_depth ? product_tile_of<true>(rows.count, counts)  //
                                            : product_tile_of<false>(rows.count, counts);
-    tile(rows.units, rows.pitch, panel, units, out, pitch);
+    tile(rows.units, rows.pitch, panel, units, ahead, out, pitch, add);
 }
 
 static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t count, void* out, DType dtype,
@@ -248,30 +262,29 @@ static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t c
     });
 }
 
-// e^x to two roundings, without branches: x = n ln 2 + r, and a polynomial for e^r (Cephes expf). Of NaN some number:
-// what is made of it is multiplied by x again.
-static inline float exponential(float x) {
-    x = x > -87.0f ? x : -87.0f;
-    x = x < 88.0f ? x : 88.0f;
-    const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const float value = p * (r * r) + (r + 1.0f);
-    return value * float_of((bits_of(shifted) - 0x4b400000u + 127u) << 23);
+// 1 / (1 + e^-x) to a few roundings: -x = n ln 2 + r, and a polynomial for e^r (Cephes expf). Of NaN some number: what
+// is made of it is multiplied by x again.
+static inline Floats sigmoid(Floats x) {
+    const auto splat = [](float value) { return Floats::splat(value); };
+    const auto fused = [](Floats a, Floats b, Floats c) { return Floats::multiply_add(a, b, c); };
+    const Floats bounded = Floats::larger(x, splat(-88.0f)), magic = splat(12582912.0f), one = splat(1.0f);
+    const Floats y = Floats::larger(Floats::subtract(splat(0.0f), bounded), splat(-87.0f));
+    const Floats shifted = fused(y, splat(1.44269504f), magic), n = Floats::subtract(shifted, magic);
+    const Floats r = fused(n, splat(2.12194440e-4f), fused(n, splat(-0.693359375f), y));
+    Floats p = fused(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+    for (const float term : {8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = fused(p, r, splat(term));
+    const Floats value = fused(p, Floats::multiply(r, r), Floats::add(r, one));
+    return Floats::divide(one, fused(value, Floats::power_of_two(shifted), one));
 }
 
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+static inline Floats silu(Floats x) { return Floats::multiply(x, (sigmoid)(x)); }
 
 static void swiglu(const SwigluTile& t) {
     for (int64_t i = 0; i < t.rows && t.act != nullptr; ++i) {
         const float *gate = t.tile + i * kPanelColumns, *up = gate + kWidth;
         alignas(64) float act[kWidth];
-        for (int j = 0; j < kWidth; ++j) act[j] = gate[j] * sigmoid(gate[j]) * up[j];
+        Floats::multiply((silu)(Floats::load(gate)), Floats::load(up)).store(act);
         Element* to = static_cast<Element*>(t.act) + i * t.act_pitch;
         if (t.count == kWidth)  // a count that is known needs no call to copy
             convert(act, kWidth, to);
@@ -299,11 +312,16 @@ static inline __attribute__((always_inline)) void swiglu_grad_row(const SwigluGr
     const float *grad = t.tile + i * kCount, weight = t.weights[i];
     convert(static_cast<const T*>(t.gate) + i * t.pitch, count, gate);
     convert(static_cast<const T*>(t.up) + i * t.pitch, count, up);
-    for (int j = 0; j < kCount; ++j) {
-        const float s = sigmoid(gate[j]), silu = gate[j] * s, weighted = weight * grad[j];
-        by_weight[j] = grad[j] * (silu * up[j]);
-        grad_gate[j] = weighted * up[j] * (s + silu * (1.0f - s));
-        grad_up[j] = weighted * silu;
+    const Floats one = Floats::splat(1.0f);
+#pragma GCC unroll 2
+    for (int j = 0; j < kCount; j += kWidth) {
+        const Floats g = Floats::load(gate + j), u = Floats::load(up + j), d = Floats::load(grad + j);
+        const Floats s = (sigmoid)(g), act = Floats::multiply(g, s),
+                     weighted = Floats::multiply(d, Floats::splat(weight));
+        const Floats slope = Floats::multiply_add(act, Floats::subtract(one, s), s);
+        Floats::multiply(d, Floats::multiply(act, u)).store(by_weight + j);
+        Floats::multiply(Floats::multiply(weighted, u), slope).store(grad_gate + j);
+        Floats::multiply(weighted, act).store(grad_up + j);
     }
     t.by_weight[i * t.by_weight_pitch] = folded(by_weight);
     convert(grad_gate, count, static_cast<T*>(t.grad_gate) + i * t.pitch);
@@ -328,12 +346,18 @@ static void activate(const Lines& gate, const Lines& up, const float* weights, i
         using T = decltype(type);
         for (int64_t i = 0; i < rows; ++i) {
             const T *g = gate.at<T>(i) + first, *u = up.at<T>(i) + first;
-            alignas(64) float act[kPanelColumns];
-            for (int64_t j = 0; j < count; ++j) {
-                const float value = to_float(g[j]);
-                act[j] = value * sigmoid(value) * to_float(u[j]) * weights[i];
+            Element* to = static_cast<Element*>(out) + i * pitch;
+            for (int64_t j = 0; j < count; j += kPanelColumns) {
+                const int64_t some = std::min<int64_t>(kPanelColumns, count - j);
+                alignas(64) float act[kPanelColumns] = {}, ups[kPanelColumns] = {};
+                convert(g + j, some, act);
+                convert(u + j, some, ups);
+                for (int c = 0; c < kPanelColumns; c += kWidth) {
+                    const Floats weighted = Floats::multiply(Floats::load(ups + c), Floats::splat(weights[i]));
+                    Floats::multiply((silu)(Floats::load(act + c)), weighted).store(act + c);
+                }
+                convert(act, some, to + j);
             }
-            convert(act, count, static_cast<Element*>(out) + i * pitch);
         }
     });
 }

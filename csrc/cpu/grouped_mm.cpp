@@ -21,9 +21,8 @@ Left left_of(const GroupedMM& p, const GroupedMM::Group& group) {
 void one_share(const GroupedMM& p, const GemmKernels& kernels, const Share& share, const Room& room) {
     const GroupedMM::Group& group = p.groups[size_t(share.group)];
     const Lines lines = lines_of(p, p.b, group.b);
-    const auto panel = [&](int64_t i, uint32_t* units, bool few) {
-        const Halves halves = halves_of(kernels, group.columns, i);
-        return panel_of(kernels, lines, p.b.column_stride == 1, group.depth, halves, units, few);
+    const auto panel = [&](int64_t i) {
+        return Panel{lines, halves_of(kernels, group.columns, i), p.b.column_stride == 1};
     };
     const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
     const auto take = [&](const Place& place, const float* tile) {

@@ -69,12 +69,11 @@ void multiply_and_combine(const GemmKernels& kernels, const MoeProduct& p, const
         const auto parts = shares(p.experts, p.threads, [&](int64_t e) { return p.plan.rows_of(e) == 0 ? 0 : count; });
         take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
             const Share& part = parts[size_t(i)];
-            const Lines lines = matrix_lines(p.matrix, p.expert_stride, part.group);
-            const auto panel = [&](int64_t at, uint32_t* room, bool few) {
-                const Halves halves = halves_of(kernels, p.dim, start + at);
-                if (p.packed != nullptr)
-                    return Panel{p.packed + (part.group * panels + start + at) * units, lines, halves};
-                return panel_of(kernels, lines, p.by_depth, p.depth, halves, room, few);
+            const auto panel = [&](int64_t at) {
+                const bool ends = at == count && part.group + 1 < p.experts;
+                const int64_t expert = part.group + ends, i = start + (ends ? 0 : std::min(at, count - 1));
+                return Panel{matrix_lines(p.matrix, p.expert_stride, expert), halves_of(kernels, p.dim, i), p.by_depth,
+                             p.packed == nullptr ? nullptr : p.packed + (expert * panels + i) * units};
             };
             float* first = y.data() + p.plan.offsets[size_t(part.group)] * pitch;
             const auto target = [&](const Place& place, float*, int64_t& out_pitch) {

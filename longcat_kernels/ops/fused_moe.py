@@ -70,10 +70,11 @@ def fused_moe(
     """
     check(save in SAVES, lambda: f"fused_moe: save must be {' or '.join(SAVES)}, got {save!r}")
     main_gate_up, main_down = main_grads or (None, None)
-    rows = _saved_rows(ids, down) if _wants_grad(x, gate_up, down, weights, residual) else 0
     packed = _packed(prepared, gate_up, down)
-    arguments = (x, gate_up, down, ids, weights, residual, main_gate_up, main_down, packed, rows, save == "x")
-    return _op(*arguments, backend)[0]
+    arguments = (x, gate_up, down, ids, weights, residual, main_gate_up, main_down, packed)
+    if not _wants_grad(x, gate_up, down, weights, residual):
+        return _op_inference(*arguments, 0, True, backend)[0]
+    return _op(*arguments, _saved_rows(ids, down), save == "x", backend)[0]
 
 
 def _wants_grad(*inputs: Tensor | None) -> bool:
@@ -215,15 +216,13 @@ _op_hidden = register(
     _run_hidden,
     _allocate_hidden,
 )
-_op = register(
-    "fused_moe(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, Tensor? residual, "
-    "Tensor? main_gate_up, Tensor? main_down, Tensor[] packed, SymInt rows, bool recompute, str backend) "
-    "-> (Tensor out, Tensor hidden)",
-    _run,
-    _allocate,
-    save=_save,
-    backward=_backward,
+_SCHEMA = (
+    "(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, Tensor? residual, Tensor? main_gate_up, "
+    "Tensor? main_down, Tensor[] packed, SymInt rows, bool recompute, str backend) -> (Tensor out, Tensor hidden)"
 )
+_op = register(f"fused_moe{_SCHEMA}", _run, _allocate, save=_save, backward=_backward)
+# Without autograd, whose part of a small call is felt.
+_op_inference = register(f"fused_moe_inference{_SCHEMA}", _run, _allocate)
 
 
 def _cpu(
