@@ -248,25 +248,6 @@ static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t c
     });
 }
 
-// e^x to two roundings, without branches: x = n ln 2 + r, and a polynomial for e^r (Cephes expf). Of NaN some number:
-// what is made of it is multiplied by x again.
-static inline float exponential(float x) {
-    x = x > -87.0f ? x : -87.0f;
-    x = x < 88.0f ? x : 88.0f;
-    const float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const float value = p * (r * r) + (r + 1.0f);
-    return value * float_of((bits_of(shifted) - 0x4b400000u + 127u) << 23);
-}
-
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
-
 static void swiglu(const SwigluTile& t) {
     for (int64_t i = 0; i < t.rows && t.act != nullptr; ++i) {
         const float *gate = t.tile + i * kPanelColumns, *up = gate + kWidth;
