@@ -15,14 +15,20 @@ from longcat_kernels.ops.moe_route import moe_route
 from longcat_kernels.ops.ngram_embedding import ngram_embedding
 from longcat_kernels.ops.rvq_decode import rvq_decode
 from longcat_kernels.ops.rvq_encode import RVQEncoding, rvq_encode
-from longcat_kernels.prepared import PreparedCodebook, PreparedExperts
-from longcat_kernels.reference.depth_decode import DepthDecoding, DepthWeights
+from longcat_kernels.prepared import PreparedCodebook, PreparedDepth, PreparedExperts
+from longcat_kernels.reference.depth_decode import DepthDecoding
+from longcat_kernels.reference.depth_sampling import DepthSampling
+from longcat_kernels.reference.depth_weights import DepthConfig, DepthLayer, DepthWeights, rope_table
 from longcat_kernels.reference.sampling import sample
 
 __all__ = [
+    "DepthConfig",
     "DepthDecoding",
+    "DepthLayer",
+    "DepthSampling",
     "DepthWeights",
     "PreparedCodebook",
+    "PreparedDepth",
     "PreparedExperts",
     "RVQEncoding",
     "RoutingPlan",
@@ -33,6 +39,7 @@ __all__ = [
     "moe_plan",
     "moe_route",
     "ngram_embedding",
+    "rope_table",
     "rvq_decode",
     "rvq_encode",
     "sample",

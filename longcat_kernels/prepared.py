@@ -13,6 +13,8 @@ from torch import Tensor
 
 from longcat_kernels import cuda, native, triton
 from longcat_kernels.layouts import HalfLayout
+from longcat_kernels.reference._depth_checks import check_shapes, check_weights
+from longcat_kernels.reference.depth_weights import DepthWeights
 
 
 class PreparedCodebook:
@@ -172,6 +174,72 @@ class PreparedExperts:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+class PreparedDepth:
+    """The weights of a depth transformer and their packed form, for `depth_decode`: packed once, at first use.
+
+    It never goes stale: writes to the weights are noticed by their versions, and the packed form is made anew at the
+    next use. Tables are never copied.
+
+    Args:
+        weights: kept, not copied, unless they are rounded.
+        precision: None keeps the weights as they are; "int8", of float32 ones, rounds each row w of each matrix (not of
+            tables, norms and biases) to multiples of s = max |w| / 127, half to even. `weights` is then the rounded
+            copy, so that every implementation computes the same.
+
+    Raises:
+        ValueError: the weights do not fit their config or each other, or no such precision.
+    """
+
+    weights: DepthWeights
+    packed: list[Tensor]  # uint8, opaque; empty where no kernel wants them
+
+    def __init__(self, weights: DepthWeights, precision: str | None = None) -> None:
+        if precision not in (None, "int8"):
+            raise ValueError(f"PreparedDepth: precision must be None or int8, got {precision!r}")
+        check_weights(weights)
+        like = next(tensor for tensor in weights.tensors() if tensor.numel())
+        check_shapes(weights, like)
+        if precision is not None and like.dtype != torch.float32:
+            raise ValueError(f"PreparedDepth: weights must be float32 for precision int8, got {like.dtype}")
+        self.weights = weights if precision is None else weights.map_matrices(rounded_to_int8)
+        self.precision, self.packed = precision, []
+        self._tensors = [t for t in self.weights.tensors() if not t.is_inference()]
+        self._versions: list[int] | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the packed form is that of the weights as they are."""
+        return self._versions == [tensor._version for tensor in self._tensors]
+
+    def refresh(self) -> PreparedDepth:
+        """Makes the packed form anew if the weights have changed since; gives itself."""
+        if not self.is_current:
+            self._pack()
+            self._versions = [tensor._version for tensor in self._tensors]
+        return self
+
+    def mark_stale(self) -> None:
+        """Says that the weights have changed by a write that their versions do not count."""
+        self._versions = None
+
+    def _pack(self) -> None:
+        """Fills `packed` in the layout of the weights' device; no kernel has one yet."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the weights alone."""
+        return {"weights": self.weights, "precision": self.precision}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def rounded_to_int8(matrix: Tensor) -> Tensor:
+    """Each row [..., D] as multiples, -127 to 127, of a 127th of its largest magnitude; half to even."""
+    scale = matrix.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale > 0, scale, 1)
+    return (matrix / scale).round() * scale
 
 
 def repack(words: Tensor, packed: Tensor) -> None:

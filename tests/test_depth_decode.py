@@ -1,7 +1,8 @@
-"""Depth decoding: exact teacher forcing, the drawn distribution, guidance, forced levels, the end class."""
+"""Depth decoding of any configuration: teacher forcing, pairs, forced levels, inactive rows, NaN, histories."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,141 +12,377 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch._dynamo.testing import CompileCounter
 
-from longcat_kernels import depth_decode
-from longcat_kernels.modules import DepthTransformer
+from longcat_kernels import DepthConfig, DepthDecoding, DepthSampling, DepthWeights, PreparedDepth, depth_decode
+from longcat_kernels.modules import depth_logits
+from longcat_kernels.reference import depth_decode as spec
+from longcat_kernels.reference._depth_cases import random_weights
 
-SIZES = (7, 5, 4)
-
-
-def head(sizes: tuple[int, ...] = SIZES, seed: int = 0) -> tuple[DepthTransformer, list[torch.Tensor]]:
-    torch.manual_seed(seed)
-    module = DepthTransformer(hidden=10, dim=8, heads=2, layers=2, ffn_scale=len(sizes), sizes=sizes)
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.6)
-    return module, [torch.randn(size + 1, 10) for size in sizes]
+GREEDY = DepthSampling(temperature=0.0)
+WARM = DepthSampling(0.8, top_k=4, top_p=0.9)
 
 
-def hidden(rows: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(rows, 10, generator=torch.Generator().manual_seed(seed))
+def longcat(classes: tuple[int, ...] = (8, 6, 5), **changes: Any) -> DepthWeights:
+    config = DepthConfig(
+        classes=classes,
+        hidden=10,
+        dim=8,
+        layers=2,
+        heads=2,
+        kv_heads=2,
+        head_dim=4,
+        ffn=8,
+        ends=True,
+        ffn_sets=tuple(range(len(classes))),
+    )
+    return weights_of(replace(config, **changes), "longcat")
 
 
-def forced_logprobs(module: DepthTransformer, tables: list[torch.Tensor], h: Any, codes: torch.Tensor) -> torch.Tensor:
-    logits = module.logits(h, codes, tables)
-    return torch.stack([x.log_softmax(1).gather(1, c[:, None])[:, 0] for x, c in zip(logits, codes.T, strict=True)], 1)
+def weights_of(config: DepthConfig, like: str) -> DepthWeights:
+    return random_weights(spec.Case(1, config, like), "cpu", torch.Generator().manual_seed(4))
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple),
-    rows=st.integers(0, 4),
-    end=st.sampled_from(["mask", "level0", "allow"]),
-    temperature=st.sampled_from([0.0, 1.0]),
-)
-def test_step_by_step_equals_teacher_forcing(sizes: tuple[int, ...], rows: int, end: str, temperature: float) -> None:
-    module, tables = head(sizes)
-    decoded = module.decode(hidden(rows), tables, temperature=temperature, end=end, seed=5)
-    forced = forced_logprobs(module, tables, hidden(rows), decoded.codes)
-    torch.testing.assert_close(decoded.logprobs, forced, rtol=0, atol=2e-5)
-    is_end = decoded.codes == torch.tensor(sizes)
-    assert not is_end[:, 1 if end == "level0" else len(sizes) if end == "allow" else 0 :].any()
-    summed = sum(table[codes] for table, codes in zip(tables, decoded.codes.T, strict=True))
+def hidden(rows: int, seed: int = 1, width: int = 10) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_rows_equal(a: DepthDecoding, b: DepthDecoding, rows_a: Any, rows_b: Any) -> None:
+    for name in DepthDecoding._fields:
+        assert torch.equal(getattr(a, name)[rows_a], getattr(b, name)[rows_b]), name
+
+
+@st.composite
+def configurations(draw: Any) -> tuple[DepthConfig, str]:
+    """Any transformer that the op can be: sets shared, own and mixed, every conditioning, with and without options."""
+    levels = draw(st.integers(1, 5))
+    sets = st.sampled_from([(), tuple(range(levels)), (0,) * (levels - 1) + (min(1, levels - 1),)])
+    conditioning = draw(st.sampled_from(["sum", "last", "last+hidden"]))
+    kv_heads, head_dim = draw(st.integers(1, 2)), draw(st.sampled_from([2, 4]))
+    like = draw(st.sampled_from(["longcat", "moshi", "csm", "qwen"]))
+    ends = draw(st.booleans())
+    config = DepthConfig(
+        classes=tuple(draw(st.lists(st.integers(2, 9), min_size=levels, max_size=levels))),
+        hidden=6 if like == "qwen" else draw(st.integers(4, 7)),
+        dim=6,
+        layers=draw(st.integers(0, 2)),
+        heads=kv_heads * draw(st.integers(1, 3)),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=5,
+        conditioning=conditioning,
+        given=draw(st.integers(0, levels - 1)) if conditioning == "last" else 0,
+        ends=ends and conditioning == "sum",
+        gated=draw(st.booleans()),
+        attention_sets=draw(sets),
+        ffn_sets=draw(sets),
+        projection_sets=draw(sets),
+        norm_sets=draw(sets),
+    )
+    return config, like
+
+
+@settings(max_examples=60, deadline=None)
+@given(described=configurations(), rows=st.integers(0, 4), temperature=st.sampled_from([0.0, 1.0]))
+def test_step_by_step_equals_teacher_forcing(described: tuple[DepthConfig, str], rows: int, temperature: float) -> None:
+    """The logits of the drawn codes, those of the same codes forced, and the ones of a single pass."""
+    config, like = described
+    weights, h = weights_of(config, like), hidden(rows, width=config.hidden)
+    start = hidden(rows, 2, config.dim) if config.conditioning == "last+hidden" else None
+    given_codes = torch.full((rows, config.given), 1)
+    options = {"start": start, "logits": True, "seed": 5}
+    decoded = depth_decode(h, weights, DepthSampling(temperature, end="allow"), prefix=given_codes, **options)
+    forced = depth_decode(h, weights, prefix=decoded.codes, **options)
+    assert torch.equal(decoded.logits, forced.logits) and torch.equal(decoded.codes, forced.codes)
+    assert torch.equal(decoded.logprobs, forced.logprobs) and torch.equal(decoded.embedding, forced.embedding)
+    at_once = torch.cat(depth_logits(weights, h, decoded.codes, start), 1)
+    torch.testing.assert_close(decoded.logits, at_once, rtol=5e-5, atol=5e-5)
+    heads = decoded.logits.split(config.classes[config.given :], 1)
+    for level, logits in enumerate(heads, config.given):
+        codes = decoded.codes[:, level, None]
+        torch.testing.assert_close(decoded.logprobs[:, level], logits.log_softmax(1).gather(1, codes)[:, 0])
+        assert temperature or torch.equal(logits.argmax(1), codes[:, 0])
+
+
+@given(end=st.sampled_from(["mask", "level0", "allow"]), seed=st.integers(0, 2**40))
+@settings(max_examples=20, deadline=None)
+def test_the_end_is_drawn_where_it_may_be_and_sums_to_nothing(end: str, seed: int) -> None:
+    weights = longcat((2, 2, 2))
+    decoded = depth_decode(hidden(32), weights, DepthSampling(end=end), seed=seed)
+    is_end = decoded.codes == 1
+    first_barred = {"mask": 0, "level0": 1, "allow": 3}[end]
+    assert not is_end[:, first_barred:].any() and is_end[:, :first_barred].any(0).all()
+    summed = sum(table[codes] for table, codes in zip(weights.tables, decoded.codes.T, strict=True))
     torch.testing.assert_close(decoded.embedding, summed.masked_fill(is_end.all(1, keepdim=True), 0))
 
 
-def test_draws_follow_the_joint_distribution() -> None:
-    module, tables = head((3, 2))
-    rows = 20_000
-    decoded = module.decode(hidden(1).expand(rows, -1), tables, end="allow", seed=3)
-    grid = torch.cartesian_prod(torch.arange(4), torch.arange(3))
-    p = forced_logprobs(module, tables, hidden(1).expand(len(grid), -1), grid).sum(1).exp().double().detach()
-    counts = torch.bincount(decoded.codes[:, 0] * 3 + decoded.codes[:, 1], minlength=12)
+def test_ends_may_be_had_by_row_and_level() -> None:
+    may_end = torch.tensor([[True, False, True], [False, False, False]]).repeat(32, 1)
+    is_end = depth_decode(hidden(64), longcat((2, 2, 2)), DepthSampling(end=may_end)).codes == 1
+    assert not is_end[~may_end].any() and is_end[::2, 0].any() and is_end[::2, 2].any()
+
+
+# The distribution
+
+
+def test_draws_follow_the_joint_distribution_of_the_levels() -> None:
+    weights, rows = longcat((3, 2)), 20_000
+    decoded = depth_decode(hidden(1).expand(rows, -1), weights, DepthSampling(end="allow"), seed=3)
+    grid = torch.cartesian_prod(torch.arange(3), torch.arange(2))
+    p = depth_decode(hidden(1).expand(6, -1), weights, prefix=grid).logprobs.double().sum(1).exp()
+    counts = torch.bincount(decoded.codes[:, 0] * 2 + decoded.codes[:, 1], minlength=6)
     assert chisquare(counts, p / p.sum() * rows).pvalue > 1e-4
 
 
-def test_greedy_takes_the_best_code_of_each_level() -> None:
-    module, tables = head()
-    decoded = module.decode(hidden(9), tables, temperature=0.0)
-    for level, logits in enumerate(module.logits(hidden(9), decoded.codes, tables)):
-        assert torch.equal(logits[:, :-1].argmax(1), decoded.codes[:, level])
+@pytest.mark.parametrize("order", ["sequential", "joint"])
+def test_draws_of_a_level_follow_its_conditional_distribution(order: str) -> None:
+    """With all limits at once, different ones at the levels, given the code of the level before, and guided."""
+    weights, pairs, draws = longcat((8, 9)), 8_000, 16_000
+    h = hidden(2).repeat(pairs, 1)
+    sampling = DepthSampling(
+        torch.tensor([0.0, 1.6]), torch.tensor([1, 6]), torch.tensor([1.0, 0.85]), 0.02, guidance=1.3, order=order
+    )
+    first = torch.full((draws, 1), 4)
+    drawn = depth_decode(h, weights, sampling, pairs="interleaved", prefix=first, seed=9)
+    every = torch.stack([torch.full((18,), 4), torch.arange(9).repeat_interleave(2)], 1)
+    forced = depth_decode(h[:18], weights, sampling, pairs="interleaved", prefix=every)
+    p = forced.drawn_logprobs[::2, 1].double().exp()
+    assert 2 <= (p > 0).sum() < 8 and p.sum() == pytest.approx(1, abs=1e-5)
+    counts = torch.bincount(drawn.codes[::2, 1], minlength=9)
+    assert (counts[p == 0] == 0).all()
+    assert chisquare(counts[p > 0], p[p > 0] / p.sum() * pairs).pvalue > 1e-4
 
 
-def test_guidance_draws_pairs_from_the_mixed_logits() -> None:
-    module, tables = head()
-    conditional, unconditional = hidden(6, 1), hidden(6, 2)
-    pairs = torch.stack([conditional, unconditional], 1).flatten(0, 1)
-    decoded = module.decode(pairs, tables, temperature=0.0, guidance=2.5)
-    codes = decoded.codes[::2]
-    assert torch.equal(codes, decoded.codes[1::2])
-    both = zip(module.logits(conditional, codes, tables), module.logits(unconditional, codes, tables), strict=True)
-    for level, (c, u) in enumerate(both):
-        mixed = 2.5 * (c - u) + u
+# Classifier-free guidance
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "split", "mixed"])
+def test_pairs_draw_from_the_mixed_logits(layout: str) -> None:
+    weights, scale = longcat(), 2.5
+    conditional, unconditional = hidden(4, 1), hidden(4, 2)
+    rows, pairs = torch.cat([conditional, unconditional]), torch.arange(8) % 4
+    if layout == "interleaved":
+        rows, first, second = torch.stack([conditional, unconditional], 1).flatten(0, 1), slice(0, 8, 2), slice(1, 8, 2)
+    else:
+        first, second = slice(0, 4), slice(4, 8)
+    if layout == "mixed":  # the last row goes unguided, and its partner is a row of its own
+        pairs[7] = 7
+    decoded = depth_decode(
+        rows,
+        weights,
+        DepthSampling(temperature=0.0, guidance=scale),
+        pairs=pairs if layout == "mixed" else layout,
+        logits=True,
+    )
+    codes, logits = decoded.codes[first], decoded.logits
+    guided = 3 if layout == "mixed" else 4
+    assert torch.equal(codes[:guided], decoded.codes[second][:guided])
+    for of_c, of_u, level in zip(*(logits[x].split((8, 6, 5), 1) for x in (first, second)), range(3), strict=True):
+        mixed = scale * (of_c - of_u) + of_u
+        mixed[guided:] = of_c[guided:]
         assert torch.equal(mixed[:, :-1].argmax(1), codes[:, level])
         want = mixed.log_softmax(1).gather(1, codes[:, level, None])[:, 0]
-        torch.testing.assert_close(decoded.logprobs[::2, level], want, rtol=0, atol=2e-5)
+        torch.testing.assert_close(decoded.logprobs[first][:, level], want)
+        assert torch.equal(decoded.logprobs[second][:guided], decoded.logprobs[first][:guided])
 
 
-def test_guidance_of_one_is_the_conditional_draw() -> None:
-    module, tables = head()
-    pairs = torch.stack([hidden(6, 1), hidden(6, 2)], 1).flatten(0, 1)
-    guided = module.decode(pairs, tables, guidance=1.0, seed=torch.arange(12))
-    alone = module.decode(hidden(6, 1), tables, seed=torch.arange(12)[::2])
-    assert torch.equal(guided.codes[::2], alone.codes)
+def test_guidance_of_one_is_the_conditional_draw_and_a_pair_uses_the_numbers_of_its_conditional_row() -> None:
+    weights, seeds = longcat(), torch.arange(12)
+    rows = torch.stack([hidden(6, 1), hidden(6, 2)], 1).flatten(0, 1)
+    temperature = torch.tensor([0.9, 0.0]).repeat(6)[:, None]
+    prefix = torch.tensor([[2], [1]]).repeat(6, 1)
+    history = (torch.zeros(6, 3).long(), torch.tensor([0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]))
+    options = {"seed": seeds, "step": seeds * 3, "prefix": prefix, "history": history}
+    numbers = DepthSampling(temperature, repetition_penalty=3.0)
+    guided = depth_decode(rows, weights, numbers, pairs="interleaved", active=seeds % 12 < 11, **options)
+    options = {"seed": seeds[::2], "step": seeds[::2] * 3, "prefix": prefix[::2]}
+    alone = depth_decode(
+        hidden(6, 1),
+        weights,
+        DepthSampling(0.9, repetition_penalty=3.0),
+        history=(history[0], torch.arange(7)),
+        **options,
+    )
+    assert torch.equal(guided.codes[::2], alone.codes) and torch.equal(guided.codes[1::2], alone.codes)
+    torch.testing.assert_close(guided.drawn_logprobs[::2], alone.drawn_logprobs)
+
+
+# Forced levels, rows that are not active, company
 
 
 def test_forced_levels_are_kept_and_leave_the_other_draws_alone() -> None:
-    module, tables = head()
-    free = module.decode(hidden(8), tables, seed=2)
-    again = module.decode(hidden(8), tables, seed=2, prefix=free.codes[:, :2])
+    weights, h = longcat(), hidden(8)
+    free = depth_decode(h, weights, seed=2)
+    again = depth_decode(h, weights, seed=2, prefix=free.codes[:, :2])
     for a, b in zip(free, again, strict=True):
         assert torch.equal(a, b)
-    forced = module.decode(hidden(8), tables, seed=2, prefix=torch.full((8, 3), 2))
-    assert (forced.codes == 2).all()
+    middle = torch.full((8, 2), -1)
+    middle[::2, 1] = free.codes[::2, 1]
+    assert torch.equal(depth_decode(h, weights, seed=2, prefix=middle).codes, free.codes)
+    assert (depth_decode(h, weights, seed=2, prefix=torch.full((8, 3), 2)).codes == 2).all()
 
 
-def test_a_row_draws_the_same_whatever_its_batch() -> None:
-    module, tables = head()
-    options = {"temperature": 0.8, "top_k": 4, "top_p": 0.9, "step": 7}
-    together = module.decode(hidden(12), tables, seed=100, **options)
-    for row in (0, 5, 11):
-        alone = module.decode(hidden(12)[row : row + 1], tables, seed=torch.tensor([100 + row]), **options)
-        assert torch.equal(alone.codes[0], together.codes[row])
+def test_logprobs_of_forced_codes_say_what_the_draw_would_have() -> None:
+    weights, h = longcat(), hidden(1).expand(5, -1)
+    prefix = torch.arange(5)[:, None]
+    forced = depth_decode(h, weights, DepthSampling(0.7, top_k=2), prefix=prefix, logits=True)
+    logits = forced.logits[0, :8]
+    torch.testing.assert_close(forced.logprobs[:, 0], logits.log_softmax(0)[:5])
+    best, second = logits[:7].topk(2)
+    kept = (best.double() / 0.7).float().double().log_softmax(0)
+    want = torch.full((8,), -torch.inf, dtype=torch.float64).scatter(0, second, kept)[:5]
+    torch.testing.assert_close(forced.drawn_logprobs[:, 0].double(), want, rtol=0, atol=1e-5)
+    greedy = depth_decode(h, weights, GREEDY, prefix=prefix)
+    point = torch.where(torch.arange(5) == logits[:7].argmax(), 0.0, -torch.inf)
+    assert torch.equal(greedy.drawn_logprobs[:, 0], point)
+    assert (greedy.drawn_logprobs[:, 1:] == 0).all()
 
 
-def test_top_k_of_one_is_greedy() -> None:
-    module, tables = head()
-    greedy = module.decode(hidden(9), tables, temperature=0.0).codes
-    assert torch.equal(module.decode(hidden(9), tables, top_k=1, seed=4).codes, greedy)
+@settings(max_examples=15, deadline=None)
+@given(active=st.lists(st.booleans(), min_size=6, max_size=6), seed=st.integers(0, 2**40))
+def test_rows_that_are_not_active_are_not_read_and_leave_the_others_alone(active: list[bool], seed: int) -> None:
+    weights, h, mask = longcat(), hidden(6), torch.tensor(active)
+    everyone = depth_decode(h, weights, WARM, seed=seed, logits=True)
+    some = depth_decode(h.masked_fill(~mask[:, None], torch.nan), weights, WARM, seed=seed, active=mask, logits=True)
+    assert_rows_equal(everyone, some, mask, mask)
+    assert (some.codes[~mask] == -1).all()
+    for name in ("logprobs", "drawn_logprobs", "embedding", "logits"):
+        assert (getattr(some, name)[~mask] == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.lists(st.integers(0, 7), min_size=1, max_size=8),
+    seed=st.integers(-(2**62), 2**62),
+    step=st.integers(0, 2**62),
+    order=st.sampled_from(["sequential", "joint"]),
+)
+def test_a_row_draws_the_same_whatever_its_batch_and_place(rows: list[int], seed: int, step: int, order: str) -> None:
+    """Codes, whatever stands beside them; all else up to the rounding of matrix products of another size."""
+    weights, everyone = longcat(), torch.arange(8)
+    lengths = torch.tensor([0, 0, 1, 4, 2, 0, 3, 1, 2])
+    past, offsets = torch.randint(0, 5, (13, 3), generator=torch.Generator().manual_seed(3)), lengths.cumsum(0)
+
+    def draw(chosen: torch.Tensor) -> DepthDecoding:
+        temperature = torch.tensor([0.5, 0.0, 1.0, 2.0, 0.7, 1.1, 0.9, 3.0])[chosen, None]
+        parts = [past[offsets[i] : offsets[i + 1]] for i in chosen.tolist()]
+        history = (torch.cat(parts), torch.tensor([0, *(len(part) for part in parts)]).cumsum(0))
+        sampling = DepthSampling(temperature, 4, 0.9, 0.01, 1.5, order=order)
+        return depth_decode(
+            hidden(8)[chosen], weights, sampling, seed=seed ^ chosen * 7, step=step + chosen, history=history
+        )
+
+    together, chosen = draw(everyone), torch.tensor(rows)
+    for got, want in zip(draw(chosen), together, strict=True):
+        torch.testing.assert_close(got, want[chosen], rtol=1e-4, atol=1e-5)
 
 
 def test_nan_in_a_row_stays_in_its_row() -> None:
-    module, tables = head()
-    h = hidden(4)
-    clean = module.decode(h, tables, seed=1)
+    weights, h = longcat(), hidden(6)
+    clean = depth_decode(h, weights, WARM, seed=1, logits=True)
     h[2] = torch.nan
-    dirty = module.decode(h, tables, seed=1)
-    others = torch.tensor([0, 1, 3])
-    assert torch.equal(dirty.codes[others], clean.codes[others])
-    assert torch.equal(dirty.logprobs[others], clean.logprobs[others]) and dirty.logprobs[2].isnan().any()
+    dirty = depth_decode(h, weights, WARM, seed=1, logits=True)
+    others = torch.tensor([0, 1, 3, 4, 5])
+    assert_rows_equal(dirty, clean, others, others)
+    assert dirty.logprobs[2, 0].isnan() and dirty.drawn_logprobs[2, 0].isnan() and dirty.codes[2, 0] == 0
+    paired = depth_decode(h, weights, WARM, seed=1, pairs="interleaved")
+    assert paired.logprobs[2:4, 0].isnan().all() and not paired.logprobs[others[[0, 1, 3, 4]]].isnan().any()
 
 
-@pytest.mark.parametrize(("code", "level"), [(-1, 0), (8, 0), (6, 1)])
-def test_refuses_forced_codes_that_no_level_has(code: int, level: int) -> None:
-    module, tables = head()
-    prefix = torch.zeros(3, 2, dtype=torch.int64)
-    prefix[1, level] = code
-    with pytest.raises(ValueError, match=rf"depth_decode: prefix must be in \[0, .\) at level {level}, got {code}"):
-        depth_decode(hidden(3), module.weights(tables), prefix=prefix)
+# Histories
+
+
+def test_a_history_is_the_rows_own_and_each_id_counts_once() -> None:
+    weights, h = longcat(), hidden(1).expand(4, -1)
+    codes = torch.tensor([[1, 0, 0], [1, 2, 0], [3, 9, -1], [-5, 2, 99]])
+    numbers = DepthSampling(repetition_penalty=1e6)
+    decoded = depth_decode(
+        h, weights, numbers, history=(codes, torch.tensor([0, 0, 2, 3, 4])), prefix=torch.full((4, 1), 1), logits=True
+    )
+    logits = decoded.logits[:, :8].double()
+    penalised = torch.where(logits < 0, logits * 1e6, logits / 1e6)
+    for row, seen in enumerate([[], [1], [3], []]):
+        scores = logits[row].clone()
+        scores[seen] = penalised[row, seen]
+        scores[-1] = -torch.inf
+        torch.testing.assert_close(
+            decoded.drawn_logprobs[row, 0].double(), scores.log_softmax(0)[1], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_an_empty_history_and_a_penalty_of_one_change_nothing() -> None:
+    weights, h = longcat(), hidden(5)
+    plain = depth_decode(h, weights, WARM, seed=3)
+    nothing = (torch.zeros(0, 3).long(), torch.zeros(6).long())
+    full = (torch.zeros(10, 3).long(), torch.arange(6) * 2)
+    for sampling, history in ((replace(WARM, repetition_penalty=5.0), nothing), (WARM, full)):
+        for a, b in zip(plain, depth_decode(h, weights, sampling, seed=3, history=history), strict=True):
+            assert torch.equal(a, b)
+
+
+# Prepared weights, tables of numbers, compilation
+
+
+def test_numbers_may_come_as_a_table() -> None:
+    weights, h = longcat(), hidden(6)
+    numbers = DepthSampling(torch.tensor([0.5, 0.0, 1.0]), 3, end="level0")
+    for a, b in zip(
+        depth_decode(h, weights, numbers), depth_decode(h, weights, numbers.table(6, weights.config)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_prepared_weights_follow_writes() -> None:
+    weights, h = longcat(), hidden(6)
+    prepared = PreparedDepth(weights)
+    for _ in range(2):
+        for a, b in zip(depth_decode(h, weights), depth_decode(h, prepared), strict=True):
+            assert torch.equal(a, b)
+        assert prepared.is_current
+        weights.layers[0].q_weight.mul_(-3)
+        assert not prepared.is_current
+
+
+def test_int8_is_a_rounding_of_each_row_by_itself() -> None:
+    weights = longcat()
+    prepared = PreparedDepth(weights, "int8")
+    layer, rounded = weights.layers[1], prepared.weights.layers[1]
+    scale = layer.up.abs().amax(-1, keepdim=True) / 127
+    steps = rounded.up / scale
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-4)
+    assert ((rounded.up - layer.up).abs() <= scale * 0.5001).all() and (rounded.up != layer.up).any()
+    assert prepared.weights.tables[0] is weights.tables[0] and rounded.norm1 is layer.norm1
+    again = PreparedDepth(prepared.weights, "int8").weights.layers[1].up
+    torch.testing.assert_close(again, rounded.up, rtol=2e-7, atol=0)
+    with pytest.raises(ValueError, match="PreparedDepth: weights must be float32 for precision int8"):
+        PreparedDepth(
+            random_weights(spec.Case(1, weights.config, dtype=torch.bfloat16), "cpu", torch.Generator()), "int8"
+        )
+    with pytest.raises(ValueError, match="PreparedDepth: precision must be None or int8, got 'int4'"):
+        PreparedDepth(weights, "int4")
 
 
 def test_one_compiled_graph_serves_every_step_seed_and_top_k() -> None:
-    module, tables = head()
-    weights, counter = module.weights([table.detach() for table in tables]), CompileCounter()
+    weights, counter = longcat(), CompileCounter()
     torch._dynamo.reset()
 
     def draw(h: torch.Tensor, number: int) -> Any:
-        return depth_decode(h, weights, step=number, seed=number, top_k=number).codes
+        return depth_decode(h, weights, DepthSampling(top_k=number), step=number, seed=number).codes
 
     compiled = torch.compile(draw, fullgraph=True, backend=counter)
     for number in range(2, 8):
         assert torch.equal(compiled(hidden(3), number), draw(hidden(3), number))
     assert counter.frame_count == 2  # one for numbers as constants, one for numbers as such
+
+
+@pytest.mark.parametrize(
+    ("code", "level", "message"),
+    [
+        (-2, 0, r"in \[-1, 8\) at level 0, -1 draws, got -2"),
+        (8, 0, r"in \[-1, 8\) at level 0, -1 draws, got 8"),
+        (6, 1, r"in \[-1, 6\) at level 1, -1 draws, got 6"),
+    ],
+)
+def test_refuses_forced_codes_that_no_level_has(code: int, level: int, message: str) -> None:
+    prefix = torch.zeros(3, 2, dtype=torch.int64)
+    prefix[1, level] = code
+    with pytest.raises(ValueError, match=f"depth_decode: prefix must be {message}"):
+        depth_decode(hidden(3), longcat(), prefix=prefix)

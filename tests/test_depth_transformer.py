@@ -154,3 +154,45 @@ def test_refuses_codes_and_tables_of_another_level_count() -> None:
         module.logits(h, torch.zeros(2, 3, dtype=torch.int64), tables)
     with pytest.raises(ValueError, match="DepthTransformer: tables must be one a level, 4, got 3"):
         module.logits(h, torch.zeros(2, 4, dtype=torch.int64), tables[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_logits_are_those_that_decoding_draws_from(dtype: torch.dtype) -> None:
+    """To the last bit: what reinforcement learning scores is what generation drew from."""
+    module, tables = head()
+    module, tables = module.to(dtype), [table.to(dtype) for table in tables]
+    h = torch.randn(7, 10).to(dtype)
+    decoded = module.decode(h, tables, seed=3, logits=True)
+    exact = module.logits(h, decoded.codes, tables, exact=True)
+    assert torch.equal(torch.cat(exact, 1), decoded.logits)
+    close = {"rtol": 0, "atol": 5e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.5}
+    for a, b in zip(exact, module.logits(h, decoded.codes, tables), strict=True):
+        torch.testing.assert_close(a, b.float(), **close)
+
+
+def test_decodes_from_weights_prepared_once() -> None:
+    module, tables = head()
+    h, prepared = torch.randn(4, 10, dtype=torch.float64), module.prepared(tables)
+    for _ in range(2):
+        for a, b in zip(module.decode(h, prepared, seed=1), module.decode(h, tables, seed=1), strict=True):
+            assert torch.equal(a, b)
+        with torch.no_grad():
+            module.transformer_layers[0].linear1.weight.neg_()
+    assert not prepared.is_current
+
+
+def test_gradients_of_inputs_and_of_weights_may_be_asked_for_apart() -> None:
+    """As schedules without bubbles do: the first without the work of the second, the second from kept intermediates."""
+    module, tables = head()
+    h, codes = torch.randn(5, 10, dtype=torch.float64, requires_grad=True), torch.randint(4, (5, 4))
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def value() -> torch.Tensor:
+        return sum(x.logsumexp(1).sum() for x in module.logits(h, codes, tables))
+
+    together = torch.autograd.grad(value(), [h, *parameters])
+    loss = value()
+    (of_input,) = torch.autograd.grad(loss, [h], retain_graph=True)
+    of_weights = torch.autograd.grad(loss, parameters)
+    for a, b in zip(together, [of_input, *of_weights], strict=True):
+        assert torch.equal(a, b)

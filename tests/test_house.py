@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "layouts": set(),
     "jit": set(),
     "cuda": {"jit", "layouts", "native"},
-    "prepared": {"cuda", "native", "layouts", "triton"},
+    "prepared": {"cuda", "native", "layouts", "reference", "triton"},
     "reference": {"spec"},
     "testing": {"spec"},
     "triton": {"backends", "layouts"},

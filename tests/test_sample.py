@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from longcat_kernels import sample
 from longcat_kernels.reference.sampling import gumbel, philox
@@ -25,22 +25,59 @@ def test_philox_gives_the_published_words(key: str, counter: str, expected: str)
     assert [f"{int(word):08x}" for word in words] == expected.split()
 
 
+IDS = (torch.zeros(1, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))  # a history of two rows
+
+
 def logits_of(rows: int, classes: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.8), (7, 0.7)])
-def test_draws_follow_the_truncated_softmax_of_transformers(top_k: int, top_p: float) -> None:
-    logits, temperature, draws = logits_of(1, 24), 1.5, 20_000
-    warped = logits / temperature
+def assert_drawn_from(ids: torch.Tensor, p: torch.Tensor) -> None:
+    """Counts of ids fit probabilities p, which are exactly zero where nothing may be drawn."""
+    counts = torch.bincount(ids, minlength=len(p))
+    assert (counts[p == 0] == 0).all()
+    kept = p > 0
+    expected = p[kept].double() / p[kept].double().sum() * len(ids)
+    assert chisquare(counts[kept], expected).pvalue > 1e-4
+
+
+TRUNCATIONS = [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.8, 0.0), (7, 0.7, 0.0), (0, 1.0, 0.2), (9, 0.9, 0.1)]
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), TRUNCATIONS)
+def test_sequential_draws_follow_the_truncated_softmax_of_transformers(top_k: int, top_p: float, min_p: float) -> None:
+    logits, draws, past = logits_of(1, 24), 20_000, torch.tensor([[3, 0, 17, 3]])
+    warped = RepetitionPenaltyLogitsProcessor(1.3)(past, logits.clone()) / 1.5
     warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
     warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
-    expected = warped.softmax(1)[0].double() * draws
-    ids = sample(logits.expand(draws, -1), temperature=temperature, top_k=top_k, top_p=top_p, seed=11).ids
-    counts = torch.bincount(ids, minlength=24)
-    assert (counts[expected == 0] == 0).all()
-    kept = expected > 0
-    assert chisquare(counts[kept], expected[kept] / expected.sum() * draws).pvalue > 1e-4
+    warped = MinPLogitsWarper(min_p)(None, warped) if min_p else warped
+    history = (past[0].repeat(draws), torch.arange(draws + 1) * 4)
+    options = {"temperature": 1.5, "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": 1.3}
+    drawn = sample(logits.expand(draws, -1), **options, history=history, seed=11)
+    assert_drawn_from(drawn.ids, warped.softmax(1)[0])
+    torch.testing.assert_close(drawn.drawn_logprobs, warped.log_softmax(1)[0, drawn.ids])
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), TRUNCATIONS)
+def test_joint_draws_follow_the_released_server(top_k: int, top_p: float, min_p: float) -> None:
+    """Both limits on one sorted softmax, which is not renormalised between them."""
+    logits, draws = logits_of(1, 24), 20_000
+    p = (logits[0].double() / 1.5).softmax(0)
+    ordered, order = p.sort(descending=True)
+    dropped = (torch.arange(24) >= (top_k or 24)) | (ordered.cumsum(0) - ordered > top_p)
+    kept = p.index_fill(0, order[dropped], 0.0)
+    kept[kept < min_p * p.max()] = 0
+    options = {"temperature": 1.5, "top_k": top_k, "top_p": top_p, "min_p": min_p, "order": "joint"}
+    drawn = sample(logits.expand(draws, -1), **options, seed=12)
+    assert_drawn_from(drawn.ids, kept)
+    torch.testing.assert_close(drawn.drawn_logprobs, (kept / kept.sum()).log()[drawn.ids].float())
+
+
+def test_orders_differ_where_top_k_cuts_mass_off() -> None:
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log().expand(2000, -1)
+    options = {"top_k": 3, "top_p": 0.75}
+    assert set(sample(logits, **options, order="sequential").ids.tolist()) == {0, 1}  # 0.4 / 0.9 + 0.3 / 0.9 > 0.75
+    assert set(sample(logits, **options, order="joint").ids.tolist()) == {0, 1, 2}  # 0.4 + 0.3 < 0.75
 
 
 @pytest.mark.parametrize("vary", ["seed", "step", "level"])
@@ -68,7 +105,8 @@ def test_a_row_draws_the_same_whatever_its_batch(
 ) -> None:
     logits = logits_of(rows, classes, seed=rows)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "step": step}
-    ids, logprobs = sample(logits, seed=seed, **options)
+    ids, logprobs, drawn_logprobs = sample(logits, seed=seed, **options)
+    assert (drawn_logprobs >= logprobs - 1e-5).all() or temperature not in (0.0, 1.0)
     torch.testing.assert_close(logprobs, logits.log_softmax(1).gather(1, ids[:, None])[:, 0])
     for row in range(rows):
         alone = sample(logits[row : row + 1], seed=torch.tensor([seed + row]), **options)
@@ -99,9 +137,35 @@ def test_minus_infinity_is_never_drawn() -> None:
 
 
 def test_noise_is_standard_gumbel() -> None:
-    (noise,) = gumbel(torch.arange(200), 0, [(0, 500)])
+    (noise,) = gumbel(torch.arange(200), torch.zeros(200).long(), [(0, 500)])
     assert noise.isfinite().all()
     assert noise.mean() == pytest.approx(0.5772, abs=0.02) and noise.var() == pytest.approx(1.6449, abs=0.03)
+
+
+def test_numbers_seeds_and_steps_may_be_of_each_row() -> None:
+    logits, seeds = logits_of(6, 20), torch.tensor([5, -1, 2**40, 0, 3, 3])
+    options = {
+        "temperature": torch.tensor([0.0, 0.5, 1.0, 2.0, 1.0, 1.0]),
+        "top_k": torch.tensor([0, 3, 0, 5, 2, 0]),
+        "top_p": torch.tensor([1.0, 0.9, 0.5, 1.0, 1.0, 0.7]),
+        "step": torch.tensor([0, 1, 2**62, 5, 9, 9]),
+    }
+    together = sample(logits, seed=seeds, **options)
+    for row in range(6):
+        alone = {name: value[row].item() for name, value in options.items()}
+        for a, b in zip(sample(logits[row : row + 1], seed=seeds[row : row + 1], **alone), together, strict=True):
+            assert torch.equal(a[0], b[row])
+
+
+@pytest.mark.parametrize("lost", [torch.nan, torch.inf])
+def test_a_row_with_nan_or_infinity_says_so_and_others_do_not_notice(lost: float) -> None:
+    logits = logits_of(3, 9)
+    clean = sample(logits, top_k=4)
+    logits[1, 5] = lost
+    dirty = sample(logits, top_k=4)
+    assert dirty.ids[1] == 0 and dirty.logprobs[1].isnan() and dirty.drawn_logprobs[1].isnan()
+    for a, b in zip(clean, dirty, strict=True):
+        assert torch.equal(a[::2], b[::2])
 
 
 @pytest.mark.parametrize(
@@ -115,8 +179,16 @@ def test_noise_is_standard_gumbel() -> None:
         ({"seed": 2**63}, r"seed must be an int in \[-2\^63, 2\^63 - 2\] or a tensor, got 9223372036854775808"),
         ({"seed": 1.5}, r"seed must be an int in \[-2\^63, 2\^63 - 2\] or a tensor, got 1\.5"),
         ({"seed": torch.zeros(2, device="meta").long()}, "seed must be on cpu, got meta"),
-        ({"step": -1}, r"step must be in \[0, 2\^64\), got -1"),
-        ({"step": 2**64}, r"step must be in \[0, 2\^64\), got 18446744073709551616"),
+        ({"step": -1}, r"step must be an int in \[0, 2\^63\) or a tensor, got -1"),
+        ({"step": 2**63}, r"step must be an int in \[0, 2\^63\) or a tensor, got 9223372036854775808"),
+        ({"step": torch.zeros(2)}, r"step must be an int or int64 \[2\], got torch\.float32 \[2\]"),
+        ({"min_p": 1.0}, r"min_p must be in \[0, 1\), got 1"),
+        ({"top_p": torch.tensor([0.5, -0.5])}, r"top_p must be in \(0, 1\], got -0\.5"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be > 0 and finite, got 0"),
+        ({"order": "first"}, r"order must be sequential or joint, got 'first'"),
+        ({"history": (IDS[0], IDS[0])}, r"history offsets must be int64 \[3\], got torch\.int64 \[1\]"),
+        ({"history": (IDS[0].int(), IDS[1])}, r"history ids must be int64 \[N\], got torch\.int32 \[1\]"),
+        ({"history": (IDS[0], torch.tensor([0, 2, 2]))}, r"history offsets must rise .* at most 1, got \[0, 2, 2\]"),
         ({"level": 2**32}, r"level must be in \[0, 2\^32\), got 4294967296"),
         ({"seed": torch.zeros(3)}, r"seed must be an int or int64 \[2\], got torch\.float32 \[3\]"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from longcat_kernels.modules._depth_logits import depth_logits
 from longcat_kernels.modules.depth_transformer import DepthTransformer
 from longcat_kernels.modules.expert_parallel import ExpertParallel
 from longcat_kernels.modules.moe import MoE, Routed
@@ -15,4 +16,5 @@ __all__ = [
     "NGramEmbedding",
     "ResidualVQ",
     "Routed",
+    "depth_logits",
 ]

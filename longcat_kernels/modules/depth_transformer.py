@@ -12,10 +12,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from longcat_kernels.modules._depth_logits import depth_logits
 from longcat_kernels.ops.depth_decode import depth_decode
-from longcat_kernels.reference.depth_decode import DepthDecoding, DepthLayer, DepthWeights
+from longcat_kernels.prepared import PreparedDepth
+from longcat_kernels.reference.depth_decode import DepthDecoding
+from longcat_kernels.reference.depth_sampling import DepthSampling
+from longcat_kernels.reference.depth_weights import DepthConfig, DepthLayer, DepthWeights
 
 
 class DepthTransformer(nn.Module):
@@ -42,7 +45,7 @@ class DepthTransformer(nn.Module):
         >>> tables = [torch.randn(6, 8), torch.randn(4, 8)]
         >>> [tuple(logits.shape) for logits in model.logits(torch.randn(7, 8), torch.zeros(7, 2).long(), tables)]
         [(7, 6), (7, 4)]
-        >>> model.decode(torch.randn(7, 8), tables, temperature=0.0).codes.shape
+        >>> model.decode(torch.randn(7, 8), tables, DepthSampling(temperature=0.0)).codes.shape
         torch.Size([7, 2])
     """
 
@@ -59,16 +62,28 @@ class DepthTransformer(nn.Module):
             raise ValueError(
                 f"DepthTransformer: ffn_scale * dim must be a multiple of {levels} levels, got {ffn_width}"
             )
-        self.sizes, self.heads_count, self.eps = tuple(sizes), heads, eps
+        self.config = DepthConfig(
+            classes=tuple(size + 1 for size in sizes),
+            hidden=hidden,
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            kv_heads=heads,
+            head_dim=dim // heads,
+            ffn=ffn_width // levels,
+            ends=True,
+            eps=eps,
+            ffn_sets=tuple(range(levels)),
+        )
         self.hidden_norm = nn.RMSNorm(hidden, eps)
         self.hidden_proj = nn.Linear(hidden, dim, bias=False)
         self.transformer_layers = nn.ModuleList(
-            DepthTransformerLayer(dim, heads, levels, ffn_width, eps) for _ in range(layers)
+            DepthTransformerLayer(dim, levels, ffn_width, eps) for _ in range(layers)
         )
         self.headnorm = nn.RMSNorm(dim, eps)
         self.heads = nn.ModuleList(nn.Linear(dim, size + 1) for size in sizes)
 
-    def logits(self, hidden: Tensor, codes: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
+    def logits(self, hidden: Tensor, codes: Tensor, tables: Sequence[Tensor], *, exact: bool = False) -> list[Tensor]:
         """Teacher-forced logits of all levels in one pass.
 
         Args:
@@ -76,6 +91,9 @@ class DepthTransformer(nn.Module):
             codes: [N, L] int64 in [0, C_l]; a negative code adds nothing. Where all codes before a level are C_l
                 ("end"), the level sees zeros. The last level's codes are not read.
             tables: L embedding tables [C_l + 1, H]; the last is not read.
+            exact: by `depth_decode` with all codes given, level after level: float32, to the last bit those that
+                decoding draws from with the same backend and as many rows; without gradient, and codes must not be
+                negative.
 
         Returns:
             L tensors [N, C_l + 1].
@@ -83,113 +101,76 @@ class DepthTransformer(nn.Module):
         Raises:
             ValueError: `codes` or `tables` do not have one entry a level.
         """
-        if codes.shape != (len(hidden), len(self.sizes)):
-            raise ValueError(
-                f"DepthTransformer: codes must be [{len(hidden)}, {len(self.sizes)}], got {list(codes.shape)}"
-            )
-        x_NLH = torch.cat([hidden[:, None], self._conditions(codes, tables).to(hidden.dtype)], dim=1)
-        z_NLD = self.hidden_proj(self.hidden_norm(x_NLH))
-        for layer in self.transformer_layers:
-            z_NLD = layer(z_NLD)
-        z_NLD = self.headnorm(z_NLD)
-        return [head(z_ND) for head, z_ND in zip(self.heads, z_NLD.unbind(1), strict=True)]
-
-    def _conditions(self, codes: Tensor, tables: Sequence[Tensor]) -> Tensor:
-        """[N, L - 1, H] what levels 1.. see: the running sum of the embeddings before them."""
-        if len(tables) != len(self.sizes):
-            raise ValueError(f"DepthTransformer: tables must be one a level, {len(self.sizes)}, got {len(tables)}")
-        if len(self.sizes) == 1:
-            return tables[0].new_zeros(len(codes), 0, tables[0].shape[1])
-        codes_NL = codes[:, :-1]
-        rows = [functional.embedding(c, t) for c, t in zip(codes_NL.clamp_min(0).unbind(1), tables, strict=False)]
-        rows_NLH = torch.stack(rows, dim=1).masked_fill((codes_NL < 0)[..., None], 0)
-        is_end_NL = codes_NL == codes.new_tensor(self.sizes[:-1])
-        only_ends_NL = is_end_NL.cummin(1).values if is_end_NL.numel() else is_end_NL
-        return rows_NLH.cumsum(1).masked_fill(only_ends_NL[..., None], 0)
+        levels = self.config.levels
+        if codes.shape != (len(hidden), levels):
+            raise ValueError(f"DepthTransformer: codes must be [{len(hidden)}, {levels}], got {list(codes.shape)}")
+        if len(tables) != levels:
+            raise ValueError(f"DepthTransformer: tables must be one a level, {levels}, got {len(tables)}")
+        if exact:
+            decoding = self.decode(hidden, tables, DepthSampling(end="allow"), prefix=codes, logits=True)
+            return list(decoding.logits.split(self.config.classes, dim=1))
+        return depth_logits(self.weights(tables), hidden, codes)
 
     def weights(self, tables: Sequence[Tensor]) -> DepthWeights:
         """The parameters as `depth_decode` takes them: views, no copies."""
         return DepthWeights(
+            config=self.config,
             tables=list(tables),
-            hidden_norm=self.hidden_norm.weight,
-            hidden_proj=self.hidden_proj.weight,
             layers=[cast(DepthTransformerLayer, layer).weights() for layer in self.transformer_layers],
-            headnorm=self.headnorm.weight,
             head_weights=[head.get_parameter("weight") for head in self.heads],
             head_biases=[head.get_parameter("bias") for head in self.heads],
-            heads=self.heads_count,
-            eps=self.eps,
+            input_norm=self.hidden_norm.weight,
+            projection=self.hidden_proj.weight[None],
+            final_norm=self.headnorm.weight[None],
         )
 
+    def prepared(self, tables: Sequence[Tensor], precision: str | None = None) -> PreparedDepth:
+        """The parameters packed for decoding; made once, at load, it takes the place of `tables` in `decode`."""
+        with torch.no_grad():
+            return PreparedDepth(self.weights(tables), precision)
+
     @torch.no_grad()
-    def decode(self, hidden: Tensor, tables: Sequence[Tensor], **sampling: Any) -> DepthDecoding:
+    def decode(
+        self,
+        hidden: Tensor,
+        tables: Sequence[Tensor] | PreparedDepth,
+        sampling: DepthSampling | Tensor | None = None,
+        **options: Any,
+    ) -> DepthDecoding:
         """Draws the codes of each position: `depth_decode` with this module's weights; hidden is [N, H]."""
-        return depth_decode(hidden, self.weights(tables), **sampling)
+        weights = tables if isinstance(tables, PreparedDepth) else self.weights(tables)
+        return depth_decode(hidden, weights, sampling, **options)
 
 
 class DepthTransformerLayer(nn.Module):
-    """Pre-norm causal attention shared by the levels, then a feed-forward of each level's own."""
+    """The parameters of pre-norm causal attention shared by the levels, and of each level's own feed-forward."""
 
-    def __init__(self, dim: int, heads: int, levels: int, ffn_width: int, eps: float) -> None:
+    def __init__(self, dim: int, levels: int, ffn_width: int, eps: float) -> None:
         super().__init__()
         self.levels = levels
         self.layernorm1 = nn.RMSNorm(dim, eps)
-        self.self_attention = DepthAttention(dim, heads)
+        self.self_attention = nn.ModuleDict(
+            {f"{name}_proj": nn.Linear(dim, dim, bias=name != "k") for name in ("q", "k", "v", "out")}
+        )
         self.layernorm2 = nn.RMSNorm(dim, eps)
         self.linear1 = nn.Linear(dim, ffn_width)
         self.linear2 = nn.Linear(ffn_width, dim)
         for unused in (self.linear1.bias, self.linear2.bias):
             unused.requires_grad_(False)
 
-    @property
-    def up(self) -> Tensor:
-        """[L, F, D]: level l owns rows l, l + L, ... of the stored matrix."""
-        return self.linear1.weight.unflatten(0, (-1, self.levels)).transpose(0, 1)
-
-    @property
-    def down(self) -> Tensor:
-        """[L, D, F]: level l owns the l-th block of columns of the stored matrix."""
-        return self.linear2.weight.unflatten(1, (self.levels, -1)).transpose(0, 1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """z [N, L, D] -> [N, L, D]."""
-        z_NLD = z + self.self_attention(self.layernorm1(z))
-        n_LND = self.layernorm2(z_NLD).transpose(0, 1)
-        act_LNF = functional.gelu(torch.bmm(n_LND, self.up.mT))
-        return z_NLD + torch.bmm(act_LNF, self.down.mT).transpose(0, 1)
-
     def weights(self) -> DepthLayer:
-        attention = self.self_attention
+        """Level l owns rows l, l + L, ... of `linear1` and the l-th block of columns of `linear2`."""
+        q, k, v, out = (self.self_attention[f"{name}_proj"] for name in ("q", "k", "v", "out"))
         return DepthLayer(
             norm1=self.layernorm1.weight,
-            q_weight=attention.q_proj.weight,
-            q_bias=attention.q_proj.bias,
-            k_weight=attention.k_proj.weight,
-            v_weight=attention.v_proj.weight,
-            v_bias=attention.v_proj.bias,
-            out_weight=attention.out_proj.weight,
-            out_bias=attention.out_proj.bias,
+            q_weight=q.get_parameter("weight")[None],
+            q_bias=q.get_parameter("bias")[None],
+            k_weight=k.get_parameter("weight")[None],
+            v_weight=v.get_parameter("weight")[None],
+            v_bias=v.get_parameter("bias")[None],
+            out_weight=out.get_parameter("weight")[None],
+            out_bias=out.get_parameter("bias")[None],
             norm2=self.layernorm2.weight,
-            up=self.up,
-            down=self.down,
+            up=self.linear1.weight.unflatten(0, (-1, self.levels)).transpose(0, 1),
+            down=self.linear2.weight.unflatten(1, (self.levels, -1)).transpose(0, 1),
         )
-
-
-class DepthAttention(nn.Module):
-    """Causal multi-head attention over the levels, without positions."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim)
-        self.out_proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, L, D] -> [N, L, D]."""
-        q, k, v = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed_NHLC = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(mixed_NHLC.transpose(1, 2).flatten(2))

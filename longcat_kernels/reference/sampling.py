@@ -5,12 +5,14 @@ the row's seed with the counter (id // 4, level, step), so a draw depends on not
 largest of logit / temperature + Gumbel noise draws from the softmax (Gumbel 1954).
 
 Dimension key
-    T rows    V classes    L levels
+    T rows    V classes    L levels    N codes of history
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,31 +23,60 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
+# The numbers of one draw, float32, by column; and in which range each must be, as (rule, lowest, highest).
+COLUMNS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "excluded", "guidance", "order")
+TEMPERATURE, TOP_K, TOP_P, MIN_P, PENALTY, EXCLUDED, GUIDANCE, ORDER = range(8)
+ORDERS = ("sequential", "joint")
+_TINY, _LARGE = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
+RANGES = (
+    (">= 0 and finite", 0.0, _LARGE),
+    (">= 0 (0 keeps all)", 0.0, 2.0**24),
+    ("in (0, 1]", _TINY, 1.0),
+    ("in [0, 1)", 0.0, 1 - 2.0**-24),
+    ("> 0 and finite", _TINY, _LARGE),
+    (">= 0", 0.0, 2.0**24),
+    ("finite", -_LARGE, _LARGE),
+    ("sequential or joint", 0.0, 1.0),
+)
+
 
 class Sampled(NamedTuple):
     ids: Tensor  # [T] int64
     logprobs: Tensor  # [T] float32: of the chosen id under the untruncated softmax at temperature 1
+    drawn_logprobs: Tensor  # [T] float32: under the distribution that the id was drawn from
 
 
 def sample(
     logits: Tensor,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    repetition_penalty: float | Tensor = 1.0,
+    order: str = "sequential",
+    history: tuple[Tensor, Tensor] | None = None,
     seed: int | Tensor = 0,
-    step: int = 0,
+    step: int | Tensor = 0,
     level: int = TEXT_LEVEL,
 ) -> Sampled:
-    """Draws one id a row; the draw depends on the row's logits and seed, on step and level, and on nothing else.
+    """Draws one id a row; the draw depends on the row's logits and numbers, on step and level, and on nothing else.
+
+    The numbers of the draw may also be tensors [T], one a row.
 
     Args:
-        logits: [T, V] floating point; -inf is never drawn.
+        logits: [T, V] floating point; -inf is never drawn. A row with NaN or inf gets id 0 and NaN logprobs.
         temperature: 0 takes the largest logit, the lowest id among equals.
         top_k: keeps the k largest logits, equal ones by lower id; 0 keeps all.
-        top_p: of what top_k kept, renormalised, keeps the fewest most probable ids that reach this share.
+        top_p: keeps the fewest most probable ids that reach this share.
+        min_p: keeps ids at least this share as probable as the most probable one.
+        repetition_penalty: divides positive logits of ids in `history` by this, and multiplies negative ones.
+        order: "sequential", top_p is a share of what top_k kept, renormalised (transformers); "joint", of the whole
+            softmax (the released LongCat-Next server).
+        history: ids [N] int64 of all rows one after the other, and offsets [T + 1]: row t owns ids[offsets[t] :
+            offsets[t + 1]]. Ids outside [0, V) are ignored.
         seed: int, and row r then uses seed + r, or int64 [T].
-        step: position of the draw in its stream, in [0, 2^64).
+        step: position of the draw in its stream, in [0, 2^63), or int64 [T].
         level: which of the draws of one step this is, in [0, 2^32).
 
     Raises:
@@ -55,23 +86,155 @@ def sample(
         raise ValueError(f"sample: logits must be [T, V] with V >= 1, got {list(logits.shape)}")
     if not logits.is_floating_point():
         raise ValueError(f"sample: logits must be floating point, got {logits.dtype}")
-    for name, number, bits in (("step", step, 64), ("level", level, 32)):
-        if not 0 <= number < 2**bits:
-            raise ValueError(f"sample: {name} must be in [0, 2^{bits}), got {number}")
-    check_sampling("sample", temperature, top_k, top_p)
-    seeds_T = row_seeds("sample", seed, logits.shape[0], logits.device)
-    noise_TV = gumbel(seeds_T, step, [(level, logits.shape[1])])[0] if temperature > 0 else None
-    ids_T = choose_ids(logits, noise_TV, temperature, top_k, top_p)
-    return Sampled(ids_T, logprobs_of(logits, ids_T))
+    if not 0 <= level < 2**32:
+        raise ValueError(f"sample: level must be in [0, 2^32), got {level}")
+    rows, device = logits.shape[0], logits.device
+    values = (temperature, top_k, top_p, min_p, repetition_penalty, 0, 1.0, order_number("sample", order))
+    params_T8 = table("sample", values, (rows,), device)
+    check_values("sample", params_T8)
+    seeds_T, steps_T = row_seeds("sample", seed, rows, device), row_steps("sample", step, rows, device)
+    seen_TV = None
+    if history is not None:
+        check_history("sample", history, rows, None, device)
+        check_offsets("sample", len(history[0]), history[1])
+        seen_TV = seen(history[0], history[1], logits.shape[1])
+    noise_TV = gumbel(seeds_T, steps_T, [(level, logits.shape[1])])[0] if draws(params_T8) else None
+    return draw(logits.to(wide(logits.dtype)), params_T8, noise_TV, seen_TV, None)
 
 
-def check_sampling(op: str, temperature: float, top_k: int, top_p: float) -> None:
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"{op}: temperature must be >= 0 and finite, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"{op}: top_k must be >= 0 (0 keeps all), got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"{op}: top_p must be in (0, 1], got {top_p}")
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of that dtype are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def draws(params: Tensor) -> bool:
+    """Whether any row draws at random."""
+    return bool((params[..., TEMPERATURE] > 0).any())
+
+
+def draw(
+    logits_TV: Tensor, params_T8: Tensor, noise_TV: Tensor | None, seen_TV: Tensor | None, forced_T: Tensor | None
+) -> Sampled:
+    """One id a row: a draw, or `forced_T` where that is not negative; and what its logprobs are.
+
+    Penalties are in the precision of the logits, all that follows in float64: a kernel that follows it draws the same
+    ids from the same logits.
+
+    Args:
+        logits_TV: float32 or float64.
+        noise_TV: float64 Gumbel noise; None: every temperature is 0.
+        seen_TV: bool: ids in the row's history.
+    """
+    logits_TV = logits_TV + 0.0  # -0 and 0 are equal, and of equals the lower id comes first
+    sum_T1 = logits_TV.double().logsumexp(1, keepdim=True)
+    scores_TV = _penalised(logits_TV, params_T8, seen_TV)
+    temperature_T1 = params_T8[:, TEMPERATURE, None].double()
+    greedy_T = scores_TV.argmax(1)
+    is_greedy_T1 = temperature_T1 <= 0
+    relative_TV = (scores_TV.double() - scores_TV.amax(1, keepdim=True)) / temperature_T1.masked_fill(is_greedy_T1, 1)
+    mass_TV = relative_TV.exp()
+    kept_TV = (mass_TV >= params_T8[:, MIN_P, None]) & _truncated(scores_TV, mass_TV, params_T8)
+    ids_T = greedy_T
+    if noise_TV is not None:
+        perturbed_TV = scores_TV.double() / temperature_T1.masked_fill(is_greedy_T1, 1) + noise_TV
+        drawn_T = perturbed_TV.masked_fill(~kept_TV, -torch.inf).argmax(1)
+        ids_T = torch.where(is_greedy_T1[:, 0], greedy_T, drawn_T)
+    lost_T = ~sum_T1[:, 0].isfinite()
+    ids_T = ids_T.masked_fill(lost_T, 0)
+    if forced_T is not None:
+        ids_T = torch.where(forced_T >= 0, forced_T, ids_T)
+
+    def chosen(values_TV: Tensor) -> Tensor:
+        return values_TV.gather(1, ids_T[:, None])[:, 0]
+
+    logprobs_T = chosen(logits_TV.double()) - sum_T1[:, 0]
+    drawn_T = chosen(relative_TV) - (mass_TV * kept_TV).sum(1).log()
+    point_T = torch.where(ids_T == greedy_T, 0.0, -torch.inf).to(drawn_T.dtype)
+    drawn_T = torch.where(is_greedy_T1[:, 0], point_T, drawn_T.masked_fill(~chosen(kept_TV), -torch.inf))
+    results = (x.masked_fill(lost_T, torch.nan).to(logits_TV.dtype) for x in (logprobs_T, drawn_T))
+    return Sampled(ids_T, *results)
+
+
+def _penalised(logits_TV: Tensor, params_T8: Tensor, seen_TV: Tensor | None) -> Tensor:
+    """Logits after the repetition penalty, -inf for ids that may not be drawn."""
+    if seen_TV is not None:
+        penalty_T1 = params_T8[:, PENALTY, None].to(logits_TV.dtype)
+        penalised_TV = torch.where(logits_TV < 0, logits_TV * penalty_T1, logits_TV / penalty_T1)
+        logits_TV = torch.where(seen_TV, penalised_TV, logits_TV)
+    classes = logits_TV.shape[1]
+    ids_V = torch.arange(classes, device=logits_TV.device)
+    return logits_TV.masked_fill(ids_V >= classes - params_T8[:, EXCLUDED, None], -torch.inf)
+
+
+def _truncated(scores_TV: Tensor, mass_TV: Tensor, params_T8: Tensor) -> Tensor:
+    """Which ids top_k and top_p keep."""
+    top_k_T1, top_p_T1 = params_T8[:, TOP_K, None], params_T8[:, TOP_P, None].double()
+    if not bool(((top_k_T1 > 0) | (top_p_T1 < 1)).any()):
+        return torch.ones_like(mass_TV, dtype=torch.bool)
+    order_TV = scores_TV.sort(dim=1, descending=True, stable=True).indices
+    sorted_TV = mass_TV.gather(1, order_TV)
+    rank_V = torch.arange(mass_TV.shape[1], device=mass_TV.device)
+    first_TV = (rank_V < top_k_T1) | (top_k_T1 == 0)
+    joint_T1 = params_T8[:, ORDER, None] > 0
+    total_T1 = (sorted_TV * (first_TV | joint_T1)).sum(1, keepdim=True)
+    before_TV = sorted_TV.cumsum(1) - sorted_TV
+    kept_TV = first_TV & ((top_p_T1 >= 1) | (before_TV < top_p_T1 * total_T1))
+    return torch.empty_like(kept_TV).scatter_(1, order_TV, kept_TV)
+
+
+def seen(history_N: Tensor, offsets_T1: Tensor, classes: int) -> Tensor:
+    """[T, V] bool: which ids stand in each row's part of the history."""
+    rows = len(offsets_T1) - 1
+    counts_T = offsets_T1.diff()
+    row_N = torch.repeat_interleave(torch.arange(rows, device=offsets_T1.device), counts_T)
+    history_N = history_N[offsets_T1[0] : offsets_T1[-1]]
+    is_id_N = (history_N >= 0) & (history_N < classes)
+    seen_TV = torch.zeros(rows, classes, dtype=torch.bool, device=history_N.device)
+    seen_TV[row_N[is_id_N], history_N[is_id_N]] = True
+    return seen_TV
+
+
+def order_number(op: str, order: str) -> int:
+    if order not in ORDERS:
+        raise ValueError(f"{op}: order must be sequential or joint, got {order!r}")
+    return ORDERS.index(order)
+
+
+def table(op: str, values: Sequence[float | Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """[*shape, 8] float32 from a number or a tensor that broadcasts to `shape` for each column, numbers checked."""
+    for column, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            check_range(op, column, value, value)
+        elif not _broadcasts(value.shape, shape) or value.device != device:
+            raise ValueError(
+                f"{op}: {COLUMNS[column]} must be a number or broadcast to {list(shape)} on {device}, got "
+                f"{list(value.shape)} on {value.device}"
+            )
+    columns = [
+        value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=device)
+        for value in values
+    ]
+    return torch.stack(torch.broadcast_tensors(*columns), -1).expand(*shape, len(COLUMNS))
+
+
+def _broadcasts(found: Sequence[int], shape: Sequence[int]) -> bool:
+    return len(found) <= len(shape) and all(a in (1, b) for a, b in zip(reversed(found), reversed(shape), strict=False))
+
+
+def check_range(op: str, column: int, lowest: float, highest: float) -> None:
+    rule, low, high = RANGES[column]
+    for value in (lowest, highest):
+        if not low <= value <= high:
+            raise ValueError(f"{op}: {COLUMNS[column]} must be {rule}, got {value}")
+
+
+def check_values(op: str, params: Tensor) -> None:
+    """The numbers of a table; on an accelerator reading them would wait for the device."""
+    if params.device.type != "cpu" or not params.numel():
+        return
+    flat = params.reshape(-1, len(COLUMNS))
+    for column, bounds in enumerate(zip(flat.amin(0).tolist(), flat.amax(0).tolist(), strict=True)):
+        check_range(op, column, *bounds)
 
 
 def row_seeds(op: str, seed: int | Tensor, rows: int, device: torch.device) -> Tensor:
@@ -80,45 +243,67 @@ def row_seeds(op: str, seed: int | Tensor, rows: int, device: torch.device) -> T
         if not isinstance(seed, int) or not -(2**63) <= seed <= 2**63 - max(1, rows):
             raise ValueError(f"{op}: seed must be an int in [-2^63, 2^63 - {max(1, rows)}] or a tensor, got {seed}")
         return torch.arange(rows, device=device) + seed
-    if seed.shape != (rows,) or seed.dtype != torch.int64:
-        raise ValueError(f"{op}: seed must be an int or int64 [{rows}], got {seed.dtype} {list(seed.shape)}")
-    if seed.device != device:
-        raise ValueError(f"{op}: seed must be on {device}, got {seed.device}")
+    _check_row_numbers(op, "seed", seed, rows, device)
     return seed
 
 
-def choose_ids(logits: Tensor, noise: Tensor | None, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """[T] ids: the largest logit where `noise` is None, else a draw from what top_k and then top_p keep."""
-    if noise is None:
-        return logits.argmax(1)
-    scaled_TV = logits.to(noise.dtype) / temperature
-    keep = min(top_k or logits.shape[1], logits.shape[1])
-    if keep == logits.shape[1] and top_p == 1:
-        return (scaled_TV + noise).argmax(1)
-    scaled_Tk, order_Tk = (t[:, :keep] for t in scaled_TV.sort(dim=1, descending=True, stable=True))
-    if top_p < 1:
-        p_Tk = scaled_Tk.softmax(1)
-        scaled_Tk = scaled_Tk.masked_fill(p_Tk.cumsum(1) - p_Tk >= top_p, -torch.inf)
-    best_T1 = (scaled_Tk + noise.gather(1, order_Tk)).argmax(1, keepdim=True)
-    return order_Tk.gather(1, best_T1)[:, 0]
+def row_steps(op: str, step: int | Tensor, rows: int, device: torch.device) -> Tensor:
+    """[T] int64: the step of each row."""
+    if not isinstance(step, Tensor):
+        if not isinstance(step, int) or not 0 <= step < 2**63:
+            raise ValueError(f"{op}: step must be an int in [0, 2^63) or a tensor, got {step}")
+        return torch.full((1,), step, device=device).expand(rows)
+    _check_row_numbers(op, "step", step, rows, device)
+    return step
 
 
-def logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
-    return logits.float().log_softmax(1).gather(1, ids[:, None])[:, 0]
+def _check_row_numbers(op: str, name: str, tensor: Tensor, rows: int, device: torch.device) -> None:
+    if tensor.shape != (rows,) or tensor.dtype != torch.int64:
+        raise ValueError(f"{op}: {name} must be an int or int64 [{rows}], got {tensor.dtype} {list(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
 
 
-def gumbel(seeds: Tensor, step: int, levels: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """One [T, size] float64 tensor of Gumbel noise for each (level, size)."""
-    blocks = [(size + 3) // 4 for _, size in levels]
+def check_history(op: str, history: tuple[Tensor, Tensor], rows: int, levels: int | None, device: torch.device) -> None:
+    """Shapes of (ids, offsets)."""
+    ids, offsets = history
+    wanted = "[N]" if levels is None else f"[N, {levels}]"
+    trailing = [] if levels is None else [levels]
+    if ids.ndim != 1 + len(trailing) or list(ids.shape[1:]) != trailing or ids.dtype != torch.int64:
+        raise ValueError(f"{op}: history ids must be int64 {wanted}, got {ids.dtype} {list(ids.shape)}")
+    if offsets.shape != (rows + 1,) or offsets.dtype != torch.int64:
+        found = f"{offsets.dtype} {list(offsets.shape)}"
+        raise ValueError(f"{op}: history offsets must be int64 [{rows + 1}], got {found}")
+    for name, tensor in (("ids", ids), ("offsets", offsets)):
+        if tensor.device != device:
+            raise ValueError(f"{op}: history {name} must be on {device}, got {tensor.device}")
+
+
+def check_offsets(op: str, ids: int, offsets: Tensor) -> None:
+    """Offsets in order and within the ids; on an accelerator reading them would wait for the device."""
+    if offsets.device.type != "cpu":
+        return
+    values: list[int] = offsets.tolist()
+    if values[0] < 0 or values[-1] > ids or any(a > b for a, b in pairwise(values)):
+        raise ValueError(f"{op}: history offsets must rise from 0 or more to at most {ids}, got {values}")
+
+
+def gumbel(seeds: Tensor, steps: Tensor, levels: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """One [T, size] float64 tensor of Gumbel noise for each (level, size); seeds and steps are int64 [T]."""
+    blocks = [math.ceil(size / 4) for _, size in levels]
     block_N = torch.cat([torch.arange(count, device=seeds.device) for count in blocks])
     level_N = torch.cat(
         [torch.full((n,), level, device=seeds.device) for n, (level, _) in zip(blocks, levels, strict=True)]
     )
-    counter = (block_N, level_N, torch.tensor(step & _WORD), torch.tensor(step >> 32 & _WORD))
-    words = philox((seeds[:, None] & _WORD, seeds[:, None] >> 32 & _WORD), counter)
+    words = philox(_words(seeds), (block_N, level_N, *_words(steps)))
     bits_TV = torch.stack(words, dim=2)
     noise = -torch.log(-torch.log1p(-(bits_TV.double() + 0.5) * 2.0**-32))
     return [part.flatten(1)[:, :size] for part, (_, size) in zip(noise.split(blocks, dim=1), levels, strict=True)]
+
+
+def _words(numbers_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The low and the high 32 bits, [T, 1] each."""
+    return numbers_T[:, None] & _WORD, numbers_T[:, None] >> 32 & _WORD
 
 
 def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import sample
+from longcat_kernels import PreparedDepth, depth_decode, sample
 from longcat_model.backbone import Cache
 from longcat_model.generation.machine import Answers, Heads, State
 from longcat_model.generation.sampling import Sampling
@@ -27,53 +27,72 @@ class Chooser:
     """Asks the heads. Row i of a group draws with `seeds[i]` plus the sampling's seed."""
 
     model: LongcatNext
+    visual: PreparedDepth
+    audio: PreparedDepth
     text: Sampling
     codes: Sampling
     text_mask: Tensor  # bool [text rows]: ids the text head may choose
     guidance: float | None = None  # scale of classifier-free guidance; hidden states are then interleaved pairs
 
-    def answers(self, hidden_MD: Tensor, heads: Heads, seeds: Tensor, step: int) -> Answers:
-        """Answers of the rows that ask; the others' are -1. On the CPU."""
+    def answers(self, hidden_MD: Tensor, heads: Heads, seeds: Tensor, step: int, written: Inputs | None) -> Answers:
+        """Answers of the rows that ask; the others' are -1. On the CPU.
+
+        Args:
+            written: [N, positions] what each row has written since its prompt, or None.
+        """
         ids, size = self.model.ids, seeds.shape[0]
         text_N = torch.full((size,), NONE)
         visual_NL = torch.full((size, len(ids.visual_sizes)), NONE)
         audio_NL = torch.full((size, len(ids.audio_sizes)), NONE)
         for rows, hidden_ND in _asking(heads.text, hidden_MD):
             logits_NV = self.model.text_logits(hidden_ND).masked_fill(~self.text_mask, -torch.inf)
-            seeds_N = (self.text.seed + seeds[rows]).to(hidden_MD.device)
-            text_N[rows] = sample(logits_NV, **_limits(self.text), seed=seeds_N, step=step).ids.cpu()
+            said = _history(self.text, None if written is None else written.text[rows], logits_NV)
+            drawn = sample(logits_NV, **self.text.numbers(), history=said, **self._stream(self.text, seeds[rows], step))
+            text_N[rows] = drawn.ids.cpu()
         for rows, hidden_ND in _asking(heads.visual, hidden_MD):
-            visual_NL[rows] = self._cells(hidden_ND, seeds[rows], step)
-        for asks, end in ((heads.audio & heads.audio_may_end, "level0"), (heads.audio & ~heads.audio_may_end, "mask")):
-            for rows, hidden_ND in _asking(asks, hidden_MD):
-                audio_NL[rows] = self._frames(hidden_ND, seeds[rows], step, end)
+            past = None if written is None else written.visual[rows]
+            visual_NL[rows] = self._cells(hidden_ND, seeds[rows], step, past)
+        for rows, hidden_ND in _asking(heads.audio, hidden_MD):
+            past = None if written is None else written.audio[rows]
+            audio_NL[rows] = self._frames(hidden_ND, seeds[rows], step, past, heads.audio_may_end[rows])
         return Answers(text_N, visual_NL, audio_NL)
 
-    def _cells(self, hidden_MD: Tensor, seeds: Tensor, step: int) -> Tensor:
+    def _cells(self, hidden_MD: Tensor, seeds: Tensor, step: int, past: Tensor | None) -> Tensor:
         copies = hidden_MD.shape[0] // seeds.shape[0]
-        decoding = self.model.visual_head.decode(
+        guided = self.guidance is not None
+        decoding = depth_decode(
             hidden_MD,
-            self.model.visual_tables(),
-            **_limits(self.codes),
-            seed=(self.codes.seed + seeds).repeat_interleave(copies).to(hidden_MD.device),
-            step=step,
-            guidance=self.guidance,
-            end="mask",
+            self.visual,
+            self.codes.of_codes(guidance=1.0 if self.guidance is None else self.guidance),
+            pairs="interleaved" if guided else None,
+            history=_history(self.codes, past, hidden_MD, copies),
+            **self._stream(self.codes, seeds.repeat_interleave(copies), step),
         )
-        codes_NL: Tensor = decoding.codes[::copies]
-        return codes_NL.cpu()
+        return decoding.codes[::copies].cpu()
 
-    def _frames(self, hidden_ND: Tensor, seeds: Tensor, step: int, end: str) -> Tensor:
-        decoding = self.model.audio_head.decode(
+    def _frames(self, hidden_ND: Tensor, seeds: Tensor, step: int, past: Tensor | None, may_end: Tensor) -> Tensor:
+        """The end is level 0's to say, in the rows that may."""
+        is_first_L = torch.arange(len(self.model.ids.audio_sizes)) == 0
+        decoding = depth_decode(
             hidden_ND,
-            self.model.audio_tables(),
-            **_limits(self.codes),
-            seed=(self.codes.seed + seeds).to(hidden_ND.device),
-            step=step,
-            end=end,
+            self.audio,
+            self.codes.of_codes(end=(may_end[:, None] & is_first_L).to(hidden_ND.device)),
+            history=_history(self.codes, past, hidden_ND),
+            **self._stream(self.codes, seeds, step),
         )
-        codes_NL: Tensor = decoding.codes
-        return codes_NL.cpu()
+        return decoding.codes.cpu()
+
+    def _stream(self, sampling: Sampling, seeds: Tensor, step: int) -> dict[str, Any]:
+        return {"seed": (sampling.seed + seeds).to(self.text_mask.device), "step": step}
+
+
+def _history(sampling: Sampling, past: Tensor | None, like: Tensor, copies: int = 1) -> tuple[Tensor, Tensor] | None:
+    """Ids [N, positions, ...] as the sampler's history, `copies` rows each; None where nothing is penalised."""
+    if sampling.repetition_penalty == 1 or past is None:
+        return None
+    offsets = torch.arange(past.shape[0] * copies + 1) * past.shape[1]
+    flat = past.repeat_interleave(copies, 0).flatten(0, 1)
+    return flat.to(like.device), offsets.to(like.device)
 
 
 @torch.no_grad()
@@ -126,7 +145,7 @@ def _decode_group(chooser: Chooser, prompt: Inputs, state: State, seeds: Tensor,
     inputs = prompt
     while True:
         hidden_MD = model(inputs.to(weight.device), cache).hidden[:, -1]
-        answers = chooser.answers(hidden_MD, state.heads(), seeds[alive], len(steps))
+        answers = chooser.answers(hidden_MD, state.heads(), seeds[alive], len(steps), _written(chooser, steps, alive))
         state, fed, done = state.advance(answers)
         steps.append(Inputs(*(_scatter(x, alive, size) for x in _tensors(fed))))
         lengths[alive] += 1
@@ -141,8 +160,11 @@ def _decode_group(chooser: Chooser, prompt: Inputs, state: State, seeds: Tensor,
     return [Inputs(*(x[row, :length] for x in whole)) for row, length in enumerate(lengths.tolist())]
 
 
-def _limits(sampling: Sampling) -> dict[str, Any]:
-    return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+def _written(chooser: Chooser, steps: list[Inputs], rows: Tensor) -> Inputs | None:
+    """What the rows have written so far, where somebody is penalised for it."""
+    if not steps or (chooser.text.repetition_penalty == 1 and chooser.codes.repetition_penalty == 1):
+        return None
+    return Inputs(*(torch.cat(parts, 1)[rows] for parts in zip(*map(_tensors, steps), strict=True)))
 
 
 def _asking(asks: Tensor, hidden_MD: Tensor) -> list[tuple[Tensor, Tensor]]:

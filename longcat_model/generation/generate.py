@@ -188,7 +188,15 @@ def _chooser(
 ) -> Chooser:
     mask = torch.ones(model.ids.text_rows, dtype=torch.bool) if allowed is None else allowed
     device = model.embed_tokens.weight.device
-    return Chooser(model=model, text=text, codes=codes, text_mask=mask.to(device), guidance=guidance)
+    return Chooser(
+        model=model,
+        visual=model.visual_head.prepared(model.visual_tables()),
+        audio=model.audio_head.prepared(model.audio_tables()),
+        text=text,
+        codes=codes,
+        text_mask=mask.to(device),
+        guidance=guidance,
+    )
 
 
 def _at_least_one(name: str, **limits: int) -> None:
