@@ -38,6 +38,7 @@ class Frame {
     }
 
     void run() {
+        if (count_ == 0) return;
         for (int64_t level = 0; level < s_.levels; ++level) {
             project(level);
             for (int64_t layer = 0; layer < s_.layers; ++layer) {

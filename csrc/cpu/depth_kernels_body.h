@@ -93,18 +93,25 @@ static void product(const DepthTile& t) {
         tile_of<Format, 1>(t.rows, std::make_integer_sequence<int, kTileRows>{})(t);
 }
 
-static inline float result(const DepthSums& s, int64_t i, int64_t j) {
-    const float sum = s.sums[i * s.pitch + j] * (s.scale == nullptr ? 1.0f : s.scale[j]);
-    return s.bias == nullptr ? sum : sum + s.bias[j];
+// Results of `count` columns of a row. What is absent is not even read under a mask: that would cost a trap.
+static inline void results(const DepthSums& s, int64_t row, int64_t first, int64_t count, float* __restrict out) {
+    const float* __restrict sums = s.sums + row * s.pitch + first;
+    for (int64_t j = 0; j < count; ++j) out[j] = sums[j];
+    if (s.scale != nullptr)
+        for (int64_t j = 0; j < count; ++j) out[j] *= s.scale[first + j];
+    if (s.bias != nullptr)
+        for (int64_t j = 0; j < count; ++j) out[j] += s.bias[first + j];
 }
 
 static void put(const DepthSums& s, float* out, int64_t pitch, bool add) {
+    alignas(64) float row[2 * kHalfColumns];
     for (int64_t i = 0; i < s.rows; ++i) {
         float* __restrict to = out + i * pitch;
+        results(s, i, 0, s.count, row);
         if (add)
-            for (int64_t j = 0; j < s.count; ++j) to[j] += result(s, i, j);
+            for (int64_t j = 0; j < s.count; ++j) to[j] += row[j];
         else
-            for (int64_t j = 0; j < s.count; ++j) to[j] = result(s, i, j);
+            std::copy_n(row, s.count, to);
     }
 }
 
@@ -117,24 +124,18 @@ static inline void to_elements(const float* __restrict from, int64_t count, E* _
     for (; j < count; ++j) to[j] = from_float<E>(from[j]);
 }
 
-template <class F>
-static inline void activate_by(const DepthSums& s, bool gated, Element* out, int64_t pitch, const F& f) {
-    alignas(64) float act[2 * kHalfColumns];
-    for (int64_t i = 0; i < s.rows; ++i) {
-        if (gated)
-            for (int64_t j = 0; j < s.count; ++j) act[j] = f(result(s, i, j)) * result(s, i, kHalfColumns + j);
-        else
-            for (int64_t j = 0; j < s.count; ++j) act[j] = f(result(s, i, j));
-        to_elements(act, s.count, out + i * pitch);
-    }
-}
-
 static void activate(const DepthSums& s, bool gated, void* out, int64_t pitch) {
-    auto* elements = static_cast<Element*>(out);
-    if (gated)
-        activate_by(s, true, elements, pitch, [](float x) { return silu(x); });
-    else
-        activate_by(s, false, elements, pitch, [](float x) { return gelu(x); });
+    alignas(64) float first[2 * kHalfColumns], second[kHalfColumns];
+    for (int64_t i = 0; i < s.rows; ++i) {
+        results(s, i, 0, s.count, first);
+        if (gated) {
+            results(s, i, kHalfColumns, s.count, second);
+            for (int64_t j = 0; j < s.count; ++j) first[j] = silu(first[j]) * second[j];
+        } else {
+            for (int64_t j = 0; j < s.count; ++j) first[j] = gelu(first[j]);
+        }
+        to_elements(first, s.count, static_cast<Element*>(out) + i * pitch);
+    }
 }
 
 // Sum of products, a register's width side by side and four of them in turn; what is left goes one by one.

@@ -190,7 +190,8 @@ void pack_panel(const PackDepth& p, const DepthMatrix& m, int64_t panel, float* 
     const GemmKernels& gemm = gemm_kernels(p.isa, DType::float32);
     const int64_t pitch = 2 * kernels.row_bytes;
     for (int half = 0; half < 2; ++half) {
-        fill_half(gemm, m, panel, half, 0, m.depth, reinterpret_cast<uint32_t*>(room));
+        const HalfPanel part = half_panel(gemm, m, panel, half);
+        gemm.pack_columns(part.lines, part.halves, m.depth, reinterpret_cast<uint32_t*>(room));
         char* out = const_cast<char*>(m.panels) + panel * m.panel_bytes(kernels) + half * kernels.row_bytes;
         float* scales = const_cast<float*>(m.scale);
         if (scales != nullptr) scales += (2 * panel + half) * kernels.half_columns;
@@ -200,13 +201,10 @@ void pack_panel(const PackDepth& p, const DepthMatrix& m, int64_t panel, float* 
 
 }  // namespace
 
-void fill_half(const GemmKernels& gemm, const DepthMatrix& m, int64_t panel, int half, int64_t first, int64_t count,
-               uint32_t* out) {
+HalfPanel half_panel(const GemmKernels& gemm, const DepthMatrix& m, int64_t panel, int half) {
     const int64_t width = gemm.panel_columns / 2, begin = (m.gated ? panel : 2 * panel + half) * gemm.panel_columns;
-    Lines lines = m.lines[m.gated ? half : 1];
-    lines.data = static_cast<const char*>(lines.data) + first * bytes_of(lines.dtype);
     const auto columns = [&](int64_t from) { return std::clamp<int64_t>(m.columns - from, 0, width); };
-    gemm.pack_columns(lines, {{begin, begin + width}, {columns(begin), columns(begin + width)}}, count, out);
+    return {m.lines[m.gated ? half : 1], {{begin, begin + width}, {columns(begin), columns(begin + width)}}};
 }
 
 int64_t packed_depth_bytes(const PackDepth& p) { return layout_of(p).end; }

@@ -53,8 +53,19 @@ DepthModel packed_model(const DepthShape& shape, const void* packed);
 DepthModel unpacked_model(const DepthShape& shape, const DepthWeights& weights, float* room);
 int64_t vector_floats(const DepthShape& shape, const DepthWeights& weights);
 
-// Half a panel of steps [first, first + count) of depth, as floats or, on a processor for that, pairs of bfloat16.
-void fill_half(const GemmKernels& gemm, const DepthMatrix& matrix, int64_t panel, int half, int64_t first,
-               int64_t count, uint32_t* out);
+// The columns of half a panel of a matrix that is not packed.
+struct HalfPanel {
+    Lines lines;
+    Halves halves;
+
+    // From step `first` of depth on.
+    Lines from(int64_t first) const {
+        Lines later = lines;
+        later.data = static_cast<const char*>(lines.data) + first * bytes_of(lines.dtype);
+        return later;
+    }
+};
+
+HalfPanel half_panel(const GemmKernels& gemm, const DepthMatrix& matrix, int64_t panel, int half);
 
 }  // namespace longcat

@@ -94,8 +94,10 @@ class Stream {
         t.half_pitch = kernels_.row_bytes, t.row_pitch = 2 * kernels_.row_bytes;
         t.steps = m.panel_bytes(kernels_) / t.row_pitch;
         t.sums = worker.sums, t.sums_pitch = 2 * kernels_.half_columns;
-        t.ahead = after != nullptr ? after : static_cast<const char*>(t.weights) + kAheadBytes;
-        t.ahead_step = t.row_pitch;
+        // Where products are quick, the processor's own prefetching does better.
+        const bool is_quick = rows.count <= 2 && kernels_.row_bytes / kernels_.row_depth * 2 >= kernels_.half_columns * 4;
+        t.ahead = after != nullptr ? after : static_cast<const char*>(t.weights) + (is_quick ? 0 : kAheadBytes);
+        t.ahead_step = is_quick && after == nullptr ? 0 : t.row_pitch;
         kernels_.product(t);
     }
 
@@ -135,19 +137,34 @@ class Stream {
         }
     }
 
-    // Halves of a panel made chunk by chunk.
+    // Of a matrix that is not packed: in registers for a few rows, else chunk by chunk.
     void unpacked(const Worker& worker, const DepthMatrix& m, int64_t panel, const DepthRows& rows) const {
-        const int64_t chunk = kChunkBytes / kernels_.row_bytes, steps = ceil_div(m.depth, kernels_.row_depth);
-        for (int half = 0; half < 2; ++half)
-            for (int64_t first = 0; first < steps; first += chunk) {
-                const int64_t count = std::min(chunk, steps - first), begin = first * kernels_.row_depth;
-                fill_half(gemm_, m, panel, half, begin, std::min(count * kernels_.row_depth, m.depth - begin),
-                          worker.half);
-                DepthTile t{};
-                t.weights = worker.half, t.row_pitch = kernels_.row_bytes, t.steps = count;
-                t.ahead = reinterpret_cast<const char*>(worker.half);
-                tiles(worker, t, half, first, rows);
+        const int64_t pitch = 2 * kernels_.half_columns;
+        for (int half = 0; half < 2; ++half) {
+            const HalfPanel part = half_panel(gemm_, m, panel, half);
+            if (part.halves.count[0] == 0) continue;
+            if (rows.count <= std::min(kFewRows, gemm_.tile_rows)) {
+                const auto* units = reinterpret_cast<const uint32_t*>(rows.data);
+                gemm_.stream({units, rows.pitch / 4, false, int(rows.count)}, part.lines, part.halves, m.depth,
+                             worker.sums + half * kernels_.half_columns, pitch);
+            } else {
+                chunks(worker, m, part, half, rows);
             }
+        }
+    }
+
+    void chunks(const Worker& worker, const DepthMatrix& m, const HalfPanel& part, int half,
+                const DepthRows& rows) const {
+        const int64_t chunk = kChunkBytes / kernels_.row_bytes, steps = ceil_div(m.depth, kernels_.row_depth);
+        for (int64_t first = 0; first < steps; first += chunk) {
+            const int64_t count = std::min(chunk, steps - first), begin = first * kernels_.row_depth;
+            const int64_t depth = std::min(count * kernels_.row_depth, m.depth - begin);
+            gemm_.pack_columns(part.from(begin), part.halves, depth, worker.half);
+            DepthTile t{};
+            t.weights = worker.half, t.row_pitch = kernels_.row_bytes, t.steps = count;
+            t.ahead = reinterpret_cast<const char*>(worker.half);
+            tiles(worker, t, half, first, rows);
+        }
     }
 
     const DepthKernels& kernels_;
