@@ -73,7 +73,13 @@ def _wanted(op: str, impls: dict[str, Impl], backend: str) -> str:
 
 
 def _on_accelerator(inputs: Iterable[Any]) -> bool:
-    return any(not tensor.is_cpu for tensor in tensors(inputs))
+    for value in inputs:  # plain loops: some ops take a hundred tensors
+        if isinstance(value, Tensor):
+            if not value.is_cpu:
+                return True
+        elif isinstance(value, (list, tuple)) and _on_accelerator(value):
+            return True
+    return False
 
 
 def tensors(values: Iterable[Any]) -> Iterable[Tensor]:

@@ -180,20 +180,21 @@ class PreparedExperts:
 class PreparedDepth:
     """The weights of a depth transformer and their packed form, for `depth_decode`: packed once, at first use.
 
-    It never goes stale: writes to the weights are noticed by their versions, and the packed form is made anew at the
+    It never goes stale: writes to `weights` are noticed by their versions, and the packed form is made anew at the
     next use. Tables are never copied.
 
     Args:
         weights: kept, not copied, unless they are rounded.
         precision: None keeps the weights as they are; "int8", of float32 ones, rounds each row w of each matrix (not of
             tables, norms and biases) to multiples of s = max |w| / 127, half to even. `weights` is then the rounded
-            copy, so that every implementation computes the same.
+            copy, so that every implementation computes the same, and later writes to the given ones do not matter.
 
     Raises:
         ValueError: the weights do not fit their config or each other, or no such precision.
     """
 
     weights: DepthWeights
+    tensors: list[Tensor]  # of `weights`
     packed: list[Tensor]  # uint8, opaque; empty where no kernel wants them
 
     def __init__(self, weights: DepthWeights, precision: str | None = None) -> None:
@@ -206,20 +207,24 @@ class PreparedDepth:
             raise ValueError(f"PreparedDepth: weights must be float32 for precision int8, got {like.dtype}")
         self.weights = weights if precision is None else weights.map_matrices(rounded_to_int8)
         self.precision, self.packed = precision, []
-        self._tensors = [t for t in self.weights.tensors() if not t.is_inference()]
+        self.tensors = self.weights.tensors()
         self._versions: list[int] | None = None
 
     @property
     def is_current(self) -> bool:
-        """Whether the packed form is that of the weights as they are."""
-        return self._versions == [tensor._version for tensor in self._tensors]
+        """Whether the packed form is that of the weights as they are; those of inference mode stay as they were."""
+        return self._versions == self._now()
 
     def refresh(self) -> PreparedDepth:
         """Makes the packed form anew if the weights have changed since; gives itself."""
-        if not self.is_current:
+        versions = self._now()
+        if self._versions != versions:
             self._pack()
-            self._versions = [tensor._version for tensor in self._tensors]
+            self._versions = versions
         return self
+
+    def _now(self) -> list[int]:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in self.tensors]
 
     def mark_stale(self) -> None:
         """Says that the weights have changed by a write that their versions do not count."""

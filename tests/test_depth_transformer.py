@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch.nn import functional
@@ -179,6 +181,22 @@ def test_decodes_from_weights_prepared_once() -> None:
         with torch.no_grad():
             module.transformer_layers[0].linear1.weight.neg_()
     assert not prepared.is_current
+
+
+def test_prepared_weights_are_kept_until_a_tensor_is_another() -> None:
+    module, tables = head()
+    module, tables = module.float(), [table.float() for table in tables]
+    first = module.prepared(tables)
+    assert module.prepared(tables) is first and module.prepared([table.clone() for table in tables]) is not first
+    rounded = module.prepared(tables, "int8")
+    assert module.prepared(tables, "int8") is rounded
+    with torch.no_grad():
+        module.headnorm.weight.add_(1)
+    assert module.prepared(tables, "int8") is not rounded
+    copy = pickle.loads(pickle.dumps(module))
+    assert copy._prepared is None
+    h, again = torch.randn(3, 10), pickle.loads(pickle.dumps(module.prepared(tables)))
+    assert torch.equal(module.decode(h, again).codes, copy.decode(h, tables).codes)
 
 
 def test_gradients_of_inputs_and_of_weights_may_be_asked_for_apart() -> None:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "triton": {"backends", "layouts"},
     "ops": {"backends", "cuda", "library", "native", "prepared", "reference", "spec", "triton"},
     "modules": {"ops", "prepared", "reference"},  # the last for types of arguments
-    "integrations": {"modules", "ops"},
+    "integrations": {"modules", "ops", "prepared", "reference"},
 }
 
 
@@ -153,8 +153,10 @@ def forbid(event, args):
 sys.addaudithook(forbid)
 import longcat_kernels, longcat_kernels.modules
 import longcat_kernels.integrations.transformers, longcat_kernels.integrations.vector_quantize_pytorch
+import longcat_kernels.integrations.csm, longcat_kernels.integrations.moshi, longcat_kernels.integrations.qwen3_omni
 assert torch.get_num_threads() == threads
 assert "longcat_kernels._C" not in sys.modules, "the compiled module is loaded by the import"
+assert "moshi" not in sys.modules, "the original is loaded by its adapter"
 assert "vector_quantize_pytorch" not in sys.modules, "the original is loaded by its drop-in"
 assert "triton" in modules or "triton" not in sys.modules, "triton is loaded by the import"
 assert "transformers" not in sys.modules, "transformers is loaded before its patch"

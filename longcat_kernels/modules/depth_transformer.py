@@ -75,6 +75,7 @@ class DepthTransformer(nn.Module):
             eps=eps,
             ffn_sets=tuple(range(levels)),
         )
+        self._prepared: tuple[list[Any], PreparedDepth] | None = None
         self.hidden_norm = nn.RMSNorm(hidden, eps)
         self.hidden_proj = nn.Linear(hidden, dim, bias=False)
         self.transformer_layers = nn.ModuleList(
@@ -124,10 +125,24 @@ class DepthTransformer(nn.Module):
             final_norm=self.headnorm.weight[None],
         )
 
+    @torch.no_grad()
     def prepared(self, tables: Sequence[Tensor], precision: str | None = None) -> PreparedDepth:
-        """The parameters packed for decoding; made once, at load, it takes the place of `tables` in `decode`."""
-        with torch.no_grad():
-            return PreparedDepth(self.weights(tables), precision)
+        """The parameters packed for decoding: takes the place of `tables` in `decode`. Made once, and again where a
+        parameter or a table is another tensor than it was; see `PreparedDepth` for `precision`."""
+        weights = self.weights(tables)
+        key: list[Any] = [
+            precision,
+            *((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in weights.tensors()),
+        ]
+        if precision is not None:  # of a rounded copy, which does not see writes
+            key += [tensor._version for tensor in weights.tensors()]
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = key, PreparedDepth(weights, precision)
+        return self._prepared[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their own prepared form."""
+        return {**self.__dict__, "_prepared": None}
 
     @torch.no_grad()
     def decode(

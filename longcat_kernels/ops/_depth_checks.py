@@ -16,9 +16,9 @@ from longcat_kernels.reference.sampling import COLUMNS, EXCLUDED, check_history,
 
 
 def check_hidden(hidden: Tensor, c: DepthConfig) -> None:
-    found = f"{hidden.dtype} {list(hidden.shape)}"
-    fits = hidden.ndim == 2 and hidden.shape[1] == c.hidden and hidden.dtype.is_floating_point
-    _check(fits, f"hidden must be [T, {c.hidden}] floating point, got {found}")
+    if hidden.ndim != 2 or hidden.shape[1] != c.hidden or not hidden.dtype.is_floating_point:
+        found = f"{hidden.dtype} {list(hidden.shape)}"
+        raise ValueError(f"depth_decode: hidden must be [T, {c.hidden}] floating point, got {found}")
 
 
 def check_rows(
@@ -58,10 +58,9 @@ def check_rows(
 
 
 def _check_row_tensor(name: str, tensor: Tensor, shape: list[int], dtype: torch.dtype, like: Tensor) -> None:
-    found = f"{tensor.dtype} {list(tensor.shape)}"
-    kind = "bool" if dtype == torch.bool else f"{dtype}"
-    fits = list(tensor.shape) == shape and tensor.dtype == dtype
-    check(fits, lambda: f"depth_decode: {name} must be {kind} {shape}, got {found}")
+    if list(tensor.shape) != shape or tensor.dtype != dtype:
+        kind, found = "bool" if dtype == torch.bool else f"{dtype}", f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"depth_decode: {name} must be {kind} {shape}, got {found}")
     _check(tensor.device == like.device, f"{name} must be on {like.device}, got {tensor.device}")
 
 

@@ -77,14 +77,21 @@ def depth_decode(
     Raises:
         ValueError: a shape, dtype, device or number is wrong, or no implementation takes the tensors. Numbers in
             tensors on an accelerator are not read.
+
+    Example:
+        >>> from longcat_kernels.modules import DepthTransformer
+        >>> head = DepthTransformer(hidden=8, dim=4, heads=2, layers=1, ffn_scale=4, sizes=(5, 3))
+        >>> weights = head.prepared([torch.randn(6, 8), torch.randn(4, 8)])
+        >>> depth_decode(torch.randn(7, 8), weights, DepthSampling(temperature=0.5, top_k=3), seed=1).codes.shape
+        torch.Size([7, 2])
     """
     packed: list[Tensor] = []
     if isinstance(weights, PreparedDepth):
         packed = [] if torch.compiler.is_compiling() else weights.refresh().packed
-        weights = weights.weights
-    config = weights.config
-    if not packed:
+        config, tensors = weights.weights.config, weights.tensors
+    else:
         check_weights(weights)
+        config, tensors = weights.config, weights.tensors()
     checks.check_hidden(hidden, config)
     rows, device = hidden.shape[0], hidden.device
     params = sampling if isinstance(sampling, Tensor) else (sampling or DepthSampling()).table(rows, config, device)
@@ -92,7 +99,7 @@ def depth_decode(
     with torch.no_grad():
         logprobs, drawn_logprobs, embedding, all_logits, codes = _op(
             hidden,
-            weights.tensors(),
+            tensors,
             packed,
             params,
             *numbers,

@@ -37,7 +37,7 @@ class Case:
     @property
     def inner(self) -> float:
         """Every product of every layer takes operands that are rounded to the dtype."""
-        return 0.0 if self.dtype == torch.float32 else 8 * torch.finfo(self.dtype).eps
+        return 0.0 if self.dtype == torch.float32 else 2 * torch.finfo(self.dtype).eps
 
 
 def _longcat(classes: tuple[int, ...], hidden: int, dim: int, heads: int, layers: int, ffn: int) -> DepthConfig:
@@ -107,6 +107,7 @@ EDGE = (
     Case(8, _SMALL, sampling=_MIXED_NUMBERS, pairs="mixed", some=True),
     Case(6, _SMALL, sampling=DepthSampling(0.5, end="allow"), pairs="split", forced=4, dtype=torch.bfloat16),
     Case(5, _MOSHI, "moshi", DepthSampling(0.9, top_k=3)),
+    Case(4, _MOSHI, "moshi", forced=3, dtype=torch.float16),
     Case(5, _CSM, "csm", DepthSampling(0.9, top_p=0.8), forced=1),
     Case(5, replace(_CSM, hidden=12, eps=1e-6), "qwen", forced=1, some=True),
     Case(3, _longcat((3,) * 32, 8, 4, 2, 1, 4), sampling=DepthSampling(min_p=0.1)),
@@ -170,8 +171,9 @@ def random_weights(case: Case, device: str, g: torch.Generator) -> DepthWeights:
 
     def layer() -> DepthLayer:
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        biases = (normal(c.count("attention_sets"), n, scale=0.1) for n in (queries, keys, c.dim))
-        q_bias, v_bias, out_bias = biases if like == "longcat" else (None, None, None)
+        biased = {"longcat": "qvo", "csm": "qk"}.get(like, "")
+        widths = {"q": queries, "k": keys, "v": keys, "o": c.dim}
+        biases = {x: normal(c.count("attention_sets"), n, scale=0.1) for x, n in widths.items() if x in biased}
         return DepthLayer(
             norm1=1 + normal(c.dim, scale=0.1),
             q_weight=matrices("attention_sets", queries, c.dim),
@@ -182,10 +184,10 @@ def random_weights(case: Case, device: str, g: torch.Generator) -> DepthWeights:
             up=matrices("ffn_sets", c.ffn, c.dim),
             down=normal(c.dim, c.count("ffn_sets"), c.ffn, scale=c.ffn**-0.5).transpose(0, 1),
             gate=matrices("ffn_sets", c.ffn, c.dim) if c.gated else None,
-            q_bias=q_bias,
-            k_bias=None,
-            v_bias=v_bias,
-            out_bias=out_bias,
+            q_bias=biases.get("q"),
+            k_bias=biases.get("k"),
+            v_bias=biases.get("v"),
+            out_bias=biases.get("o"),
             q_norm=1 + normal(c.head_dim, scale=0.1) if like == "qwen" else None,
             k_norm=1 + normal(c.head_dim, scale=0.1) if like == "qwen" else None,
         )
@@ -199,7 +201,8 @@ def random_weights(case: Case, device: str, g: torch.Generator) -> DepthWeights:
         head_biases=[normal(n, scale=0.1) for n in c.classes] if like == "longcat" else (),
         input_norm=1 + normal(c.hidden, scale=0.1) if like == "longcat" else None,
         projection=None if like == "qwen" else matrices("projection_sets", c.dim, c.hidden),
-        final_norm=1 + normal(c.count("norm_sets"), c.dim, scale=0.1),
+        projection_bias=normal(c.count("projection_sets"), c.dim, scale=0.1) if like == "csm" else None,
+        final_norm=None if like == "moshi" and not c.norm_sets else 1 + normal(c.count("norm_sets"), c.dim, scale=0.1),
         rope=rope_table(500.0, c.levels, c.head_dim, device) if like in ("csm", "qwen") else None,
     )
 
@@ -273,7 +276,8 @@ REFUSALS = (
     Refusal("repetition_penalty must be > 0 and finite, got 0", _sampling(repetition_penalty=0.0)),
     Refusal("guidance must be finite, got inf", _sampling(guidance=float("inf"))),
     Refusal("order must be sequential or joint, got 'random'", _sampling(order="random")),
-    Refusal("end must be mask, level0 or allow, got 'stop'", _sampling(end="stop")),
+    Refusal("end must be mask, level0, allow or a bool tensor, got 'stop'", _sampling(end="stop")),
+    Refusal("end must be mask, level0, allow or a bool tensor, got torch.int64", _sampling(end=torch.ones(2).long())),
     Refusal("top_p must be a number or broadcast to [0, 2] on cpu, got [3] on cpu", _sampling(top_p=torch.ones(3))),
     Refusal("sampling must be float32 [0, 2, 8], got torch.float32 [0, 3, 8]", _given(sampling=torch.ones(0, 3, 8))),
     Refusal(

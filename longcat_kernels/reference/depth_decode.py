@@ -48,7 +48,18 @@ def depth_decode(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Draws the codes of each position level by level, with a key-value cache: one row per level through the layers.
 
-    Returns logprobs, drawn_logprobs, embedding, logits, codes.
+    Args:
+        weights, config, eps: `DepthWeights.tensors`, `DepthConfig.numbers` and its eps.
+        packed: what a kernel made of the weights; not read here.
+        params: float32 [T, L, 8], see `sampling.COLUMNS`; may be expanded.
+        seeds, steps: int64 [T].
+        leaders: int64 [T]: the row whose code each row takes, its own where it draws. A row u that follows another, t,
+            lends its logits: c = s * (c_t - c_u) + c_u, in float32, each operation rounded; one follower a leader at
+            most. It takes everything else from t as well, and has only its logits to itself.
+        others: as in `longcat_kernels.depth_decode`.
+
+    Returns:
+        logprobs, drawn_logprobs, embedding, logits, codes.
     """
     sizes = DepthConfig.of(config, eps)
     w = DepthWeights.of(weights, sizes)

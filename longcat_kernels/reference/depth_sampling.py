@@ -51,9 +51,13 @@ class DepthSampling:
     def _excluded(self, config: DepthConfig, device: torch.device) -> int | Tensor:
         """How many of the last ids may not be drawn."""
         if isinstance(self.end, Tensor):
+            if self.end.dtype != torch.bool:
+                raise ValueError(
+                    f"depth_decode: end must be mask, level0, allow or a bool tensor, got {self.end.dtype}"
+                )
             return ~self.end if config.ends else torch.zeros_like(self.end)
         if self.end not in ENDS:
-            raise ValueError(f"depth_decode: end must be mask, level0 or allow, got {self.end!r}")
+            raise ValueError(f"depth_decode: end must be mask, level0, allow or a bool tensor, got {self.end!r}")
         if self.end == "level0" and config.ends:
             return torch.arange(config.levels, device=device) > 0
         return int(self.end == "mask" and config.ends)

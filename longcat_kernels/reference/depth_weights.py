@@ -67,7 +67,11 @@ class DepthConfig:
         return 1 + max(self.sets(name))
 
     def numbers(self) -> list[int]:
-        """All but `eps` as the op's schema takes them; `of` puts them back."""
+        """All but `eps` as the op's schema takes them; `of` puts them back.
+
+        L, hidden, dim, layers, heads, kv_heads, head_dim, ffn, given, conditioning (its place in `CONDITIONINGS`),
+        ends, gated; then L each: classes, attention_sets, ffn_sets, projection_sets, norm_sets.
+        """
         rules = [self.given, CONDITIONINGS.index(self.conditioning), int(self.ends), int(self.gated)]
         sizes = [self.hidden, self.dim, self.layers, self.heads, self.kv_heads, self.head_dim, self.ffn]
         per_level = [number for name in SETS for number in self.sets(name)]
@@ -132,7 +136,11 @@ class DepthWeights(NamedTuple):
     rope: Tensor | None = None  # [2, L, C / 2]: cosines and sines, see `rope_table`
 
     def tensors(self) -> list[Tensor]:
-        """All tensors in one list, as the op's schema takes them, absent ones as empty; `of` puts them back."""
+        """All tensors in one list, as the op's schema takes them; `of` puts them back.
+
+        input_norm, projection, projection_bias, final_norm, rope; each layer's in `ORDER`; L tables, L head weights,
+        L head biases. Those that are absent are empty tensors: null pointers to a kernel.
+        """
         nothing = self.layers[0].norm1.new_empty(0) if self.layers else torch.empty(0)
         single = [self.input_norm, self.projection, self.projection_bias, self.final_norm, self.rope]
         per_layer = [getattr(layer, name) for layer in self.layers for name in ORDER]

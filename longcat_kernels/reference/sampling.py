@@ -115,14 +115,28 @@ def draws(params: Tensor) -> bool:
 def draw(
     logits_TV: Tensor, params_T8: Tensor, noise_TV: Tensor | None, seen_TV: Tensor | None, forced_T: Tensor | None
 ) -> Sampled:
-    """One id a row: a draw, or `forced_T` where that is not negative; and what its logprobs are.
+    """One id a row, a draw or `forced_T` where that is not negative, and its logprobs.
 
-    Penalties are in the precision of the logits, all that follows in float64: a kernel that follows it draws the same
-    ids from the same logits.
+    With c the logits, y = c after the repetition penalty r of seen ids (y / r, or y * r where negative; float32) and
+    -inf for the last `excluded` ids, t the temperature and m = max y:
+
+        t = 0:  the id of m, the lowest among equals
+        else, in float64, e_i = exp((y_i - m) / t), ids ordered by falling y, equal ones by rising id:
+            A = the first top_k;  M = sum of e over A ("sequential") or over all ids ("joint")
+            kept: those of A with less than top_p * M before them (all if top_p = 1) and e_i >= min_p
+            g_i = -log(-log1p(-(word_i + 0.5) / 2^32)) of the id's Philox word
+            the id of the largest y_i / t + g_i among those kept, the lowest among equals
+        logprob = c_id - log sum exp c;  drawn_logprob = log(e_id / sum of e over those kept), or of a point mass
+
+    A kernel that follows this draws the same id from the same logits. It may screen in float32 if it proves which ids
+    can still win and compares those in float64, and may sum e with a relative error of 2^-20: then only an id so near
+    to top_p's threshold can differ. Where log sum exp c is not finite (NaN or infinity among them), the row is lost:
+    id 0 unless forced, NaN logprobs.
 
     Args:
         logits_TV: float32 or float64.
-        noise_TV: float64 Gumbel noise; None: every temperature is 0.
+        params_T8: float32, `COLUMNS`.
+        noise_TV: g in float64; None: every temperature is 0.
         seen_TV: bool: ids in the row's history.
     """
     logits_TV = logits_TV + 0.0  # -0 and 0 are equal, and of equals the lower id comes first

@@ -30,6 +30,7 @@ from longcat_model.vocabulary import BOS, EOS, PAD, Vocabulary
 IDS = Vocabulary.of(presets.tiny().vocabulary)  # levels: visual 8 8 8, audio 8 6 4 4
 LAYOUT = Layout(IDS, ByteTokenizer().encode)
 WARM = Sampling(temperature=1.0, seed=5)
+LIMITED = replace(WARM, top_k=6, top_p=0.95, min_p=0.01, repetition_penalty=1.2, order="joint")
 FIELDS = ("text", "marker", "visual", "audio", "documents")
 
 
@@ -134,11 +135,13 @@ def test_text_stops_at_its_end(model: LongcatNext, prompts: list[Document]) -> N
     assert min(map(len, texts)) < max(map(len, texts)) <= 40
 
 
-@pytest.mark.parametrize("guidance", [None, 2.5])
-def test_images_equal_full_recomputation(model: LongcatNext, prompts: list[Document], guidance: float | None) -> None:
-    height, width = 2, 3
+@pytest.mark.parametrize(("guidance", "penalty"), [(None, 1.0), (2.5, 1.0), (None, 3.0), (2.5, 3.0)])
+def test_images_equal_full_recomputation(
+    model: LongcatNext, prompts: list[Document], guidance: float | None, penalty: float
+) -> None:
+    height, width, sampling = 2, 3, replace(GREEDY, repetition_penalty=penalty)
     images = generate_image(
-        model, prompts, layout=LAYOUT, height=height, width=width, sampling=GREEDY, guidance=guidance
+        model, prompts, layout=LAYOUT, height=height, width=width, sampling=sampling, guidance=guidance
     )
     assert images.shape == (4, height, width, 3)
     for prompt, codes in zip(prompts, images, strict=True):
@@ -148,19 +151,21 @@ def test_images_equal_full_recomputation(model: LongcatNext, prompts: list[Docum
             bare = depth_logits(model, join(drop_condition(prompt), body))
             logits = [guidance * (c - u) + u for c, u in zip(logits, bare, strict=True)]
         for level in range(3):
-            greedy = logits[level][:-1, :-1].argmax(-1)  # neither the end's position nor the end's class
+            scores = penalised(logits[level][:-1], codes[..., level].flatten(), penalty)
+            greedy = scores[:, :-1].argmax(-1)  # neither the end's position nor the end's class
             assert greedy.tolist() == codes[..., level].flatten().tolist()
 
 
 @pytest.mark.parametrize("mode", ["serial", "parallel"])
-@pytest.mark.parametrize("given_text", [False, True])
+@pytest.mark.parametrize(("given_text", "penalty"), [(False, 1.0), (True, 1.0), (False, 3.0)])
 def test_speech_equals_full_recomputation(
-    model: LongcatNext, prompts: list[Document], mode: str, given_text: bool
+    model: LongcatNext, prompts: list[Document], mode: str, given_text: bool, penalty: float
 ) -> None:
     transcripts = [[70], [71, 72, 73], [], [74, 75]] if given_text else None
     limits = {"max_frames": 7, "max_text": 4}
+    sampling = replace(GREEDY, repetition_penalty=penalty)
     speeches = generate_speech(
-        model, prompts, mode=mode, transcripts=transcripts, sampling=GREEDY, text_sampling=GREEDY, **limits
+        model, prompts, mode=mode, transcripts=transcripts, sampling=sampling, text_sampling=sampling, **limits
     )
     assert transcripts is None or [speech.text for speech in speeches] == transcripts
     for prompt, speech in zip(prompts, speeches, strict=True):
@@ -169,20 +174,24 @@ def test_speech_equals_full_recomputation(
         if not given_text:
             labels = document.targets.text
             here = (labels != IGNORE) & (labels != IDS.audiotext_end)
-            logits = model.text_logits(read(model, document))[here][:, PAD + 1 : IDS.text_size]
+            logits = model.text_logits(read(model, document))[here]
+            logits = penalised(logits, torch.tensor(speech.text), penalty)[:, PAD + 1 : IDS.text_size]
             assert (logits.argmax(-1) + PAD + 1).tolist() == speech.text
         for level, logits in enumerate(depth_logits(model, document, "audio")):
-            assert logits[:-1, :-1].argmax(-1).tolist() == speech.codes[:, level].tolist()
+            frames = speech.codes[:, level]
+            scores = penalised(logits, frames, penalty)
+            assert scores[:-1, :-1].argmax(-1).tolist() == frames.tolist()
             if level == 0 and len(speech.codes) < 7:
-                assert int(logits[-1].argmax()) == IDS.audio_sizes[0]
+                assert int(scores[-1].argmax()) == IDS.audio_sizes[0]
 
 
-def test_results_do_not_depend_on_the_company(model: LongcatNext, prompts: list[Document]) -> None:
+@pytest.mark.parametrize("warm", [WARM, LIMITED], ids=["warm", "limited"])
+def test_results_do_not_depend_on_the_company(model: LongcatNext, prompts: list[Document], warm: Sampling) -> None:
     """Prompt i alone, with the seed that is its own in the batch."""
-    alone = [replace(WARM, seed=WARM.seed + i) for i in range(len(prompts))]
-    texts = generate_text(model, prompts, max_tokens=12, sampling=WARM)
-    images = generate_image(model, prompts, layout=LAYOUT, height=2, width=2, sampling=WARM, guidance=1.5)
-    speeches = speak(model, prompts, WARM)
+    alone = [replace(warm, seed=warm.seed + i) for i in range(len(prompts))]
+    texts = generate_text(model, prompts, max_tokens=12, sampling=warm)
+    images = generate_image(model, prompts, layout=LAYOUT, height=2, width=2, sampling=warm, guidance=1.5)
+    speeches = speak(model, prompts, warm)
     assert len({tuple(text) for text in texts}) == len(prompts)
     for i, (prompt, sampling) in enumerate(zip(prompts, alone, strict=True)):
         assert generate_text(model, [prompt], max_tokens=12, sampling=sampling) == [texts[i]]
@@ -257,7 +266,8 @@ def test_refusals(model: LongcatNext, prompts: list[Document]) -> None:
         generate_image(model, prompts, layout=LAYOUT, height=1, width=0)
     with pytest.raises(ValueError, match="prompts must not be empty, got prompt 0"):
         generate_text(model, [LAYOUT.text([])])
-    for field, value in (("temperature", -1.0), ("top_k", -1), ("top_p", 0.0)):
+    wrong = {"temperature": -1.0, "top_k": -1, "top_p": 0.0, "min_p": 1.0, "repetition_penalty": 0.0, "order": "any"}
+    for field, value in wrong.items():
         with pytest.raises(ValueError, match=f"Sampling: {field} must be"):
             Sampling(**{field: value})
 
@@ -280,6 +290,16 @@ def assert_same(written: list[Inputs], document: Document, *, skip: int = 0) -> 
     for field in FIELDS:
         positions = torch.cat([getattr(inputs, field)[0] for inputs in written])
         assert positions.tolist() == getattr(document.inputs, field)[skip:].tolist(), field
+
+
+def penalised(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
+    """Logits [n, classes] of n positions, each after the repetition penalty of what was written before it."""
+    rows = []
+    for position, row in enumerate(logits):
+        past = written[:position].unique()
+        scores = row[past]
+        rows.append(row.index_copy(0, past, torch.where(scores < 0, scores * penalty, scores / penalty)))
+    return torch.stack(rows)
 
 
 @torch.no_grad()
