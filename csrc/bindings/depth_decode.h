@@ -13,11 +13,13 @@ using Tensors = std::vector<TensorView>;
 
 // A config as the op's schema has it: twelve numbers, then five for each level.
 inline DepthShape depth_shape(const std::vector<int64_t>& config, double eps) {
-    LC_CHECK(config.size() >= 12 && config[0] >= 1 && config[0] <= kMostLevels && int64_t(config.size()) == 12 + 5 * config[0],
+    LC_CHECK(config.size() >= 12 && config[0] >= 1 && config[0] <= kMostLevels &&
+                 int64_t(config.size()) == 12 + 5 * config[0],
              "depth_decode: config must be 12 numbers and 5 for each of 1 to 32 levels");
-    DepthShape s{config[0], config[1], config[2], config[3], config[4], config[5], config[6], config[7], config[8],
-                 Conditioning(config[9]), config[10] != 0, config[11] != 0, float(eps), nullptr, nullptr, nullptr,
-                 nullptr, nullptr};
+    DepthShape s{config[0],       config[1],       config[2],  config[3], config[4],
+                 config[5],       config[6],       config[7],  config[8], Conditioning(config[9]),
+                 config[10] != 0, config[11] != 0, float(eps), nullptr,   nullptr,
+                 nullptr,         nullptr,         nullptr};
     const int64_t* per_level = config.data() + 12;
     s.classes = per_level, s.attention_sets = per_level + s.levels, s.ffn_sets = per_level + 2 * s.levels;
     s.projection_sets = per_level + 3 * s.levels, s.norm_sets = per_level + 4 * s.levels;
@@ -143,7 +145,8 @@ inline void set_options(DepthDecode& p, const DepthOptions& o) {
         p.forced = o.prefix->shape[1];
         p.prefix = o.prefix->whole<int64_t>("depth_decode: prefix", DType::int64, {rows, p.forced});
     }
-    LC_CHECK(p.forced >= p.shape.given && p.forced <= levels, "depth_decode: prefix must cover the levels that are given");
+    LC_CHECK(p.forced >= p.shape.given && p.forced <= levels,
+             "depth_decode: prefix must cover the levels that are given");
     if (o.active) p.active = o.active->whole<bool>("depth_decode: active", DType::boolean, {rows});
     if (o.leaders) p.leaders = o.leaders->whole<int64_t>("depth_decode: leaders", DType::int64, {rows});
     if (!o.history || !o.offsets) return;
@@ -208,9 +211,44 @@ inline void bind_depth_packing(pybind11::module_& m) {
         py::arg("precision") = "", py::arg("isa") = "auto");
 }
 
+// The sampler alone, one thread: rows [rows, classes] of logits.
+inline void bind_draw_codes(pybind11::module_& m) {
+    namespace py = pybind11;
+    m.def(
+        "draw_codes",
+        [](const TensorView& logits, const TensorView& params, const TensorView& seeds, const TensorView& steps,
+           int64_t level, const TensorView& logprobs, const TensorView& drawn_logprobs, const TensorView& codes,
+           const std::string& isa) {
+            logits.matrix("draw_codes: logits", DType::float32);
+            const int64_t rows = logits.shape[0], classes = logits.shape[1];
+            LC_CHECK(classes >= 1, "draw_codes: logits must have a class");
+            const auto* x = logits.whole<const float>("draw_codes: logits", DType::float32, {rows, classes});
+            const auto* numbers = params.whole<const float>("draw_codes: params", DType::float32, {rows, kDrawParams});
+            const auto* seed = seeds.whole<const int64_t>("draw_codes: seeds", DType::int64, {rows});
+            const auto* step = steps.whole<const int64_t>("draw_codes: steps", DType::int64, {rows});
+            auto* before = logprobs.whole<float>("draw_codes: logprobs", DType::float32, {rows});
+            auto* after = drawn_logprobs.whole<float>("draw_codes: drawn_logprobs", DType::float32, {rows});
+            auto* out = codes.whole<int64_t>("draw_codes: codes", DType::int64, {rows});
+            const DrawCode draw = draw_code(isa_named(isa));
+            py::gil_scoped_release unlocked;
+            std::vector<float> room(size_t(draw_room(classes))), row(size_t(classes) + 64);
+            for (int64_t i = 0; i < rows; ++i) {
+                std::copy_n(x + i * classes, classes, row.begin());
+                Draw d{};
+                d.logits = row.data(), d.classes = classes, d.level = level, d.params = numbers + i * kDrawParams;
+                d.seed = seed[i], d.step = step[i], d.forced = -1;
+                const Drawn drawn = draw(d, room.data());
+                out[i] = drawn.code, before[i] = drawn.logprob, after[i] = drawn.drawn_logprob;
+            }
+        },
+        py::arg("logits"), py::arg("params"), py::arg("seeds"), py::arg("steps"), py::arg("level"), py::arg("logprobs"),
+        py::arg("drawn_logprobs"), py::arg("codes"), py::kw_only(), py::arg("isa") = "auto");
+}
+
 inline void bind_depth_decode(pybind11::module_& m) {
     namespace py = pybind11;
     bind_depth_packing(m);
+    bind_draw_codes(m);
     m.def(
         "depth_decode",
         [](const TensorView& hidden, const Tensors& weights, const Tensors& tables,
@@ -218,9 +256,9 @@ inline void bind_depth_decode(pybind11::module_& m) {
            const TensorView& steps, const std::optional<TensorView>& start, const std::optional<TensorView>& prefix,
            const std::optional<TensorView>& active, const std::optional<TensorView>& leaders,
            const std::optional<TensorView>& history, const std::optional<TensorView>& offsets,
-           const std::vector<int64_t>& config, double eps, const TensorView& logprobs,
-           const TensorView& drawn_logprobs, const TensorView& embedding, const TensorView& logits,
-           const TensorView& codes, int threads, const std::string& isa) {
+           const std::vector<int64_t>& config, double eps, const TensorView& logprobs, const TensorView& drawn_logprobs,
+           const TensorView& embedding, const TensorView& logits, const TensorView& codes, int threads,
+           const std::string& isa) {
             DepthDecode p{};
             p.shape = depth_shape(config, eps), p.dtype = hidden.dtype, p.isa = isa_named(isa);
             LC_CHECK(is_float(p.dtype), "depth_decode: hidden must be float32, bfloat16 or float16");

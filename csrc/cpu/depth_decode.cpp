@@ -135,12 +135,8 @@ class Frame {
         if (stage(number(level, 0)).matrices[0]->columns == 0 || !has_projection()) return keep(x, has_both);
         products(
             number(level, 0),
-            [&](const DepthDesk& desk) {
-                return normed(desk.wide, m_.hidden_pitch, x, model_.input_norm, s_.hidden);
-            },
-            [&](int, int64_t column, const DepthSums& sums) {
-                kernels_.put(sums, m_.z + column, s_.dim, has_both);
-            });
+            [&](const DepthDesk& desk) { return normed(desk.wide, m_.hidden_pitch, x, model_.input_norm, s_.hidden); },
+            [&](int, int64_t column, const DepthSums& sums) { kernels_.put(sums, m_.z + column, s_.dim, has_both); });
     }
 
     bool has_projection() const {
@@ -175,10 +171,7 @@ class Frame {
                 attend_group(desks_[size_t(t)], block, level, layer, i / s_.kv_heads, i % s_.kv_heads);
         });
         products(
-            number(level, 4 * layer + 2),
-            [&](const DepthDesk&) {
-                return DepthRows{m_.mixed, m_.mixed_pitch, count_};
-            },
+            number(level, 4 * layer + 2), [&](const DepthDesk&) { return DepthRows{m_.mixed, m_.mixed_pitch, count_}; },
             [&](int, int64_t column, const DepthSums& sums) { kernels_.put(sums, m_.z + column, s_.dim, true); });
     }
 
@@ -192,8 +185,8 @@ class Frame {
         const int64_t sines = s_.levels * (width / 2);
         kernels_.turn(m_.keys + first + level * keys, block.k_norm, s_.eps, rope, sines, 1, width);
         kernels_.turn(q, block.q_norm, s_.eps, rope, sines, heads, width);
-        const DepthGroup shape{heads, width, level + 1, q, m_.keys + first, m_.values + first, keys,
-                               1.0f / std::sqrt(float(width))};
+        const DepthGroup shape{
+            heads, width, level + 1, q, m_.keys + first, m_.values + first, keys, 1.0f / std::sqrt(float(width))};
         kernels_.attend(shape, desk.head, m_.mixed + row * m_.mixed_pitch + query * (4 / kernels_.step));
     }
 
@@ -206,10 +199,7 @@ class Frame {
                 kernels_.activate(sums, s_.gated, m_.act + column * (4 / kernels_.step), pitch);
             });
         products(
-            number(level, 4 * layer + 4),
-            [&](const DepthDesk&) {
-                return DepthRows{m_.act, m_.act_pitch, count_};
-            },
+            number(level, 4 * layer + 4), [&](const DepthDesk&) { return DepthRows{m_.act, m_.act_pitch, count_}; },
             [&](int, int64_t column, const DepthSums& sums) { kernels_.put(sums, m_.z + column, s_.dim, true); });
     }
 

@@ -144,8 +144,8 @@ static inline float dot(const float* a, const float* b, int64_t count) {
     int64_t j = 0;
     for (; j + 4 * kWidth <= count; j += 4 * kWidth)
         for (int part = 0; part < 4; ++part)
-            sums[part] = Lanes::add(sums[part], Lanes::multiply(Lanes::load(a + j + part * kWidth),
-                                                                Lanes::load(b + j + part * kWidth)));
+            sums[part] = Lanes::add(
+                sums[part], Lanes::multiply(Lanes::load(a + j + part * kWidth), Lanes::load(b + j + part * kWidth)));
     for (; j + kWidth <= count; j += kWidth)
         sums[0] = Lanes::add(sums[0], Lanes::multiply(Lanes::load(a + j), Lanes::load(b + j)));
     float total = Lanes::add(Lanes::add(sums[0], sums[1]), Lanes::add(sums[2], sums[3])).total();
@@ -231,8 +231,8 @@ static void encode_pairs(const float* half, int64_t depth, void* out, int64_t pi
 
 template <class Format>
 constexpr DepthKernels kernels_of(decltype(DepthKernels::encode) encode) {
-    return {kTileRows, kWideRows, kHalfColumns, kStep,  Format::kRowBytes, Format::kDepth, product<Format>,
-            put,       activate,  norm,         turn,   attend,            add_row,        encode};
+    return {kTileRows, kWideRows, kHalfColumns, kStep,  Format::kRowBytes, Format::kDepth, product<Format>, put,
+            activate,  norm,      turn,         attend, add_row,           encode};
 }
 
 const DepthKernels kPairs = kernels_of<Pairs>(encode_pairs);

@@ -167,8 +167,8 @@ struct Writer {
 int64_t digest(const DepthShape& s) {
     uint64_t sum = 1469598103934665603u;
     const auto add = [&](int64_t number) { sum = (sum ^ uint64_t(number)) * 1099511628211u; };
-    for (int64_t number : {s.levels, s.hidden, s.dim, s.layers, s.heads, s.kv_heads, s.head_dim, s.ffn, s.given,
-                           int64_t(s.gated)})
+    for (int64_t number :
+         {s.levels, s.hidden, s.dim, s.layers, s.heads, s.kv_heads, s.head_dim, s.ffn, s.given, int64_t(s.gated)})
         add(number);
     for (const int64_t* per_level : {s.classes, s.attention_sets, s.ffn_sets, s.projection_sets, s.norm_sets})
         for (int64_t l = 0; l < s.levels; ++l) add(per_level[l]);

@@ -16,8 +16,8 @@ namespace longcat {
 struct DepthMatrix {
     int64_t columns = 0, depth = 0;
     bool gated = false;
-    Lines lines[2] = {};           // its columns: of the matrix, or of the gate's and the other
-    const char* panels = nullptr;  // packed, or null
+    Lines lines[2] = {};                            // its columns: of the matrix, or of the gate's and the other
+    const char* panels = nullptr;                   // packed, or null
     const float *scale = nullptr, *bias = nullptr;  // in the order of the panels' columns
 
     int64_t panel_columns(const DepthKernels& kernels) const { return (gated ? 1 : 2) * kernels.half_columns; }

@@ -39,7 +39,8 @@ static inline double total_of(const float* x, int64_t count) {
         Lanes sums[2] = {Lanes::splat(0), Lanes::splat(0)};
         int64_t i = first;
         for (; i + 2 * kWidth <= end; i += 2 * kWidth)
-            for (int part = 0; part < 2; ++part) sums[part] = Lanes::add(sums[part], Lanes::load(x + i + part * kWidth));
+            for (int part = 0; part < 2; ++part)
+                sums[part] = Lanes::add(sums[part], Lanes::load(x + i + part * kWidth));
         total += double(Lanes::add(sums[0], sums[1]).total());
         for (; i < end; ++i) total += double(x[i]);
     }
@@ -85,9 +86,13 @@ static void philox(const Draw& draw, int64_t blocks, uint32_t* planes, uint32_t*
         for (int j = 0; j < kBlocks; ++j) to[2 * pitch + j] = uint32_t(c[j]);
         for (int j = 0; j < kBlocks; ++j) to[3 * pitch + j] = uint32_t(d[j]);
     }
-    const uint32_t *__restrict a = planes, *__restrict b = a + pitch, *__restrict c = b + pitch, *__restrict d = c + pitch;
+    const uint32_t* __restrict one = planes;
+    const uint32_t* __restrict two = one + pitch;
+    const uint32_t* __restrict three = two + pitch;
+    const uint32_t* __restrict four = three + pitch;
     uint32_t* __restrict to = words;
-    for (int64_t j = 0; j < blocks; ++j) to[4 * j] = a[j], to[4 * j + 1] = b[j], to[4 * j + 2] = c[j], to[4 * j + 3] = d[j];
+    for (int64_t j = 0; j < blocks; ++j)
+        to[4 * j] = one[j], to[4 * j + 1] = two[j], to[4 * j + 2] = three[j], to[4 * j + 3] = four[j];
 }
 
 // -log1p(-u) of u = (word + 0.5) / 2^32 within a share of 2^-20: 1 - u = 2^k (1 + d), d in [-0.25, 0.5), and log(1 + d)
@@ -109,9 +114,7 @@ static inline float exponential_variate(uint32_t word) {
     return -(float(k) * 0.693147181f) - p * d;
 }
 
-static inline double gumbel_noise(uint32_t word) {
-    return -std::log(-std::log1p(-(double(word) + 0.5) * 0x1p-32));
-}
+static inline double gumbel_noise(uint32_t word) { return -std::log(-std::log1p(-(double(word) + 0.5) * 0x1p-32)); }
 
 static inline void race(const float* __restrict e, const uint32_t* __restrict words, int64_t count,
                         float* __restrict score) {
@@ -269,7 +272,8 @@ static Cut truncated(const Scores& s, const float* params) {
     const Values list{s.y, s.e(), s.limit};
     if (top_k >= 1 && top_k < double(s.limit)) tighten(cut_at(list, top_k, kAll, s.at(3), s.at(4)));
     if (top_p < 1) {
-        const double mass = is_joint || cut.last == -std::numeric_limits<float>::infinity() ? total_of(s.e(), s.limit) : kept_mass(s, cut);
+        const double mass = is_joint || cut.last == -std::numeric_limits<float>::infinity() ? total_of(s.e(), s.limit)
+                                                                                            : kept_mass(s, cut);
         tighten(cut_at(list, kAll, top_p * mass, s.at(3), s.at(4)));
     }
     if (min_p > 0) tighten(cut_by_share(s.largest, s.temperature, min_p));
@@ -285,8 +289,7 @@ struct Kept {
 };
 
 static Kept keep(const Scores& s, const Cut& cut) {
-    if (cut.last == -std::numeric_limits<float>::infinity())
-        return {s.e(), s.words(), nullptr, s.limit};
+    if (cut.last == -std::numeric_limits<float>::infinity()) return {s.e(), s.words(), nullptr, s.limit};
     float* e = s.at(3);
     auto *words = reinterpret_cast<uint32_t*>(s.at(4)), *ids = reinterpret_cast<uint32_t*>(s.at(5));
     int64_t count = 0, equals = cut.equals;
@@ -359,8 +362,7 @@ static Drawn draw_code(const Draw& d, float* room) {
     const float* c = d.logits;
     if (d.others != nullptr) {
         float* __restrict mixed = s.at(7);
-        for (int64_t i = 0; i < d.classes; ++i)
-            mixed[i] = d.params[6] * (d.logits[i] - d.others[i]) + d.others[i];
+        for (int64_t i = 0; i < d.classes; ++i) mixed[i] = d.params[6] * (d.logits[i] - d.others[i]) + d.others[i];
         c = mixed;
     }
     const float most = largest_of(c, d.classes);

@@ -1,10 +1,11 @@
 // Depth decoding: all codes of a position, level by level, with a key-value cache that lives for one call.
 //
-//     input of level l      "sum": hidden, then the sum of table_j[c_j], j < l;  "last": hidden, then table_{l-1}[c_{l-1}];
+//     input of level l      "sum": hidden, then the sum of table_j[c_j], j < l;  "last": hidden, then
+//     table_{l-1}[c_{l-1}];
 //                           "last+hidden": hidden always, and start or table_{l-1}[c_{l-1}] added after the projection
 //     z      = P norm(input)
-//     layers : n = norm(z);  z += out(softmax(q k^T / sqrt(C)) v);  n = norm(z);  z += down(gelu(up n) or silu(gate n) up n)
-//     logits = head_l(norm(z)) + bias;  c_l is drawn from them: depth_sampler.h
+//     layers : n = norm(z);  z += out(softmax(q k^T / sqrt(C)) v);  n = norm(z);  z += down(gelu(up n) or silu(gate n)
+//     up n) logits = head_l(norm(z)) + bias;  c_l is drawn from them: depth_sampler.h
 //
 // Activations are float32; where weights are bfloat16 and the processor multiplies pairs of those, what a product reads
 // is rounded. What a row gets depends on nothing else in the batch, nor on the threads, to the last bit.
@@ -73,7 +74,7 @@ struct DepthDecode {
     DType dtype;                  // of hidden, tables, start and embedding
     const DepthWeights* weights;  // read where `packed` is null
     const void* packed;
-    WeightFormat format;  // of `packed`
+    WeightFormat format;          // of `packed`
     std::vector<Strided> tables;  // [levels]: rows and adjacent columns
     Strided hidden, start;        // [rows, hidden], [rows, dim] or null
 
@@ -82,10 +83,10 @@ struct DepthDecode {
     const int64_t *seeds, *steps;
     const int64_t* prefix;  // [rows, forced], or null
     int64_t forced;
-    const bool* active;       // [rows], or null: all
-    const int64_t* leaders;   // [rows], or null: each its own
-    const int64_t* history;   // [.., levels], or null
-    const int64_t* offsets;   // [rows + 1]
+    const bool* active;      // [rows], or null: all
+    const int64_t* leaders;  // [rows], or null: each its own
+    const int64_t* history;  // [.., levels], or null
+    const int64_t* offsets;  // [rows + 1]
     int threads;
     Isa isa;
 
