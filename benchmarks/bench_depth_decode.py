@@ -148,8 +148,11 @@ def _draw(name: str, sampling: DepthSampling, rows: int = 1) -> Case:
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 CASES = (
-    _head(128, 1, FLOAT, extended=True),
-    *(_head(dim, rows, dtype) for dim in (512, 1024) for rows in (1, 16) for dtype in (FLOAT, HALF)),
+    _head(128, 1, FLOAT),
+    _head(512, 1, FLOAT, extended=True),
+    _head(512, 1, HALF),
+    *(_head(512, 16, dtype) for dtype in (FLOAT, HALF)),
+    *(_head(1024, rows, dtype) for rows in (1, 16) for dtype in (FLOAT, HALF)),
     *(_head(512, rows, dtype) for rows in (2, 4, 8, 64) for dtype in (FLOAT, HALF)),
     *(_head(512, 1, dtype, cold=True) for dtype in (FLOAT, HALF)),
     _model("moshi", "moshi LMGen", peers.moshi, 667_000_000, 667_000_000),

@@ -241,7 +241,7 @@ def qwen3_omni() -> tuple[Call, DepthWeights, dict[str, Tensor], Tensor]:
     from longcat_kernels.integrations.qwen3_omni import depth_weights
 
     torch.manual_seed(0)
-    predictor = qwen.Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration(Config()).eval()
+    predictor = qwen.Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration(Config(num_code_groups=16)).eval()
     config = predictor.config
     embedding = torch.nn.Embedding(3072, config.hidden_size)
     talker = SimpleNamespace(code_predictor=predictor, get_input_embeddings=lambda: embedding)

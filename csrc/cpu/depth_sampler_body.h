@@ -329,10 +329,11 @@ static int64_t drawn_id(const Scores& s, const Kept& kept) {
     return best;
 }
 
-// The draw at a temperature above zero: the id, and its logprob among what is kept.
-static void draw_id(const Draw& d, const Scores& s, Drawn& out) {
+// The draw at a temperature above zero: the id, and its logprob among what is kept. At temperature 1 the masses may be
+// there already.
+static void draw_id(const Draw& d, const Scores& s, bool has_masses, Drawn& out) {
     const float scale = std::min(float(1.0 / s.temperature), std::numeric_limits<float>::max());
-    exponentials(s.y, s.limit, s.largest, scale, s.e());
+    if (!has_masses) exponentials(s.y, s.limit, s.largest, scale, s.e());
     const Cut cut = truncated(s, d.params);
     double mass;
     if (d.forced < 0) {
@@ -380,7 +381,7 @@ static Drawn draw_code(const Draw& d, float* room) {
     s.largest = largest_of(s.y, s.limit);
     Drawn out{d.forced, 0.0f, 0.0f};
     if (s.temperature > 0) {
-        draw_id(d, s, out);
+        draw_id(d, s, s.temperature == 1.0 && s.y == c && s.largest == most, out);
     } else {
         const int64_t id = std::find(s.y, s.y + s.limit, s.largest) - s.y;
         if (d.forced < 0) out.code = id;
