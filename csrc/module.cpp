@@ -1,5 +1,6 @@
 // longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
 #include "bindings/cuda.h"
+#include "bindings/depth_decode.h"
 #include "bindings/ema_update.h"
 #include "bindings/ema_update_cuda.h"
 #include "bindings/fused_moe.h"
@@ -58,4 +59,5 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_moe_route(m);
     longcat::bind_fused_moe(m);
     longcat::bind_fused_moe_backward(m);
+    longcat::bind_depth_decode(m);
 }

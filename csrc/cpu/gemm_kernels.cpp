@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "exponential.h"
 #include "lanes.h"
 
 namespace longcat {
