@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining.schedules import _Action
 
@@ -17,12 +17,14 @@ ACTIONS = st.builds(Action, st.integers(0, 99), KINDS, st.integers(0, 999)) | st
 SCHEDULES = st.lists(st.lists(ACTIONS, max_size=6).map(tuple), min_size=1, max_size=4).map(tuple)
 
 
+@settings(deadline=None)
 @given(SCHEDULES)
 def test_text_and_csv_are_read_back(schedule: ir.Schedule) -> None:
     assert ir.parse(ir.show(schedule)) == schedule
     assert ir.from_csv(ir.to_csv(schedule)) == schedule
 
 
+@settings(deadline=None)
 @given(SCHEDULES)
 def test_torch_reads_what_is_meant_for_it(schedule: ir.Schedule) -> None:
     for row in ir.for_torch(schedule):
