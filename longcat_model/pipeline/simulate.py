@@ -168,4 +168,4 @@ def bottleneck(placement: Placement, costs: Costs) -> float:
 
 def bubble(makespan: float, placement: Placement, costs: Costs) -> float:
     """Share of the makespan in which the bottleneck device does nothing."""
-    return 1.0 - bottleneck(placement, costs) / makespan if makespan else 0.0
+    return max(0.0, 1.0 - bottleneck(placement, costs) / makespan) if makespan else 0.0
