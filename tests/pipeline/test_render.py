@@ -52,6 +52,7 @@ def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path, capsys:
     out = tmp_path / "out"
     assert (out / "timeline.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "timeline.svg").read_text().count("<path") > 48  # an action each, at least
+    assert len((out / "grid.txt").read_text().splitlines()) == 2
     assert json.loads((out / "trace.json").read_text())["traceEvents"]
     for row in (out / "compute_only.csv").read_text().split():
         assert all(str(_Action.from_str(cell)) == cell for cell in row.split(","))
