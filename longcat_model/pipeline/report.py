@@ -122,7 +122,7 @@ def costs_of(profile: Path | None, devices: int, microbatches: int) -> tuple[Cos
 
 
 def write(found: Sequence[Line], out: Path) -> list[Path]:
-    """Writes a picture of V-Half and the searched schedule; of the latter a grid of text, a trace, and CSV for torch."""
+    """Writes a picture of V-Half and the searched schedule; of the latter a grid of text, a trace and CSV."""
     out.mkdir(parents=True, exist_ok=True)
     best = found[-1]
     shown = [(f"{one.name}: bubble {100 * one.bubble:.1f} %", one.schedule, one.placement, one.costs) for one in found]
