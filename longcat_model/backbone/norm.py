@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longcat_kernels import WeightGrads
+
 
 class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm, with its gradient written out where torch would run ten small kernels.
@@ -39,12 +41,16 @@ class _Normalize(torch.autograd.Function):
         inverse = mean_square.add_(eps).rsqrt_()
         normed = x * inverse
         ctx.save_for_backward(normed, inverse, weight)
+        ctx.pending = WeightGrads.current()
         return normed * weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         normed, inverse, weight = ctx.saved_tensors
         product = grads[0] * normed
         along = (product @ weight)[..., None].div_(-weight.numel())
         grad_x = torch.addcmul(grads[0] * weight, normed, along).mul_(inverse)
-        return grad_x, product.flatten(0, -2).sum(0), None
+        if ctx.pending is None or not ctx.needs_input_grad[1]:
+            return grad_x, product.flatten(0, -2).sum(0), None
+        ctx.pending.add([weight], lambda: [product.flatten(0, -2).sum(0)])
+        return grad_x, None, None
