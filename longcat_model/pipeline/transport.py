@@ -1,0 +1,249 @@
+"""Moves tensors between the devices of a pipeline: between threads of one process, or with torch.distributed.
+
+Both ends know what travels: a transfer is named by its SEND action, and the receiver allocates what the sender's
+`Border` says. Waiting ends after `timeout_s` with an error that names the action, the peer and the microbatch; so do
+all other devices once one has failed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Store
+
+from longcat_model.pipeline.ir import Action, counterpart
+from longcat_model.pipeline.stage import Border
+
+
+class PipelineError(RuntimeError):
+    """A transfer did not happen: a device was lost, hangs or failed."""
+
+
+class Receipt(Protocol):
+    """A receive that was posted."""
+
+    def wait(self) -> Tensor:
+        """The tensor, once it is there.
+
+        Raises:
+            PipelineError: it does not come.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """One device's end."""
+
+    device: int
+    devices: int
+
+    def send(self, tensor: Tensor, to: int, action: Action) -> None:
+        """Sends without waiting; `action` is the SEND action. The tensor must not be written to any more."""
+        ...
+
+    def receive(self, border: Border, source: int, action: Action) -> Receipt:
+        """Gets ready for what `source` sends with the counterpart of `action`, a RECV action."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every device's value, on every device; values are plain data and tensors on the CPU."""
+        ...
+
+    def fail(self, error: BaseException | None) -> None:
+        """Tells all other devices that this one stops, and why."""
+        ...
+
+
+def describe(device: int, action: Action, peer: int) -> str:
+    return f"device {device}, {action} (microbatch {action.microbatch}) from device {peer}"
+
+
+class _Shared:
+    """What the ends of an in-process transport have in common."""
+
+    def __init__(self, devices: int) -> None:
+        self.changed = threading.Condition()
+        self.tensors: dict[tuple[int, Action], Tensor] = {}  # by receiver and RECV action
+        self.gathered: dict[int, dict[int, Any]] = {}  # by round and device
+        self.failure: str | None = None
+        self.devices = devices
+
+
+class InProcess:
+    """Devices that are threads of this process; a tensor is handed over as it is."""
+
+    def __init__(self, shared: _Shared, device: int, timeout_s: float) -> None:
+        self.device, self.devices, self.timeout_s = device, shared.devices, timeout_s
+        self._shared, self._round = shared, 0
+
+    @classmethod
+    def connect(cls, devices: int, timeout_s: float = 60.0) -> list[InProcess]:
+        """One end for each device."""
+        shared = _Shared(devices)
+        return [cls(shared, device, timeout_s) for device in range(devices)]
+
+    def send(self, tensor: Tensor, to: int, action: Action) -> None:
+        with self._shared.changed:
+            self._shared.tensors[to, counterpart(action)] = tensor
+            self._shared.changed.notify_all()
+
+    def receive(self, border: Border, source: int, action: Action) -> Receipt:
+        return _Handover(self, border, source, action)
+
+    def gather(self, value: Any) -> list[Any]:
+        shared = self._shared
+        with shared.changed:
+            found = shared.gathered.setdefault(self._round, {})
+            self._round += 1
+            found[self.device] = value
+            shared.changed.notify_all()
+            everyone = set(range(self.devices))
+
+            def waiting() -> str:
+                return f"device {self.device}, gathering from devices {sorted(everyone - found.keys())},"
+
+            self._wait(lambda: everyone == found.keys(), waiting)
+            return [found[device] for device in range(self.devices)]
+
+    def fail(self, error: BaseException | None) -> None:
+        with self._shared.changed:
+            if self._shared.failure is None:
+                self._shared.failure = f"device {self.device} failed: {error}"
+            self._shared.changed.notify_all()
+
+    def _wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
+        """Under the lock, until `ready`."""
+        shared = self._shared
+        done = shared.changed.wait_for(lambda: ready() or shared.failure is not None, self.timeout_s)
+        if ready():
+            return
+        reason = shared.failure if done else f"nothing came for {self.timeout_s:g} s"
+        raise PipelineError(f"pipeline: {what()} stopped: {reason}")
+
+    def take(self, border: Border, source: int, action: Action) -> Tensor:
+        """Waits for a tensor and removes it."""
+        shared, key = self._shared, (self.device, action)
+        with shared.changed:
+            self._wait(lambda: key in shared.tensors, lambda: describe(self.device, action, source))
+            tensor = shared.tensors.pop(key)
+        if (tuple(tensor.shape), tensor.dtype) != (border.shape, border.dtype):
+            found = f"{tensor.dtype} {list(tensor.shape)}"
+            what = describe(self.device, action, source)
+            raise PipelineError(f"pipeline: {what} must be {border.dtype} {list(border.shape)}, got {found}")
+        return tensor
+
+
+class _Handover:
+    def __init__(self, end: InProcess, border: Border, source: int, action: Action) -> None:
+        self._end, self._arguments = end, (border, source, action)
+
+    def wait(self) -> Tensor:
+        return self._end.take(*self._arguments)
+
+
+class Distributed:
+    """Devices that are ranks of torch.distributed, with gloo or NCCL.
+
+    What flows to higher ranks and what flows to lower ones each has a process group, and with NCCL a stream, of its
+    own. Without `store` only the neighbours of a lost rank learn which one it is; the others name their neighbour.
+
+    Args:
+        ranks: of the devices, in order; None: all ranks. Every rank of the job must make the same transports in the
+            same order (`torch.distributed.new_group`'s rule).
+        store: where a rank that fails leaves word; it must not be kept by one of the ranks that can be lost. torchrun's
+            agent keeps such a one: `longcat_model.pipeline.launch` uses it.
+        timeout_s: the longest that a transfer may take.
+        stages: number of stages; with gloo, names transfers, so that their order does not matter.
+    """
+
+    def __init__(
+        self, stages: int, *, ranks: list[int] | None = None, store: Store | None = None, timeout_s: float = 600.0
+    ) -> None:
+        self.ranks = list(range(dist.get_world_size())) if ranks is None else ranks
+        self.device, self.devices = self.ranks.index(dist.get_rank()), len(self.ranks)
+        self.timeout_s, self._stages, self._store = timeout_s, stages, store
+        limit = timedelta(seconds=timeout_s)
+        self._up, self._down, self._all = (dist.new_group(self.ranks, timeout=limit) for _ in range(3))
+        self._is_gloo = dist.get_backend(self._up) == "gloo"
+        self._sent: SimpleQueue[tuple[Any, Tensor] | None] = SimpleQueue()
+        self._drain = threading.Thread(target=_release, args=(self._sent, limit), daemon=True)
+        self._drain.start()
+
+    def send(self, tensor: Tensor, to: int, action: Action) -> None:
+        group = self._up if to > self.device else self._down
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, self.ranks[to], group=group, tag=self._tag(counterpart(action)))
+        # gloo tells that a send is done only to who waits for it, and until then the tensor must live.
+        self._sent.put((work, tensor))
+
+    def receive(self, border: Border, source: int, action: Action) -> Receipt:
+        group = self._up if source < self.device else self._down
+        tensor = border.empty()
+        try:
+            work = dist.irecv(tensor, self.ranks[source], group=group, tag=self._tag(action))
+        except RuntimeError as error:
+            raise self._lost(error, action, source) from error
+        return _Work(self, tensor, work, source, action)
+
+    def gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.devices
+        try:
+            dist.all_gather_object(found, value, group=self._all)
+        except RuntimeError as error:
+            raise PipelineError(f"pipeline: device {self.device}: gathering stopped: {self._reason(error)}") from error
+        return found
+
+    def fail(self, error: BaseException | None) -> None:
+        if self._store is not None:
+            # The first one's word stays: what others say follows from it.
+            self._store.compare_set("failure", "", f"device {self.device} failed: {error}")
+
+    def close(self) -> None:
+        """Waits until all that was sent has arrived."""
+        self._sent.put(None)
+        self._drain.join(self.timeout_s)
+
+    def _tag(self, action: Action) -> int:
+        kinds = 2
+        return (action.microbatch * self._stages + action.stage) * kinds + ("B" in action.kind.value[-1:])
+
+    def _lost(self, error: BaseException, action: Action, source: int) -> PipelineError:
+        return PipelineError(f"pipeline: {describe(self.device, action, source)} stopped: {self._reason(error)}")
+
+    def _reason(self, error: BaseException) -> str:
+        """What another device said, if it did within a second, or else what the backend says."""
+        if self._store is not None:
+            deadline = time.monotonic() + 1.0
+            while time.monotonic() < deadline:
+                if self._store.check(["failure"]):
+                    return self._store.get("failure").decode()
+                time.sleep(0.05)
+        return str(error).split("\n")[0]
+
+
+class _Work:
+    def __init__(self, end: Distributed, tensor: Tensor, work: Any, source: int, action: Action) -> None:
+        self._end, self._tensor, self._work, self._source, self._action = end, tensor, work, source, action
+
+    def wait(self) -> Tensor:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise self._end._lost(error, self._action, self._source) from error
+        return self._tensor
+
+
+def _release(sent: SimpleQueue[tuple[Any, Tensor] | None], limit: timedelta) -> None:
+    """Drops tensors once they have gone; a peer that does not take them is the receiving side's to report."""
+    while (item := sent.get()) is not None:
+        try:
+            item[0].wait(limit)
+        except RuntimeError:
+            continue
