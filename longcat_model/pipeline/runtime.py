@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from longcat_kernels import WeightGrads, defer_weight_grads
-from longcat_model.pipeline.ir import Action, Kind, Placement, Schedule
-from longcat_model.pipeline.stage import Stage
+from longcat_model.pipeline.ir import Action, Kind, Placement, Schedule, counterpart
+from longcat_model.pipeline.stage import Border, Stage
 from longcat_model.pipeline.transport import Receipt, Transport
 
 
@@ -35,7 +35,7 @@ class Tied(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """An action with when it began and ended, in seconds since the step began."""
+    """An action with when it began, having waited for what it needs, and ended: in seconds since the step began."""
 
     action: Action
     start_s: float
@@ -70,10 +70,16 @@ class _Step:
     live: dict[tuple[int, int], _Live] = field(default_factory=dict)
     reports: dict[tuple[int, int], Any] = field(default_factory=dict)
     losses: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    waited_s: float = 0.0  # of the action that runs
 
     def take(self, stage: int, kind: Kind, microbatch: int) -> Tensor:
         value = self.values.pop((stage, kind, microbatch))
-        return value if isinstance(value, Tensor) else value.wait()
+        if isinstance(value, Tensor):
+            return value
+        began = time.perf_counter()
+        tensor = value.wait()
+        self.waited_s += time.perf_counter() - began
+        return tensor
 
 
 class Runtime:
@@ -122,10 +128,34 @@ class Runtime:
                 start = time.perf_counter()
                 with _range(action):
                     _HANDLERS[action.kind](self, step, action)
+                start += step.waited_s
+                step.waited_s = 0.0
                 timeline.append(Ran(action, start - began, time.perf_counter() - began))
                 peak = max(peak, len(step.live))
         assert not step.values and not step.live, "the schedule left something behind"
         return StepResult(step.reports, step.losses, timeline, peak)
+
+    def share_tied(self, number: int) -> None:
+        """Adds up the gradients of tied weights whose two stages are on different devices, for both of them.
+
+        Args:
+            number: the transfers go by the names of microbatches from this on; take one that no step in flight uses.
+        """
+        tied, device = self.tied, self.transport.device
+        if tied is None or device not in (ends := [self.placement[tied.into], self.placement[tied.source]]):
+            return
+        if ends[0] == ends[1]:
+            return
+        is_early = device == ends[0]
+        forth, back = Action(tied.into, Kind.SEND_F, number), Action(tied.source, Kind.SEND_B, number)
+        sent, received, peer = (forth, counterpart(back), ends[1]) if is_early else (back, counterpart(forth), ends[0])
+        for i, weight in enumerate(tied.parameters):
+            own = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            border = Border(tuple(own.shape), own.dtype, own.device)
+            receipt = self.transport.receive(border, peer, received._replace(microbatch=number + i))
+            self.transport.send(own, peer, sent._replace(microbatch=number + i))
+            other = receipt.wait()
+            weight.grad = own + other if is_early else other + own
 
     @contextmanager
     def _telling_others(self) -> Iterator[None]:
@@ -170,8 +200,8 @@ class Runtime:
         if roots:
             torch.autograd.backward(list(roots), list(roots.values()))
         if live.hidden is not None:
-            unused = live.hidden.grad is None
-            step.values[stage - 1, Kind.I, number] = torch.zeros_like(live.hidden) if unused else live.hidden.grad
+            found = live.hidden.grad
+            step.values[stage - 1, Kind.I, number] = torch.zeros_like(live.hidden) if found is None else found
         live.hidden = live.out = live.loss = None
         tied = self.tied
         if tied is not None and stage == tied.source and (tied.into, number) in step.live:

@@ -28,6 +28,7 @@ from longcat_model.model import LongcatNext
 from longcat_model.pipeline.runtime import Tied
 from longcat_model.pipeline.stage import Border, Output
 from longcat_model.sequence import IGNORE, Batch, Targets
+from longcat_model.training.balance import expert_counts
 from longcat_model.training.loss import (
     MODALITIES,
     LossWeights,
@@ -58,7 +59,7 @@ class Report(NamedTuple):
 
     terms: Terms  # detached
     metrics: Metrics
-    expert_ids: list[Tensor]  # [N, k] a layer, at positions that are no padding
+    choices: dict[int, Tensor]  # layer -> how often each expert was chosen, int64 [E], padding apart
 
 
 class ModelStage:
@@ -107,7 +108,7 @@ class ModelStage:
     def __call__(self, hidden: Tensor | None, microbatch: Microbatch) -> Output:
         batch, totals = microbatch
         x = self.model.embed(batch.inputs) if hidden is None else hidden
-        x, own, ids = self._run_layers(x, batch, totals)
+        x, own, choices = self._run_layers(x, batch, totals)
         heads: list[_Heads] = []
         if self.layers + 1 in self.units:
             own = join([own, Terms(hidden_z=z_loss(x.flatten(0, 1)[_is_real(batch)].abs(), totals))])
@@ -117,21 +118,22 @@ class ModelStage:
         if self.layers + 2 in self.units:
             heads.append(self._run_heads(x, batch, totals, MODALITIES, _modality_rows(batch.targets)))
         losses = [loss for loss in (own.total(self.weights, totals), *(h.loss for h in heads)) if loss is not None]
-        terms = join([own.detach(), *(h.terms for h in heads)])
-        report = Report(terms, {name: pair for h in heads for name, pair in h.metrics.items()}, ids)
+        terms = join([own.map(Tensor.detach), *(h.terms for h in heads)])
+        report = Report(terms, {name: pair for h in heads for name, pair in h.metrics.items()}, choices)
         is_last = self.units.stop == self.layers + 3
         return Output(None if is_last else x, sum(losses[1:], losses[0]) if losses else None, report)
 
-    def _run_layers(self, x: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Terms, list[Tensor]]:
+    def _run_layers(self, x: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Terms, dict[int, Tensor]]:
         sizes, is_real = self.model.sizes.backbone, _is_real(batch)
-        logits, ids = [], []
+        logits, ids, choices = [], [], {}
         if own := [unit - 1 for unit in self.units if 1 <= unit <= self.layers]:
             context = Context.of(sizes.attention, x, batch.inputs.documents, None)
             for index in own:
                 x, logits_TE, ids_Tk = self.model.backbone.layers[index](x, context)
                 logits.append(logits_TE[is_real])
                 ids.append(ids_Tk[is_real])
-        return x, router_terms(logits, ids, sizes.experts, totals), ids
+                choices[index] = expert_counts(ids[-1], sizes.experts)
+        return x, router_terms(logits, ids, sizes.experts, totals), choices
 
     def _run_heads(
         self, hidden_ND: Tensor, batch: Batch, totals: Totals, names: Sequence[str], rows_N: Tensor | None
@@ -146,13 +148,13 @@ class ModelStage:
             terms, metrics = head_terms(self.model, leaf_ND, batch, names, rows_N)
             loss = terms.total(self.weights, totals)
         if loss is None or not torch.is_grad_enabled():
-            return _Heads(loss, terms.detach(), metrics)
+            return _Heads(loss, terms.map(Tensor.detach), metrics)
         loss.backward()
         if (later := WeightGrads.current()) is not None:
             later.extend(own.take([self.model.embed_tokens.weight]))
         own.run()
         known: Tensor = _Known.apply(hidden_ND, loss.detach(), leaf_ND.grad)  # type: ignore[no-untyped-call]
-        return _Heads(known, terms.detach(), metrics)
+        return _Heads(known, terms.map(Tensor.detach), metrics)
 
 
 class _Heads(NamedTuple):

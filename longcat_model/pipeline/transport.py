@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from longcat_model.pipeline.ir import Action, counterpart
 from longcat_model.pipeline.stage import Border
@@ -54,6 +54,10 @@ class Transport(Protocol):
 
     def gather(self, value: Any) -> list[Any]:
         """Every device's value, on every device; values are plain data and tensors on the CPU."""
+        ...
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every device's value, on device 0; elsewhere an empty list."""
         ...
 
     def fail(self, error: BaseException | None) -> None:
@@ -111,6 +115,10 @@ class InProcess:
 
             self._wait(lambda: everyone == found.keys(), waiting)
             return [found[device] for device in range(self.devices)]
+
+    def collect(self, value: Any) -> list[Any]:
+        found = self.gather(value)
+        return found if self.device == 0 else []
 
     def fail(self, error: BaseException | None) -> None:
         with self._shared.changed:
@@ -170,7 +178,8 @@ class Distributed:
         self.device, self.devices = self.ranks.index(dist.get_rank()), len(self.ranks)
         self.timeout_s, self._stages, self._store = timeout_s, stages, store
         limit = timedelta(seconds=timeout_s)
-        self._up, self._down, self._all = (dist.new_group(self.ranks, timeout=limit) for _ in range(3))
+        self._up, self._down = (dist.new_group(self.ranks, timeout=limit) for _ in range(2))
+        self._all = dist.new_group(self.ranks, timeout=limit, backend="gloo")  # plain data, on the CPU
         self._is_gloo = dist.get_backend(self._up) == "gloo"
         self._sent: SimpleQueue[tuple[Any, Tensor] | None] = SimpleQueue()
         self._drain = threading.Thread(target=_release, args=(self._sent, limit), daemon=True)
@@ -194,11 +203,19 @@ class Distributed:
 
     def gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.devices
-        try:
-            dist.all_gather_object(found, value, group=self._all)
-        except RuntimeError as error:
-            raise PipelineError(f"pipeline: device {self.device}: gathering stopped: {self._reason(error)}") from error
+        self._together("gathering", lambda: dist.all_gather_object(found, value, group=self._all))
         return found
+
+    def collect(self, value: Any) -> list[Any]:
+        found = [None] * self.devices if self.device == 0 else None
+        self._together("collecting", lambda: dist.gather_object(value, found, self.ranks[0], group=self._all))
+        return found or []
+
+    def _together(self, what: str, collective: Callable[[], None]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:
+            raise PipelineError(f"pipeline: device {self.device}, {what}, stopped: {self._reason(error)}") from error
 
     def fail(self, error: BaseException | None) -> None:
         if self._store is not None:

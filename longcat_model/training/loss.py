@@ -15,8 +15,8 @@ Dimension key
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,8 +73,12 @@ class Terms:
     router_z: tuple[Tensor, ...] = ()  # likewise, of each layer
     balance: tuple[Tensor, ...] = ()  # this batch's balance loss times its share of those positions, of each layer
 
-    def detach(self) -> Terms:
-        found: dict[str, Any] = {f.name: _detach(getattr(self, f.name)) for f in fields(self)}
+    def map(self, rule: Callable[[Tensor], Tensor]) -> Terms:
+        """Every term through `rule`."""
+        found: dict[str, Any] = {}
+        for name, term in vars(self).items():
+            is_one = isinstance(term, Tensor)
+            found[name] = rule(term) if is_one else None if term is None else tuple(map(rule, term))
         return Terms(**found)
 
     def total(self, weights: LossWeights, totals: Totals) -> Tensor | None:
@@ -90,12 +94,6 @@ class Terms:
         layers = {name: getattr(self, name) for name in ("router_z", "balance")}
         sums = {name: torch.stack(values).sum() for name, values in layers.items() if values}
         return ({} if self.hidden_z is None else {"hidden_z": self.hidden_z}) | sums
-
-
-def _detach(term: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
-    if isinstance(term, tuple):
-        return tuple(value.detach() for value in term)
-    return None if term is None else term.detach()
 
 
 def join(parts: Sequence[Terms]) -> Terms:

@@ -1,0 +1,160 @@
+"""A stage of training on the ranks of a pipeline: the same losses, checkpoints and metrics as in one process.
+
+Every rank draws the same batches (ids are tiny), cuts them into microbatches and runs its stages of the model. What a
+checkpoint holds does not depend on how many ranks wrote it, so a run may go on with another number of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longcat_model.model import LongcatNext
+from longcat_model.pipeline.ir import Placement, Schedule
+from longcat_model.pipeline.runtime import Runtime, StepResult
+from longcat_model.pipeline.split import Microbatch, split, tied
+from longcat_model.pipeline.transport import Transport
+from longcat_model.sequence import Batch, Inputs, Targets
+from longcat_model.training.balance import Balancer
+from longcat_model.training.loop import Row, Stage
+from longcat_model.training.loss import LossWeights, Metrics, Terms, join, means, merge, regularizer_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a model is spread over devices."""
+
+    placement: Placement  # the device of every stage
+    cuts: tuple[int, ...]  # where the model's units are cut into stages: see `split`
+    microbatches: int  # of a step, at most; a step has as many rows at least
+    schedule: Callable[[int], Schedule]  # number of microbatches -> schedule with transfers
+
+
+class Pipelined:
+    """The `Engine` of one rank.
+
+    Args:
+        stage: its module is a `LongcatNext`, whole until training begins; `stage.loss` is not called.
+        transport: this rank's end.
+        weights: of the loss.
+    """
+
+    def __init__(self, stage: Stage, plan: Plan, transport: Transport, weights: LossWeights | None = None) -> None:
+        if not isinstance(stage.module, LongcatNext):
+            raise ValueError(f"Pipelined: stage.module must be a LongcatNext, got {type(stage.module).__name__}")
+        self.model, self.parameters, self.plan = stage.module, stage.parameters, plan
+        self.transport, self.weights = transport, weights or LossWeights()
+        stages = split(self.model, plan.cuts, self.weights)
+        self.stages = {s: stages[s] for s, device in enumerate(plan.placement) if device == transport.device}
+        self.balancer = None if stage.after_step is None else Balancer(self.model, self.model.sizes.backbone.experts)
+        self._runtimes: dict[int, Runtime] = {}
+
+    @property
+    def leads(self) -> bool:
+        return self.transport.device == 0
+
+    @cached_property
+    def own(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters by their names in the model."""
+        return {name: weight for stage in self.stages.values() for name, weight in stage.named_parameters()}
+
+    def restored(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives back the memory of all that other ranks have."""
+        for name, weight in self.model.named_parameters():
+            if name not in self.own:
+                weight.data = weight.data.new_empty(0)
+                optimizer.state.pop(weight, None)
+
+    def backward(self, batch: Batch) -> Row:
+        began = time.perf_counter()
+        microbatches = Microbatch.of(cut(batch, self.plan.microbatches))
+        runtime = self._runtime(len(microbatches))
+        result = runtime.step(microbatches)
+        runtime.share_tied(len(microbatches))
+        if self.balancer is not None:
+            for report in result.reports.values():
+                for layer, counts in report.choices.items():
+                    self.balancer.add(layer, counts)
+        row = self._row(microbatches, result)
+        return row | {"tokens_per_s": microbatches[0].totals.positions / (time.perf_counter() - began)}
+
+    def _runtime(self, microbatches: int) -> Runtime:
+        if microbatches not in self._runtimes:
+            table = tied(self.model, len(self.plan.placement))
+            schedule = self.plan.schedule(microbatches)
+            self._runtimes[microbatches] = Runtime(schedule, self.plan.placement, self.stages, self.transport, table)
+        return self._runtimes[microbatches]
+
+    def _row(self, microbatches: list[Microbatch], result: StepResult) -> Row:
+        """Loss and metrics of the global batch, as `loss` has them."""
+        told = {place: (r.terms.map(Tensor.cpu), _cpu(r.metrics)) for place, r in result.reports.items()}
+        busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
+        everyone = self.transport.gather((told, busy, result.timeline[-1].end_s))
+        reports = {place: report for told, _, _ in everyone for place, report in told.items()}
+        stages = range(len(self.plan.placement))
+        terms = [join([reports[stage, number][0] for stage in stages]) for number in range(len(microbatches))]
+        losses = [_total(part, self.weights, microbatches[0]) for part in terms]
+        metrics = means(merge(found for _, found in reports.values())) | regularizer_metrics(terms, losses[0])
+        row = {"loss": float(sum(losses[1:], losses[0])), **{name: float(value) for name, value in metrics.items()}}
+        idle = 1 - sum(busy for _, busy, _ in everyone) / len(everyone) / max(end for _, _, end in everyone)
+        return row | {"bubble": idle}
+
+    def clip(self, most: float) -> float:
+        norms = {name: torch.linalg.vector_norm(g).cpu() for name, w in self.own.items() if (g := w.grad) is not None}
+        everyone = {name: norm for found in self.transport.gather(norms) for name, norm in found.items()}
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        ordered = [everyone[names[weight]] for weight in self.parameters if names[weight] in everyone]
+        norm = torch.linalg.vector_norm(torch.stack(ordered))  # the very sum that one process makes
+        torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
+        return float(norm)
+
+    def after_step(self, step: int) -> None:
+        if self.balancer is not None:
+            self.balancer.step(step)
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        module = {
+            f"{prefix}.{name}": tensor.cpu()
+            for stage in self.stages.values()
+            for prefix, part in stage.modules()
+            for name, tensor in part.state_dict().items()
+        }
+        found = optimizer.state_dict()
+        everyone = self.transport.collect((module, found["state"]))
+        modules = {name: tensor for module, _ in everyone for name, tensor in module.items()}
+        states = {index: state for _, states in everyone for index, state in states.items()}
+        ordered = {name: modules[name] for name in self.model.state_dict() if name in modules}
+        return {"module": ordered, "optimizer": found | {"state": dict(sorted(states.items()))}}
+
+
+def cut(batch: Batch, most: int) -> list[Batch]:
+    """Rows in at most `most` microbatches of nearly as many rows, each as long as its longest row."""
+    rows = len(batch.inputs.documents)
+    count = min(most, rows)
+    return [_rows(batch, slice(rows * i // count, rows * (i + 1) // count)) for i in range(count)]
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    used_S = (batch.inputs.documents[rows] >= 0).any(0)
+    length = int(used_S.nonzero().max()) + 1 if used_S.any() else 1
+    inputs, targets = (
+        {field.name: getattr(part, field.name)[rows, :length] for field in fields(part)}
+        for part in (batch.inputs, batch.targets)
+    )
+    return Batch(Inputs(**inputs), Targets(**targets))
+
+
+def _total(terms: Terms, weights: LossWeights, microbatch: Microbatch) -> Tensor:
+    total = terms.total(weights, microbatch.totals)
+    assert total is not None  # the text unit's z-loss is always there
+    return total
+
+
+def _cpu(metrics: Metrics) -> Metrics:
+    return {name: (total.cpu(), count.cpu()) for name, (total, count) in metrics.items()}
