@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,12 +21,15 @@ class Rank(NamedTuple):
     store: Any  # torch.distributed.Store, kept by none of the ranks
 
 
-def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
+def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
     """Runs `work(rank, *arguments)` on all ranks and returns when every one is done.
 
     Under torchrun this process is one of the ranks, and restarts, rendezvous and several machines are torchrun's.
     Elsewhere processes are started on this machine: `work` must be a module's function and the arguments picklable.
     With a GPU for each rank the backend is NCCL, else gloo; the machine's threads are divided among the ranks.
+
+    Returns:
+        Whether this process should go on with what is done once: True, but for torchrun's ranks other than 0.
 
     Raises:
         ValueError: torchrun started another number of ranks.
@@ -36,18 +40,22 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
         if found != ranks:
             raise ValueError(f"pipeline: torchrun must start {ranks} ranks, got {found}")
         _run(store, rank, ranks, work, arguments)
-        return
+        return bool(rank == 0)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = max(1, torch.get_num_threads() // ranks)
+    # torch's own pickling would share tensors with the children, each through an open file.
+    payload = pickle.dumps((work, arguments))
     try:
-        spawn(_child, (store.port, ranks, threads, work, arguments), nprocs=ranks)
+        spawn(_child, (store.port, ranks, threads, payload), nprocs=ranks)
     except (ProcessRaisedException, ProcessExitedException) as error:
         raise ChildProcessError(f"pipeline: rank {error.error_index} failed: {_last_line(error)}") from error
+    return True
 
 
-def _child(rank: int, port: int, ranks: int, threads: int, work: Callable[..., None], arguments: Any) -> None:
+def _child(rank: int, port: int, ranks: int, threads: int, payload: bytes) -> None:
     torch.set_num_threads(threads)
     store = TCPStore("127.0.0.1", port, is_master=False)
+    work, arguments = pickle.loads(payload)
     _run(store, rank, ranks, work, arguments)
 
 

@@ -114,9 +114,10 @@ class Runtime:
             raise ValueError(f"runtime: actions must be among those it runs, got {', '.join(sorted(unknown))}")
         self.transport, self.tied = transport, tied
         self._recomputed = {(a.stage, a.microbatch) for a in self.actions if a.kind is Kind.R}
+        self._trains = any(a.kind in (Kind.I, Kind.B) for a in self.actions)
 
     def step(self, microbatches: Sequence[Any]) -> StepResult:
-        """Runs forward and backward of all microbatches; gradients are added to the parameters' `grad`.
+        """Runs all microbatches; gradients are added to the parameters' `grad`. A schedule of forwards alone keeps none.
 
         Raises:
             PipelineError: another device was lost, hangs or failed.
@@ -170,9 +171,10 @@ class Runtime:
     def _forward(self, step: _Step, action: Action) -> None:
         stage, _, number = action
         hidden = step.take(stage, Kind.F, number) if stage else None
-        live = _Live(None if hidden is None else hidden.detach().requires_grad_())
-        step.live[stage, number] = live
-        out = self._compute(step, action, live, (stage, number) not in self._recomputed)
+        live = _Live(None if hidden is None else hidden.detach().requires_grad_(self._trains))
+        if self._trains:
+            step.live[stage, number] = live
+        out = self._compute(step, action, live, self._trains and (stage, number) not in self._recomputed)
         if out is not None:
             step.values[stage + 1, Kind.F, number] = out.detach()
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.ir import Placement, Schedule
+from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.split import Microbatch, split, tied
-from longcat_model.pipeline.transport import Transport
+from longcat_model.pipeline.transport import Distributed, Transport
 from longcat_model.sequence import Batch, Inputs, Targets
 from longcat_model.training.balance import Balancer
-from longcat_model.training.loop import Row, Stage
+from longcat_model.training.loop import Row, Stage, train
 from longcat_model.training.loss import LossWeights, Metrics, Terms, join, means, merge, regularizer_metrics
 
 
@@ -131,6 +133,46 @@ class Pipelined:
         states = {index: state for _, states in everyone for index, state in states.items()}
         ordered = {name: modules[name] for name in self.model.state_dict() if name in modules}
         return {"module": ordered, "optimizer": found | {"state": dict(sorted(states.items()))}}
+
+
+def train_pipelined(
+    make: Callable[[], Stage],
+    directory: Path,
+    plan: Plan,
+    *,
+    weights: LossWeights | None = None,
+    seed: int = 0,
+    save_every: int = 200,
+) -> bool:
+    """Trains a stage on the ranks of `plan`, or goes on from its checkpoint; see `loop.train` and `launch`.
+
+    The trained module is in the checkpoint: `train(make(), directory)` then loads it and returns the metrics.
+
+    Args:
+        make: gives the stage, on every rank alike; picklable.
+        weights: those of the stage's loss.
+
+    Returns:
+        Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
+    """
+    arguments = (make, directory, plan, weights, seed, save_every)
+    return launch(max(plan.placement) + 1, _train_rank, *arguments)
+
+
+def _train_rank(
+    rank: Rank,
+    make: Callable[[], Stage],
+    directory: Path,
+    plan: Plan,
+    weights: LossWeights | None,
+    seed: int,
+    save_every: int,
+) -> None:
+    stage = make()
+    transport = Distributed(len(plan.placement), store=rank.store)
+    engine = Pipelined(stage, plan, transport, weights)
+    train(stage, directory, seed=seed, save_every=save_every, engine=engine)
+    transport.close()
 
 
 def cut(batch: Batch, most: int) -> list[Batch]:
