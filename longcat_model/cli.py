@@ -73,7 +73,7 @@ class Train:
     seed: int = 0
     """Of the order of the documents."""
     pipeline: int = 1
-    """Processes that train the model together, each with a part of it (V-Half pipeline); or start them with torchrun."""
+    """Processes that train the model together, each with a part of it; torchrun may start them, on many machines."""
 
     def __call__(self) -> None:
         from longcat_model.training import finetune

@@ -117,7 +117,9 @@ class Runtime:
         self._trains = any(a.kind in (Kind.I, Kind.B) for a in self.actions)
 
     def step(self, microbatches: Sequence[Any]) -> StepResult:
-        """Runs all microbatches; gradients are added to the parameters' `grad`. A schedule of forwards alone keeps none.
+        """Runs all microbatches; gradients are added to the parameters' `grad`.
+
+        A schedule of forwards alone makes none and keeps nothing.
 
         Raises:
             PipelineError: another device was lost, hangs or failed.

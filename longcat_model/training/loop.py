@@ -44,7 +44,10 @@ class Stage:
 class Engine(Protocol):
     """How a stage's gradients come about: in this process, or in a pipeline of which it is one rank."""
 
-    leads: bool  # whether this process writes files and shows progress
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        ...
 
     def restored(self, optimizer: torch.optim.Optimizer) -> None:
         """Called once, when module and optimizer have the state to go on from."""
@@ -68,10 +71,8 @@ class Engine(Protocol):
 class InOneProcess:
     """The whole module, one batch at a time."""
 
-    leads = True
-
     def __init__(self, stage: Stage) -> None:
-        self.stage = stage
+        self.stage, self.leads = stage, True
 
     def restored(self, optimizer: torch.optim.Optimizer) -> None:
         pass

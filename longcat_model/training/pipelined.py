@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from longcat_model.model import LongcatNext
-from longcat_model.pipeline.ir import Placement, Schedule
+from longcat_model.pipeline.ir import Placement, Schedule, v_placement
 from longcat_model.pipeline.launch import Rank, launch
+from longcat_model.pipeline.lower_tmp import lower
 from longcat_model.pipeline.runtime import Runtime, StepResult
+from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.split import Microbatch, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
 from longcat_model.sequence import Batch, Inputs, Targets
@@ -36,6 +38,26 @@ class Plan:
     cuts: tuple[int, ...]  # where the model's units are cut into stages: see `split`
     microbatches: int  # of a step, at most; a step has as many rows at least
     schedule: Callable[[int], Schedule]  # number of microbatches -> schedule with transfers
+
+
+def v_half_plan(model: LongcatNext, devices: int, microbatches: int | None = None) -> Plan:
+    """V-Half with layers spread evenly over all stages but the last, which has the depth heads alone.
+
+    Args:
+        microbatches: None: four a device.
+    """
+    stages, layers = 2 * devices, len(model.backbone.layers)
+    cuts = (*(1 + layers * stage // (stages - 1) for stage in range(1, stages - 1)), layers + 2)
+    return Plan(
+        placement=v_placement(devices),
+        cuts=cuts,
+        microbatches=microbatches or 4 * devices,
+        schedule=partial(_v_half, devices),
+    )
+
+
+def _v_half(devices: int, microbatches: int) -> Schedule:
+    return lower(v_half(devices, microbatches), v_placement(devices))
 
 
 class Pipelined:
