@@ -15,6 +15,7 @@
 #include "bindings/rvq_encode.h"
 #include "bindings/rvq_encode_backward.h"
 #include "bindings/rvq_encode_cuda.h"
+#include "bindings/schedule_search.h"
 #include "longcat/isa.h"
 
 namespace {
@@ -58,4 +59,5 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_moe_route(m);
     longcat::bind_fused_moe(m);
     longcat::bind_fused_moe_backward(m);
+    longcat::bind_schedule_search(m);
 }
