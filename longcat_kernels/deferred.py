@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+TOGETHER = 1 << 20  # numbers: gradients go to autograd by so many, as each call of it costs as much as a small product
 
 _CURRENT: ContextVar[WeightGrads | None] = ContextVar("weight_grads", default=None)
 
@@ -59,9 +61,8 @@ def defer_weight_grads() -> Iterator[WeightGrads]:
         _CURRENT.reset(token)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    weights: tuple[Tensor, ...]
+class _Entry(NamedTuple):
+    weights: Sequence[Tensor]
     compute: Callable[[], Sequence[Tensor | None]]
 
 
@@ -78,7 +79,7 @@ class WeightGrads:
 
     def add(self, weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor | None]]) -> None:
         """Leaves the gradients of `weights`, parameters or functions of them, to `compute`, which gives one each."""
-        self._entries.append(_Entry(tuple(weights), compute))
+        self._entries.append(_Entry(weights, compute))
 
     def take(self, parameters: Iterable[Tensor]) -> WeightGrads:
         """Removes and gives what concerns `parameters`: what is computed for them, and with them in the same call."""
@@ -100,20 +101,26 @@ class WeightGrads:
         Gradients of one parameter are added to each other before they are added to `parameter.grad`, as backward does.
         """
         entries, self._entries = self._entries, []
-        uses = Counter(id(_root(weight)) for entry in entries for weight in entry.weights)
-        sums: dict[int, Tensor] = {}
+        uses = Counter(_root(weight) for entry in entries for weight in entry.weights)
+        sums: dict[Tensor, Tensor] = {}
+        whole: dict[Tensor, Tensor] = {}
+        held = 0
         entries.reverse()
         while entries:
             entry = entries.pop()  # what its closure holds goes as soon as it was used
             for weight, grad in zip(entry.weights, entry.compute(), strict=True):
                 root = _root(weight)
-                uses[id(root)] -= 1
+                uses[root] -= 1
                 if grad is not None and weight.requires_grad:
                     if root is not weight:
                         (grad,) = torch.autograd.grad(weight, root, grad, retain_graph=True)
-                    sums[id(root)] = sums[id(root)] + grad if id(root) in sums else grad
-                if not uses[id(root)] and id(root) in sums:
-                    torch.autograd.backward(root, sums.pop(id(root)))
+                    sums[root] = sums[root] + grad if root in sums else grad
+                if not uses[root] and root in sums:
+                    whole[root] = sums.pop(root)
+                    held += root.numel()
+            if held > TOGETHER or not entries:
+                torch.autograd.backward(list(whole), list(whole.values()))
+                whole, held = {}, 0
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -183,8 +183,10 @@ class Runtime:
     def _compute(self, step: _Step, action: Action, live: _Live, keep: bool) -> Tensor | None:
         """Runs the stage on what `live` holds, and puts into it what backward needs if it is to `keep` that."""
         place = (action.stage, action.microbatch)
-        with torch.set_grad_enabled(keep), defer_weight_grads() as live.pending:
+        with torch.set_grad_enabled(keep), defer_weight_grads() as pending:
             output = self.stages[action.stage](live.hidden, step.microbatches[action.microbatch])
+        pending.extend(live.pending)  # of tied weights, from a later stage, if this is done again
+        live.pending = pending
         live.out, live.loss = _edge(output.hidden), _edge(output.loss)
         step.reports[place] = output.report
         if output.loss is not None:
