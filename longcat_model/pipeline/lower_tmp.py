@@ -1,7 +1,7 @@
 from longcat_model.pipeline.ir import Action, Kind, transfer
 
 
-def lower(schedule, placement):
+def lower(schedule, placement, microbatches):
     out = []
     S = len(placement)
     for row in schedule:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -157,33 +157,47 @@ class _Handover:
 
 
 class Distributed:
-    """Devices that are ranks of torch.distributed, with gloo or NCCL.
+    """Devices that are ranks of torch.distributed, with gloo or NCCL; made by `connect`.
 
     What flows to higher ranks and what flows to lower ones each has a process group, and with NCCL a stream, of its
-    own. Without `store` only the neighbours of a lost rank learn which one it is; the others name their neighbour.
-
-    Args:
-        ranks: of the devices, in order; None: all ranks. Every rank of the job must make the same transports in the
-            same order (`torch.distributed.new_group`'s rule).
-        store: where a rank that fails leaves word; it must not be kept by one of the ranks that can be lost. torchrun's
-            agent keeps such a one: `longcat_model.pipeline.launch` uses it.
-        timeout_s: the longest that a transfer may take.
-        stages: number of stages; with gloo, names transfers, so that their order does not matter.
+    own.
     """
 
-    def __init__(
-        self, stages: int, *, ranks: list[int] | None = None, store: Store | None = None, timeout_s: float = 600.0
-    ) -> None:
-        self.ranks = list(range(dist.get_world_size())) if ranks is None else ranks
-        self.device, self.devices = self.ranks.index(dist.get_rank()), len(self.ranks)
-        self.timeout_s, self._stages, self._store = timeout_s, stages, store
-        limit = timedelta(seconds=timeout_s)
+    def __init__(self, ranks: Sequence[int], stages: int, store: Store | None, limit: timedelta) -> None:
+        self.ranks, self._stages, self._store = list(ranks), stages, store
         self._up, self._down = (dist.new_group(self.ranks, timeout=limit) for _ in range(2))
         self._all = dist.new_group(self.ranks, timeout=limit, backend="gloo")  # plain data, on the CPU
-        self._is_gloo = dist.get_backend(self._up) == "gloo"
+        self.device, self.devices = dist.get_group_rank(self._all, dist.get_rank()), len(self.ranks)
         self._sent: SimpleQueue[tuple[Any, Tensor] | None] = SimpleQueue()
         self._drain = threading.Thread(target=_release, args=(self._sent, limit), daemon=True)
         self._drain.start()
+
+    @classmethod
+    def connect(
+        cls,
+        stages: int,
+        pipelines: Sequence[Sequence[int]] | None = None,
+        *,
+        store: Store | None = None,
+        timeout_s: float = 600.0,
+    ) -> Distributed | None:
+        """Every rank of the job calls this together; gives its end, or None if it is in none of the pipelines.
+
+        Args:
+            stages: of each pipeline.
+            pipelines: the ranks of each, device by device; None: all ranks are one pipeline.
+            store: where a rank that fails leaves word for all others; to be kept by none of the ranks, as torchrun's
+                agent does (`launch` gives such a one). None: a rank learns only what its own neighbours do.
+            timeout_s: the longest that a transfer may take.
+        """
+        limit, found = timedelta(seconds=timeout_s), None
+        for ranks in pipelines or [range(dist.get_world_size())]:
+            if dist.get_rank() in ranks:
+                found = cls(ranks, stages, store, limit)
+            else:
+                for backend in (None, None, "gloo"):  # making a group is a matter for all ranks
+                    dist.new_group(list(ranks), timeout=limit, backend=backend)
+        return found
 
     def send(self, tensor: Tensor, to: int, action: Action) -> None:
         group = self._up if to > self.device else self._down
@@ -225,7 +239,7 @@ class Distributed:
     def close(self) -> None:
         """Waits until all that was sent has arrived."""
         self._sent.put(None)
-        self._drain.join(self.timeout_s)
+        self._drain.join()
 
     def _tag(self, action: Action) -> int:
         kinds = 2

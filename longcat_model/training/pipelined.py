@@ -57,7 +57,7 @@ def v_half_plan(model: LongcatNext, devices: int, microbatches: int | None = Non
 
 
 def _v_half(devices: int, microbatches: int) -> Schedule:
-    return lower(v_half(devices, microbatches), v_placement(devices))
+    return lower(v_half(devices, microbatches), v_placement(devices), microbatches)
 
 
 class Pipelined:
@@ -191,7 +191,8 @@ def _train_rank(
     save_every: int,
 ) -> None:
     stage = make()
-    transport = Distributed(len(plan.placement), store=rank.store)
+    transport = Distributed.connect(len(plan.placement), store=rank.store)
+    assert transport is not None  # every rank is in the one pipeline
     engine = Pipelined(stage, plan, transport, weights)
     train(stage, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()

@@ -54,7 +54,7 @@ def test_losses_and_gradients_are_those_of_one_process(
 ) -> None:
     make, place = SCHEDULES[name]
     schedule, placement, parts = make(devices, microbatches), place(devices), small.batches(microbatches)
-    schedule = lower(schedule, placement)
+    schedule = lower(schedule, placement, microbatches)
     models, results = small.piped(small.model(), schedule, placement, parts)
     want, losses = reference(microbatches)
     found = small.gradients(models)
@@ -70,7 +70,7 @@ def test_losses_and_gradients_are_those_of_one_process(
 
 
 def test_a_forward_that_is_done_again_gives_the_same_bits(reference: Any) -> None:
-    rows = lower(v_half(2, 5), v_placement(2))
+    rows = lower(v_half(2, 5), v_placement(2), 5)
     again = tuple(
         tuple(
             part
@@ -88,7 +88,7 @@ def test_a_forward_that_is_done_again_gives_the_same_bits(reference: Any) -> Non
 
 def test_forwards_alone_keep_nothing(reference: Any) -> None:
     placement = v_placement(2)
-    rows = without(lower(v_half(2, 4), placement), {Kind.I, Kind.W, Kind.B, Kind.SEND_B, Kind.RECV_B, Kind.FREE})
+    rows = without(lower(v_half(2, 4), placement, 4), {Kind.I, Kind.W, Kind.B, Kind.SEND_B, Kind.RECV_B, Kind.FREE})
     models, results = small.piped(small.model(), rows, placement, small.batches(4))
     assert not small.gradients(models) and [result.peak_live for result in results] == [0, 0]
     assert all(map(torch.equal, small.losses(results, placement, small.batches(4)), reference(4)[1]))
@@ -98,7 +98,7 @@ def test_gradients_add_up_over_steps() -> None:
     placement, parts = v_placement(2), small.batches(3)
     whole, want = small.model(), small.model()
     (end,) = InProcess.connect(1)
-    own = small.runtime(whole, lower(v_half(1, 3), v_placement(1)), v_placement(1), end)
+    own = small.runtime(whole, lower(v_half(1, 3), v_placement(1), 3), v_placement(1), end)
     for _ in range(2):
         own.step(Microbatch.of(parts))
         small.one_process(want, parts)
@@ -173,7 +173,7 @@ def test_a_failing_stage_stops_all_devices_with_its_reason() -> None:
         if microbatch == 2:
             raise RuntimeError("out of luck")
 
-    messages = toys(lower(v_half(3, 4), v_placement(3)), v_placement(3), 30.0, stage4=trouble)
+    messages = toys(lower(v_half(3, 4), v_placement(3), 4), v_placement(3), 30.0, stage4=trouble)
     assert messages[1] == "out of luck"
     assert all("device 1 failed: out of luck" in messages[device] for device in (0, 2))
 
@@ -189,7 +189,7 @@ def test_refuses_what_it_cannot_run() -> None:
 
 def test_the_timeline_has_every_action_in_order() -> None:
     (end,) = InProcess.connect(1)
-    schedule = lower(v_half(1, 3), v_placement(1))
+    schedule = lower(v_half(1, 3), v_placement(1), 3)
     result = Runtime(schedule, v_placement(1), {0: Toy(False), 1: Toy(True)}, end).step(range(3))
     assert tuple(ran.action for ran in result.timeline) == schedule[0]
     times = [moment for ran in result.timeline for moment in (ran.start_s, ran.end_s)]
