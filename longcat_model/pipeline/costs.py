@@ -95,25 +95,6 @@ def uniform(
     )
 
 
-def mean_costs(costs: Costs, microbatches: int) -> Costs:
-    """Costs of `microbatches` alike, each the average of what is given."""
-
-    def average(table: Table) -> Table:
-        return tuple((math.fsum(row) / len(row),) * microbatches for row in table)
-
-    def largest(table: Sizes) -> Sizes:
-        return tuple((max(row),) * microbatches for row in table)
-
-    return Costs(
-        forward=average(costs.forward),
-        input=average(costs.input),
-        weight=average(costs.weight),
-        transfer=average(costs.transfer),
-        saved=largest(costs.saved),
-        received=largest(costs.received),
-    )
-
-
 def permuted(costs: Costs, order: Sequence[int]) -> Costs:
     """Costs whose microbatch k is microbatch `order[k]` of what is given."""
 

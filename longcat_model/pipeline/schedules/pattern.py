@@ -10,10 +10,9 @@ import random
 
 import numpy as np
 
-from longcat_model.pipeline.costs import mean_costs
 from longcat_model.pipeline.ir import Kind
 from longcat_model.pipeline.schedules.v import PERIOD, Block
-from longcat_model.pipeline.schedules.walk import KINDS, Instance, Orders, instance, makespan
+from longcat_model.pipeline.schedules.walk import KINDS, Instance, Orders, makespan
 
 SHORT, LONG = 2, 3  # microbatches for each device: blocks are judged by schedules of these lengths
 
@@ -56,9 +55,9 @@ class _Judge:
     """How long a block lasts."""
 
     def __init__(self, problem: Instance) -> None:
-        devices, self.microbatches = len(problem.limits), problem.costs.microbatches
+        devices, self.microbatches = len(problem.limits), problem.microbatches
         self.lengths = [min(self.microbatches, count * devices) for count in (SHORT, LONG)]
-        self.problems = [_alike(problem, count) for count in self.lengths]
+        self.problems = [problem.alike(count) for count in self.lengths]
 
     def length(self, block: Block) -> float | None:
         """In ticks; None where it cannot be run within the limits."""
@@ -68,12 +67,6 @@ class _Judge:
             return whole
         part = makespan(short, repeated(block, few))
         return None if part is None else whole + (self.microbatches - many) * (whole - part) / (many - few)
-
-
-def _alike(problem: Instance, microbatches: int) -> Instance:
-    """The instance with so many average microbatches; times stay integers."""
-    costs = mean_costs(problem.costs, microbatches)
-    return instance(problem.placement, costs, problem.limits)
 
 
 def _changed(slots: dict[tuple[int, Kind], int], chance: random.Random) -> dict[tuple[int, Kind], int]:

@@ -49,7 +49,7 @@ def searched(
     placement = v_placement(devices)
     if limits is None:
         limits = [max(peak_bytes(v_half(devices, microbatches), costs))] * devices
-    problem = instance(placement, costs, tuple(limits))
+    problem = instance(placement, costs, limits)
     closed = [encode(make(devices, microbatches)) for make in (v_half, v_min, v_zb)]
     found = [*closed, *_blocks(problem, effort), encode(one_at_a_time(placement, microbatches))]
     starts = _best(problem, found, len(found))
@@ -83,7 +83,7 @@ def _best(problem: Instance, candidates: Sequence[Orders], count: int) -> list[O
 
 def _blocks(problem: Instance, effort: Effort) -> list[Orders]:
     """Blocks found from those of the closed forms that fit, repeated: all of them."""
-    devices, microbatches = len(problem.limits), problem.costs.microbatches
+    devices, microbatches = len(problem.limits), problem.microbatches
     blocks = [make(devices) for make in (half_block, min_block, zb_block)]
     fit = [block for block in blocks if makespan(problem, pattern.repeated(block, microbatches)) is not None]
     fit.sort(key=lambda block: makespan(problem, pattern.repeated(block, microbatches)) or 0)

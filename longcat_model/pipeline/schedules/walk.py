@@ -14,14 +14,14 @@ import functools
 import importlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from longcat_model.pipeline.costs import Costs, Table
+from longcat_model.pipeline.costs import Costs
 from longcat_model.pipeline.ir import Action, Kind, Placement, Schedule
 from longcat_model.pipeline.simulate import Deadlock, live_bytes, simulate
 
@@ -31,37 +31,53 @@ KINDS = (Kind.F, Kind.I, Kind.W)
 TICKS = 2**40  # about how many make all the work there is
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instance:
     """What is searched: F, I and W of every stage and microbatch, microbatches in order on every stage."""
 
     placement: Placement
-    costs: Costs  # times are integers
+    durations: NDArray[np.int64]  # [stages, 3, microbatches] of F, I and W, in ticks
+    transfers: NDArray[np.int64]  # [stages, microbatches] from a stage to the one after, in ticks
+    saved: NDArray[np.int64]  # [stages, microbatches] bytes
     limits: tuple[int, ...]  # [device] bytes that it may hold for the backward
 
+    @property
+    def microbatches(self) -> int:
+        return self.saved.shape[1]
+
     @functools.cached_property
+    def costs(self) -> Costs:
+        """The same as plain data."""
+        tables = (*(self.durations[:, kind] for kind in range(3)), self.transfers, self.saved, self.saved)
+        return Costs(*(tuple(map(tuple, table.tolist())) for table in tables))
+
+    @property
     def arguments(self) -> tuple[object, ...]:
-        """As the compiled module takes them."""
-        tables = (self.costs.forward, self.costs.input, self.costs.weight)
-        return (
-            np.array(self.placement, np.int32),
-            np.ascontiguousarray(np.array(tables, np.int64).transpose(1, 0, 2)),
-            np.array(self.costs.transfer, np.int64),
-            np.array(self.costs.saved, np.int64),
-            list(self.limits),
+        """The same as the compiled module takes it."""
+        placement = np.array(self.placement, np.int32)
+        return (placement, self.durations, self.transfers, self.saved, list(self.limits))
+
+    def of(self, order: Sequence[int]) -> Instance:
+        """The instance whose microbatch k is this one's microbatch `order[k]`."""
+        tables = (np.ascontiguousarray(table[..., order]) for table in (self.durations, self.transfers, self.saved))
+        return Instance(self.placement, *tables, self.limits)
+
+    def alike(self, microbatches: int) -> Instance:
+        """So many microbatches of average durations and largest sizes."""
+        times = (table.mean(axis=-1, keepdims=True).round() for table in (self.durations, self.transfers))
+        tables = (*times, self.saved.max(axis=-1, keepdims=True))
+        return Instance(
+            self.placement, *(np.repeat(table.astype(np.int64), microbatches, axis=-1) for table in tables), self.limits
         )
 
 
-def instance(placement: Placement, costs: Costs, limits: tuple[int, ...]) -> Instance:
+def instance(placement: Placement, costs: Costs, limits: Sequence[int]) -> Instance:
     """An instance whose times are in ticks, a power of two of the unit of `costs`: whole numbers stay exact."""
-    total = sum(map(costs.stage_work, range(costs.stages))) + sum(map(sum, costs.transfer))
-    scale = 2.0 ** math.floor(math.log2(TICKS / total)) if total else 1.0
-
-    def ticks(table: Table) -> Table:
-        return tuple(tuple(round(value * scale) for value in row) for row in table)
-
-    times = (ticks(table) for table in (costs.forward, costs.input, costs.weight, costs.transfer))
-    return Instance(placement, Costs(*times, costs.saved, costs.received), limits)
+    times = np.array([costs.forward, costs.input, costs.weight, costs.transfer], np.float64)
+    scale = 2.0 ** math.floor(math.log2(TICKS / total)) if (total := times.sum()) else 1.0
+    ticks = np.rint(times * scale).astype(np.int64)
+    durations = np.ascontiguousarray(ticks[:3].transpose(1, 0, 2))
+    return Instance(placement, durations, ticks[3], np.array(costs.saved, np.int64), tuple(limits))
 
 
 def encode(schedule: Schedule) -> Orders:
@@ -93,6 +109,17 @@ def makespan(problem: Instance, orders: Orders) -> int | None:
     return None if found < 0 else found
 
 
+def excess(problem: Instance, orders: Orders) -> int:
+    """By how many bytes the limit is exceeded on the device where it is most; 0 where all are kept."""
+    place = np.argsort(orders, kind="stable")
+    microbatch = np.empty(len(orders), np.int64)
+    microbatch[place] = np.arange(len(orders)) % problem.microbatches
+    change = np.array([1, 0, -1])[orders % 3] * problem.saved[orders // 3, microbatch]
+    lengths = [3 * problem.microbatches * problem.placement.count(device) for device in range(len(problem.limits))]
+    rows = np.split(change, np.cumsum(lengths)[:-1])
+    return max(0, *(int(row.cumsum().max()) - limit for row, limit in zip(rows, problem.limits, strict=True)))
+
+
 def walk(problem: Instance, orders: Orders, moves: int, reach: int, seed: int) -> tuple[Orders, int]:
     """Makes `moves` moves of at most `reach` places; gives the orders that it ends with and their makespan in ticks.
 
@@ -116,7 +143,7 @@ def walk_in_python(problem: Instance, orders: Orders, moves: int, reach: int, se
         row = rows[random.below(len(rows))]
         start, distance = random.below(len(row)), 1 + random.below(reach)
         end = start + distance if random.next() >> 63 else start - distance
-        if not 0 <= end < len(row) or not _may_pass(row, start, end, problem.costs.stages):
+        if not 0 <= end < len(row) or not _may_pass(row, start, end, len(problem.placement)):
             continue
         row.insert(end, row.pop(start))
         length = _makespan(problem, tuple(map(tuple, rows)))
