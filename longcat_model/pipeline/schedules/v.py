@@ -107,8 +107,6 @@ def _v(make: Callable[[int], Block], devices: int, microbatches: int, limit: int
     plain = repeat(make(devices), microbatches)
     early = fill(plain, placement, limit, hoist=True, weights_last=False)
     candidates = [
-        fill(base, placement, limit, hoist=hoist, weights_last=True)
-        for base in (plain, early)
-        for hoist in (False, True)
+        fill(base, placement, limit, hoist=hoist, weights_last=True) for base in (plain, early) for hoist in (False, True)
     ]
     return shortest([early, *candidates], placement, microbatches)
