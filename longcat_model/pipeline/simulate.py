@@ -3,8 +3,8 @@
 One engine serves verification and simulation: devices work through their rows in order, each action as soon as what it
 needs is there. Where all of them wait, the schedule deadlocks, and the error says who waits for what.
 
-Model: a device does one action at a time; transfers go on beside it. Without SEND and RECV actions a result is at another
-device `transfer` after it was made; with them, `transfer` after both ends have been reached.
+Model: a device does one action at a time; transfers go on beside it. Without SEND and RECV actions a result is at
+another device `transfer` after it was made; with them, `transfer` after both ends have been reached.
 """
 
 from __future__ import annotations

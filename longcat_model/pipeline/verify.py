@@ -49,7 +49,9 @@ def verify(schedule: Schedule, placement: Placement, microbatches: int, costs: C
 
 def _check_actions(schedule: Schedule, placement: Placement, microbatches: int) -> None:
     if len(schedule) != max(placement) + 1:
-        raise ValueError(f"schedule: it must have one row for each of {max(placement) + 1} devices, got {len(schedule)}")
+        raise ValueError(
+            f"schedule: it must have one row for each of {max(placement) + 1} devices, got {len(schedule)}"
+        )
     for device, row in enumerate(schedule):
         for action, count in Counter(row).items():
             if action.stage >= len(placement) or placement[action.stage] != device:
@@ -148,4 +150,6 @@ def _check_rendezvous(schedule: Schedule) -> None:
     try:
         graph.prepare()
     except graphlib.CycleError as error:
-        raise Deadlock(f"schedule: deadlock: each waits for the one before: {' '.join(map(str, error.args[1]))}") from None
+        raise Deadlock(
+            f"schedule: deadlock: each waits for the one before: {' '.join(map(str, error.args[1]))}"
+        ) from None

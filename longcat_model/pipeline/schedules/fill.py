@@ -1,4 +1,4 @@
-"""Fills idle slots of a schedule, in slots of one F, I or W, without holding more than a given number of activations."""
+"""Fills idle slots of a schedule, each as long as one F, I or W, without holding more than so many activations."""
 
 from __future__ import annotations
 

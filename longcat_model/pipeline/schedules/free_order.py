@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from longcat_model.pipeline.costs import Costs, permuted
 from longcat_model.pipeline.ir import Schedule, v_placement
-from longcat_model.pipeline.schedules.searched import Effort, searched
+from longcat_model.pipeline.schedules.searched import DEFAULT, Effort, searched
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.schedules.walk import Instance, Orders, decode, encode, excess, instance, makespan, walk
 
@@ -22,7 +22,7 @@ FIRST_SWAPS, SWAPS, ROUNDS = 2000, 300, 8
 def searched_in_any_order(
     costs: Costs,
     limits: Sequence[int],
-    effort: Effort = Effort(),  # noqa: B008  frozen
+    effort: Effort = DEFAULT,
 ) -> Schedule:
     """As `searched`, and microbatches need not run in the order of their numbers (but in the same on all stages).
 

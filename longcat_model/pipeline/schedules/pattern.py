@@ -1,12 +1,13 @@
 """A search among the blocks of V schedules (see v.py): which order, repeated, lasts shortest under given costs.
 
-A block has few entries however many microbatches there are, so that this finds what a walk through whole schedules is slow
-to find: one change in all repetitions at once.
+A block has few entries however many microbatches there are, so that this finds what a walk through whole schedules is
+slow to find: one change in all repetitions at once.
 """
 
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 
@@ -85,5 +86,5 @@ def _valid(slots: dict[tuple[int, Kind], int]) -> bool:
     """Whether a microbatch goes up the stages forward and down again backward, and W follows I."""
     stages = sorted({stage for stage, _ in slots})
     chain = [(stage, Kind.F) for stage in stages] + [(stage, Kind.I) for stage in reversed(stages)]
-    ordered = all(slots[first] < slots[second] for first, second in zip(chain, chain[1:], strict=False))
+    ordered = all(slots[first] < slots[second] for first, second in pairwise(chain))
     return ordered and all(slots[stage, Kind.I] < slots[stage, Kind.W] for stage in stages)

@@ -30,10 +30,13 @@ class Effort:
     seed: int = 0
 
 
+DEFAULT = Effort()
+
+
 def searched(
     costs: Costs,
     limits: Sequence[int] | None = None,
-    effort: Effort = Effort(),  # noqa: B008  frozen
+    effort: Effort = DEFAULT,
 ) -> Schedule:
     """A V schedule for two stages a device (v_placement), short under `costs`.
 

@@ -1,9 +1,9 @@
 """V-Half, V-Min and V-ZB: two stages a device, down and up again, from a block of slots that repeats (v_placement).
 
-Source: Qi et al., Pipeline Parallelism with Controllable Memory (arXiv 2405.15362). A block says in which slot each device
-does F and I of its two stages for one microbatch; the next microbatch does the same 6 slots later. What a device
+Source: Qi et al., Pipeline Parallelism with Controllable Memory (arXiv 2405.15362). A block says in which slot each
+device does F and I of its two stages for one microbatch; the next microbatch does the same 6 slots later. What a device
 holds follows from the slots between F and W alone, so that a block fixes the peak memory of any number of microbatches.
-In stage units (one microbatch on 1 / devices of the model; 1F1B holds `devices`), for p devices and slots of equal length:
+In stage units (one microbatch on 1 / p of the model; 1F1B holds p), for p devices and slots of equal length:
 
     schedule   peak               slots beyond 6 a microbatch, with at least 2p microbatches
     V-Half     (p + 2) // 2       3p - 7 (p even), 3p - 4 (p odd), 1 (p = 2)
@@ -107,6 +107,8 @@ def _v(make: Callable[[int], Block], devices: int, microbatches: int, limit: int
     plain = repeat(make(devices), microbatches)
     early = fill(plain, placement, limit, hoist=True, weights_last=False)
     candidates = [
-        fill(base, placement, limit, hoist=hoist, weights_last=True) for base in (plain, early) for hoist in (False, True)
+        fill(base, placement, limit, hoist=hoist, weights_last=True)
+        for base in (plain, early)
+        for hoist in (False, True)
     ]
     return shortest([early, *candidates], placement, microbatches)

@@ -59,16 +59,19 @@ class Instance:
 
     def of(self, order: Sequence[int]) -> Instance:
         """The instance whose microbatch k is this one's microbatch `order[k]`."""
-        tables = (np.ascontiguousarray(table[..., order]) for table in (self.durations, self.transfers, self.saved))
-        return Instance(self.placement, *tables, self.limits)
+        durations, transfers, saved = (
+            np.ascontiguousarray(table[..., order]) for table in (self.durations, self.transfers, self.saved)
+        )
+        return Instance(self.placement, durations, transfers, saved, self.limits)
 
     def alike(self, microbatches: int) -> Instance:
         """So many microbatches of average durations and largest sizes."""
-        times = (table.mean(axis=-1, keepdims=True).round() for table in (self.durations, self.transfers))
-        tables = (*times, self.saved.max(axis=-1, keepdims=True))
-        return Instance(
-            self.placement, *(np.repeat(table.astype(np.int64), microbatches, axis=-1) for table in tables), self.limits
-        )
+
+        def repeat(table: NDArray) -> NDArray[np.int64]:
+            return np.repeat(np.rint(table).astype(np.int64)[..., None], microbatches, axis=-1)
+
+        durations, transfers = repeat(self.durations.mean(axis=-1)), repeat(self.transfers.mean(axis=-1))
+        return Instance(self.placement, durations, transfers, repeat(self.saved.max(axis=-1)), self.limits)
 
 
 def instance(placement: Placement, costs: Costs, limits: Sequence[int]) -> Instance:
@@ -165,7 +168,7 @@ def _makespan(problem: Instance, schedule: Schedule) -> int | None:
 
 
 def _may_pass(row: list[Action], start: int, end: int, stages: int) -> bool:
-    """Whether an action may pass those up to place `end`: microbatches of a stage stay in order, and so do I after F."""
+    """Whether an action may pass those up to place `end`: none of its stage and kind, none that data orders."""
     moved = row[start]
     passed = row[start + 1 : end + 1] if start < end else row[end:start]
     if any(other[:2] == moved[:2] for other in passed):
