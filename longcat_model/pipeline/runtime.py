@@ -91,6 +91,8 @@ class Runtime:
         stages: this device's, by number.
         transport: this device's end.
         tied: weights that two stages share.
+        reduce: called with the number of each stage as soon as its gradients are complete, while others still work:
+            where data-parallel replicas start to add theirs up. Tied weights are complete only after `share_tied`.
 
     Raises:
         ValueError: `stages` are not those that `placement` puts on the device, or the schedule has an action that the
@@ -104,6 +106,7 @@ class Runtime:
         stages: Mapping[int, Stage],
         transport: Transport,
         tied: Tied | None = None,
+        reduce: Callable[[int], None] | None = None,
     ) -> None:
         device = transport.device
         own = {stage for stage, where in enumerate(placement) if where == device}
@@ -112,7 +115,7 @@ class Runtime:
         self.actions, self.placement, self.stages = schedule[device], placement, stages
         if unknown := {action.kind.value for action in self.actions if action.kind not in _HANDLERS}:
             raise ValueError(f"runtime: actions must be among those it runs, got {', '.join(sorted(unknown))}")
-        self.transport, self.tied = transport, tied
+        self.transport, self.tied, self.reduce = transport, tied, reduce
         self._recomputed = {(a.stage, a.microbatch) for a in self.actions if a.kind is Kind.R}
         self._trains = any(a.kind in (Kind.I, Kind.B) for a in self.actions)
 
@@ -239,6 +242,10 @@ class Runtime:
         value = border.empty() if is_empty else self.transport.receive(border, self.placement[source], action)
         step.values[stage, wanted, number] = value
 
+    def _reduce(self, step: _Step, action: Action) -> None:
+        if self.reduce is not None:
+            self.reduce(action.stage)
+
     def _free(self, step: _Step, action: Action) -> None:
         assert (action.stage, action.microbatch) not in step.live, f"{action} comes before W"
 
@@ -254,6 +261,7 @@ _HANDLERS: dict[Kind, Callable[[Runtime, _Step, Action], None]] = {
     Kind.RECV_F: Runtime._receive,
     Kind.RECV_B: Runtime._receive,
     Kind.FREE: Runtime._free,
+    Kind.REDUCE_GRAD: Runtime._reduce,
 }
 
 

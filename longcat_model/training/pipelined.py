@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.ir import Placement, Schedule, v_placement
 from longcat_model.pipeline.launch import Rank, launch
-from longcat_model.pipeline.lower_tmp import lower
+from longcat_model.pipeline.lower import lower
 from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.split import Microbatch, split, tied

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longcat_model.pipeline.ir import Placement, Schedule, loop_placement, v_placement
 from longcat_model.pipeline.launch import Rank, launch
-from longcat_model.pipeline.lower_tmp import lower
+from longcat_model.pipeline.lower import lower
 from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.schedules.linear import zb_h1
 from longcat_model.pipeline.schedules.v import v_half
