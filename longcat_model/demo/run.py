@@ -23,7 +23,7 @@ from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
 from longcat_model.training import audio_stages, model_stages, vision_stages
 from longcat_model.training.loop import Row, Stage, train
-from longcat_model.training.pipelined import train_pipelined, v_half_plan
+from longcat_model.training.pipelined import train_pipelined
 
 
 def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: int, ranks: int = 1) -> None:
@@ -127,8 +127,7 @@ def train_language(
     for make, weights in ((align, None), (joint, sizes.weights)):
         if ranks > 1:
             with workspace.timed(make().name):
-                plan = v_half_plan(system.model, ranks)
-                train_pipelined(make, workspace.directory / "stages", plan, weights=weights, seed=seed)
+                train_pipelined(make, workspace.directory / "stages", ranks, weights=weights, seed=seed)
         stage = make()
         curves[stage.name] = run_stage(workspace, stage, seed)
     return curves

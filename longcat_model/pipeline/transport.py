@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -76,6 +76,7 @@ class _Shared:
         self.changed = threading.Condition()
         self.tensors: dict[tuple[int, Action], Tensor] = {}  # by receiver and RECV action
         self.gathered: dict[int, dict[int, Any]] = {}  # by round and device
+        self.waiting: dict[int, Callable[[], bool]] = {}  # what each waiting device waits for
         self.failure: str | None = None
         self.devices = devices
 
@@ -83,23 +84,33 @@ class _Shared:
 class InProcess:
     """Devices that are threads of this process; a tensor is handed over as it is."""
 
-    def __init__(self, shared: _Shared, device: int, timeout_s: float) -> None:
-        self.device, self.devices, self.timeout_s = device, shared.devices, timeout_s
+    def __init__(self, shared: _Shared, device: int, timeout_s: float, rendezvous: bool) -> None:
+        self.device, self.devices, self.timeout_s, self.rendezvous = device, shared.devices, timeout_s, rendezvous
         self._shared, self._round = shared, 0
 
     @classmethod
-    def connect(cls, devices: int, timeout_s: float = 60.0) -> list[InProcess]:
-        """One end for each device."""
+    def connect(cls, devices: int, timeout_s: float = 60.0, *, rendezvous: bool = False) -> list[InProcess]:
+        """One end for each device.
+
+        Args:
+            rendezvous: sends wait for their receivers and receives for their senders, as the worst of backends may have
+                it; without it neither does.
+        """
         shared = _Shared(devices)
-        return [cls(shared, device, timeout_s) for device in range(devices)]
+        return [cls(shared, device, timeout_s, rendezvous) for device in range(devices)]
 
     def send(self, tensor: Tensor, to: int, action: Action) -> None:
-        with self._shared.changed:
-            self._shared.tensors[to, counterpart(action)] = tensor
-            self._shared.changed.notify_all()
+        shared, key = self._shared, (to, counterpart(action))
+        with shared.changed:
+            shared.tensors[key] = tensor
+            shared.changed.notify_all()
+            if self.rendezvous:
+                what = f"device {self.device}, {action} (microbatch {action.microbatch}) to device {to},"
+                self._wait(lambda: key not in shared.tensors, lambda: what)
 
     def receive(self, border: Border, source: int, action: Action) -> Receipt:
-        return _Handover(self, border, source, action)
+        handover = _Handover(self, border, source, action)
+        return Arrived(handover.wait()) if self.rendezvous else handover
 
     def gather(self, value: Any) -> list[Any]:
         shared = self._shared
@@ -127,9 +138,14 @@ class InProcess:
             self._shared.changed.notify_all()
 
     def _wait(self, ready: Callable[[], bool], what: Callable[[], str]) -> None:
-        """Under the lock, until `ready`."""
+        """Under the lock, until `ready`; a circle of waiting devices is seen at once."""
         shared = self._shared
+        shared.waiting[self.device] = ready
+        if len(shared.waiting) == self.devices and not any(one() for one in shared.waiting.values()):
+            shared.failure = shared.failure or "all devices wait"
+            shared.changed.notify_all()
         done = shared.changed.wait_for(lambda: ready() or shared.failure is not None, self.timeout_s)
+        del shared.waiting[self.device]
         if ready():
             return
         reason = shared.failure if done else f"nothing came for {self.timeout_s:g} s"
@@ -141,11 +157,21 @@ class InProcess:
         with shared.changed:
             self._wait(lambda: key in shared.tensors, lambda: describe(self.device, action, source))
             tensor = shared.tensors.pop(key)
+            shared.changed.notify_all()
         if (tuple(tensor.shape), tensor.dtype) != (border.shape, border.dtype):
             found = f"{tensor.dtype} {list(tensor.shape)}"
             what = describe(self.device, action, source)
             raise PipelineError(f"pipeline: {what} must be {border.dtype} {list(border.shape)}, got {found}")
         return tensor
+
+
+class Arrived(NamedTuple):
+    """A receipt of what is there already."""
+
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        return self.tensor
 
 
 class _Handover:

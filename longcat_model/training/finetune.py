@@ -19,7 +19,7 @@ from longcat_model.sequence import Batch, Document, Layout, draw_delay, pack
 from longcat_model.system import System
 from longcat_model.training.loop import train
 from longcat_model.training.model_stages import joint
-from longcat_model.training.pipelined import train_pipelined, v_half_plan
+from longcat_model.training.pipelined import train_pipelined
 
 SAVE_EVERY = 50  # steps
 
@@ -57,9 +57,7 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, *, ra
         learning_rate=settings.learning_rate,
         name="finetune",
     )
-    if ranks > 1 and not train_pipelined(
-        make, out, v_half_plan(system.model, ranks), seed=settings.seed, save_every=SAVE_EVERY
-    ):
+    if ranks > 1 and not train_pipelined(make, out, ranks, seed=settings.seed, save_every=SAVE_EVERY):
         return
     rows = train(make(), out, seed=settings.seed, save_every=SAVE_EVERY)
     system.save(out)

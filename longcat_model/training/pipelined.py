@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from longcat_model.model import LongcatNext
-from longcat_model.pipeline.ir import Placement, Schedule, v_placement
+from longcat_model.pipeline.ir import Placement, v_placement
 from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.lower import lower
+from longcat_model.pipeline.measure import measure
+from longcat_model.pipeline.place import place
+from longcat_model.pipeline.profile import Split
 from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.split import Microbatch, split, tied
@@ -37,27 +41,33 @@ class Plan:
     placement: Placement  # the device of every stage
     cuts: tuple[int, ...]  # where the model's units are cut into stages: see `split`
     microbatches: int  # of a step, at most; a step has as many rows at least
-    schedule: Callable[[int], Schedule]  # number of microbatches -> schedule with transfers
 
 
-def v_half_plan(model: LongcatNext, devices: int, microbatches: int | None = None) -> Plan:
-    """V-Half with layers spread evenly over all stages but the last, which has the depth heads alone.
+def v_half_plan(model: LongcatNext, devices: int, batch: Batch, microbatches: int | None = None) -> Plan:
+    """V-Half, with the model cut where it is fastest by a measurement of its modules on a microbatch of `batch`.
 
     Args:
         microbatches: None: four a device.
     """
-    stages, layers = 2 * devices, len(model.backbone.layers)
-    cuts = (*(1 + layers * stage // (stages - 1) for stage in range(1, stages - 1)), layers + 2)
-    return Plan(
-        placement=v_placement(devices),
-        cuts=cuts,
-        microbatches=microbatches or 4 * devices,
-        schedule=partial(_v_half, devices),
-    )
+    most = microbatches or 4 * devices
+    parts = Microbatch.of(cut(batch, most))
+    longest = max(parts, key=lambda part: part.batch.inputs.text.numel())
+    training = model.training
+    split = place(measure(model.train(), longest), devices, len(parts)).split
+    model.train(training)
+    return Plan(placement=v_placement(devices), cuts=unit_cuts(split), microbatches=most)
 
 
-def _v_half(devices: int, microbatches: int) -> Schedule:
-    return lower(v_half(devices, microbatches), v_placement(devices), microbatches)
+def unit_cuts(split: Split) -> tuple[int, ...]:
+    """A placement's split as cuts between the model's units.
+
+    Example: layers (0, 1, 1, 0), the head in stage 2: embedding | layer 0 | layer 1 and text head | depth heads.
+
+        >>> unit_cuts(Split((0, 1, 1, 0), 2))
+        (1, 2, 4)
+    """
+    ends = accumulate(split.layers[:-1])
+    return tuple(1 + layers + (stage >= split.head) for stage, layers in enumerate(ends))
 
 
 class Pipelined:
@@ -70,9 +80,9 @@ class Pipelined:
     """
 
     def __init__(self, stage: Stage, plan: Plan, transport: Transport, weights: LossWeights | None = None) -> None:
-        if not isinstance(stage.module, LongcatNext):
-            raise ValueError(f"Pipelined: stage.module must be a LongcatNext, got {type(stage.module).__name__}")
-        self.model, self.parameters, self.plan = stage.module, stage.parameters, plan
+        if plans := {theirs for theirs in transport.gather(plan) if theirs != plan}:
+            raise ValueError(f"Pipelined: all ranks must have the plan {plan}, got {plans}")
+        self.model, self.parameters, self.plan = _language_model(stage), stage.parameters, plan
         self.transport, self.weights = transport, weights or LossWeights()
         stages = split(self.model, plan.cuts, self.weights)
         self.stages = {s: stages[s] for s, device in enumerate(plan.placement) if device == transport.device}
@@ -111,8 +121,9 @@ class Pipelined:
     def _runtime(self, microbatches: int) -> Runtime:
         if microbatches not in self._runtimes:
             table = tied(self.model, len(self.plan.placement))
-            schedule = self.plan.schedule(microbatches)
-            self._runtimes[microbatches] = Runtime(schedule, self.plan.placement, self.stages, self.transport, table)
+            placement = self.plan.placement
+            schedule = lower(v_half(self.transport.devices, microbatches), placement, microbatches)
+            self._runtimes[microbatches] = Runtime(schedule, placement, self.stages, self.transport, table)
         return self._runtimes[microbatches]
 
     def _row(self, microbatches: list[Microbatch], result: StepResult) -> Row:
@@ -160,42 +171,51 @@ class Pipelined:
 def train_pipelined(
     make: Callable[[], Stage],
     directory: Path,
-    plan: Plan,
+    ranks: int,
     *,
+    microbatches: int | None = None,
     weights: LossWeights | None = None,
     seed: int = 0,
     save_every: int = 200,
 ) -> bool:
-    """Trains a stage on the ranks of `plan`, or goes on from its checkpoint; see `loop.train` and `launch`.
+    """Trains a stage on the ranks of a pipeline, or goes on from its checkpoint; see `loop.train` and `launch`.
 
     The trained module is in the checkpoint: `train(make(), directory)` then loads it and returns the metrics.
 
     Args:
         make: gives the stage, on every rank alike; picklable.
+        microbatches: of a step, at most; None: four a rank.
         weights: those of the stage's loss.
 
     Returns:
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
     """
-    arguments = (make, directory, plan, weights, seed, save_every)
-    return launch(max(plan.placement) + 1, _train_rank, *arguments)
+    return launch(ranks, _train_rank, make, directory, microbatches, weights, seed, save_every)
 
 
 def _train_rank(
     rank: Rank,
     make: Callable[[], Stage],
     directory: Path,
-    plan: Plan,
+    microbatches: int | None,
     weights: LossWeights | None,
     seed: int,
     save_every: int,
 ) -> None:
     stage = make()
-    transport = Distributed.connect(len(plan.placement), store=rank.store)
+    transport = Distributed.connect(2 * rank.ranks, store=rank.store)
     assert transport is not None  # every rank is in the one pipeline
-    engine = Pipelined(stage, plan, transport, weights)
+    # Times differ from rank to rank: the first one's are everybody's.
+    mine = v_half_plan(_language_model(stage), rank.ranks, stage.batch(0), microbatches) if rank.rank == 0 else None
+    engine = Pipelined(stage, transport.gather(mine)[0], transport, weights)
     train(stage, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
+
+
+def _language_model(stage: Stage) -> LongcatNext:
+    if not isinstance(stage.module, LongcatNext):
+        raise ValueError(f"Pipelined: stage.module must be a LongcatNext, got {type(stage.module).__name__}")
+    return stage.module
 
 
 def cut(batch: Batch, most: int) -> list[Batch]:

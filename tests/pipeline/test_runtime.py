@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import small
 import torch
+from hypothesis import given, settings
+from hypothesis.strategies import data, integers, sampled_from
 from torch import Tensor
 
 from longcat_model.pipeline.costs import uniform
@@ -21,6 +23,7 @@ from longcat_model.pipeline.simulate import peak_bytes
 from longcat_model.pipeline.split import Microbatch, split
 from longcat_model.pipeline.stage import Border, Output
 from longcat_model.pipeline.transport import InProcess, PipelineError
+from longcat_model.pipeline.verify import verify
 
 SCHEDULES: dict[str, tuple[Callable[[int, int], Schedule], Callable[[int], Placement]]] = {
     "1f1b": (one_f_one_b, loop_placement),
@@ -169,6 +172,45 @@ def test_a_failing_stage_stops_all_devices_with_its_reason() -> None:
     messages = toys(lower(v_half(3, 4), v_placement(3), 4), v_placement(3), 30.0, stage4=trouble)
     assert messages[1] == "out of luck"
     assert all("device 1 failed: out of luck" in messages[device] for device in (0, 2))
+
+
+def runs(schedule: Schedule, placement: Placement, microbatches: int) -> bool:
+    """Whether devices get to the end of their rows, where sends and receives wait for each other."""
+    ends, well = InProcess.connect(len(schedule), 10.0, rendezvous=True), [False] * len(schedule)
+
+    def work(device: int) -> None:
+        own = {s: Toy(s == len(placement) - 1) for s, home in enumerate(placement) if home == device}
+        try:
+            Runtime(schedule, placement, own, ends[device]).step(range(microbatches))
+            well[device] = True
+        except (KeyError, AssertionError, PipelineError, RuntimeError) as error:
+            ends[device].fail(error)
+
+    small.in_threads(work, len(schedule))
+    return all(well)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data())
+def test_the_verifier_accepts_what_the_runtime_can_run(data: Any) -> None:
+    """Valid schedules in which some actions are swapped, in a row, or dropped."""
+    make, place = SCHEDULES[data.draw(sampled_from(sorted(SCHEDULES)))]
+    placement = place(2)
+    rows = [list(row) for row in without(lower(make(2, 2), placement, 2), {Kind.REDUCE_GRAD, Kind.FREE})]
+    for _ in range(data.draw(integers(0, 3))):
+        row = rows[data.draw(integers(0, 1))]
+        i = data.draw(integers(0, len(row) - 2))
+        if data.draw(integers(0, 9)) == 0:
+            del row[i]
+        else:
+            row[i], row[i + 1] = row[i + 1], row[i]
+    schedule = tuple(map(tuple, rows))
+    try:
+        verify(schedule, placement, 2)
+        is_valid = True
+    except ValueError:
+        is_valid = False
+    assert runs(schedule, placement, 2) == is_valid
 
 
 def test_refuses_what_it_cannot_run() -> None:

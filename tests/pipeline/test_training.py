@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from longcat_model.model import LongcatNext
+from longcat_model.pipeline.ir import v_placement
+from longcat_model.pipeline.split import split
 from longcat_model.pipeline.transport import InProcess
 from longcat_model.sequence import Batch, pack
 from longcat_model.training import checkpoint
@@ -20,7 +22,7 @@ from longcat_model.training.loop import CLIP_NORM, Row, Stage, train
 from longcat_model.training.loss import Totals, loss
 from longcat_model.training.model_stages import joint, pre_align
 from longcat_model.training.optim import adamw, learning_rate
-from longcat_model.training.pipelined import Pipelined, cut, train_pipelined, v_half_plan
+from longcat_model.training.pipelined import Pipelined, Plan, cut, train_pipelined, v_half_plan
 
 STEPS, RATE = 4, 1e-2
 
@@ -44,10 +46,15 @@ def piped(directory: Path, devices: int, stage: Stage, steps: int = STEPS, save_
         model = LongcatNext(stage.module.sizes)  # type: ignore[arg-type]
         model.load_state_dict(torch.load(directory / "weights.pt"))
         own = Stage(**{**make(model).__dict__, "batch": stage.batch})
-        engine = Pipelined(own, v_half_plan(model, devices, microbatches=3), ends[device], small.WEIGHTS)
+        engine = Pipelined(own, plan(model, devices), ends[device], small.WEIGHTS)
         return train(own, directory, save_every=save_every, quiet=True, engine=engine)
 
     return small.in_threads(work, devices)
+
+
+def plan(model: LongcatNext, devices: int) -> Plan:
+    cuts = small.cuts(len(model.backbone.layers), 2 * devices)
+    return Plan(placement=v_placement(devices), cuts=cuts, microbatches=3)
 
 
 def accumulated(stage: Stage) -> list[float]:
@@ -129,7 +136,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_everywhere(tmp_path: Path)
     def work(device: int) -> tuple[list[Row], dict[str, torch.Tensor]]:
         model = models[device]  # threads share the random state: models are made before
         stage = make(model, steps=1)
-        engine = Pipelined(stage, v_half_plan(model, 2, microbatches=3), ends[device], small.WEIGHTS)
+        engine = Pipelined(stage, plan(model, 2), ends[device], small.WEIGHTS)
         if device == 1:
             model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
         rows = train(stage, tmp_path / str(device), quiet=True, engine=engine)
@@ -146,7 +153,7 @@ def test_frozen_parts_stay(tmp_path: Path) -> None:
     def work(device: int) -> list[Row]:
         model = models[device]
         stage = pre_align(model, batch, steps=2, learning_rate=RATE)
-        engine = Pipelined(stage, v_half_plan(model, 2, microbatches=3), ends[device])
+        engine = Pipelined(stage, plan(model, 2), ends[device])
         return train(stage, tmp_path, quiet=True, engine=engine)
 
     small.in_threads(work, 2)
@@ -158,7 +165,7 @@ def test_frozen_parts_stay(tmp_path: Path) -> None:
 def test_processes_train_as_threads_do(tmp_path: Path) -> None:
     model = small.model()
     stage = partial(joint, model, batch, steps=2, learning_rate=RATE, weights=small.WEIGHTS)
-    assert train_pipelined(stage, tmp_path / "two", v_half_plan(model, 2, microbatches=3), weights=small.WEIGHTS)
+    assert train_pipelined(stage, tmp_path / "two", 2, microbatches=3, weights=small.WEIGHTS)
     (rows, *_) = piped(tmp_path / "one", 2, make(small.model(), steps=2))
     found = train(stage(), tmp_path / "two", quiet=True)
     assert [row["loss"] for row in found] == [row["loss"] for row in rows][:2]
@@ -173,3 +180,23 @@ def test_microbatches_are_rows_without_their_common_padding() -> None:
     for part in parts:
         assert bool((part.inputs.documents[:, -1] >= 0).any())
     assert len(cut(whole, 100)) == whole.inputs.text.shape[0]
+
+
+def test_the_plan_cuts_the_model_by_a_measurement_of_it() -> None:
+    model = small.model()
+    found = v_half_plan(model, 2, batch(0))
+    stages = split(model, found.cuts)
+    assert len(stages) == 4 == len(found.placement) and found.microbatches == 8
+    assert [unit for stage in stages for unit in stage.units] == list(range(len(model.backbone.layers) + 3))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_ranks_with_other_plans_do_not_begin() -> None:
+    ends, models = InProcess.connect(2), [small.model(), small.model()]
+
+    def work(device: int) -> None:
+        own = Plan(**{**plan(models[device], 2).__dict__, "microbatches": 3 + device})
+        Pipelined(make(models[device]), own, ends[device])
+
+    with pytest.raises(ValueError, match="all ranks must have the plan"):
+        small.in_threads(work, 2)
