@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ class Rank(NamedTuple):
     rank: int
     ranks: int
     store: Any  # torch.distributed.Store, kept by none of the ranks
+    device: torch.device  # a GPU of its own where the machine has one for each rank
 
 
 def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
@@ -26,7 +27,7 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
 
     Under torchrun this process is one of the ranks, and restarts, rendezvous and several machines are torchrun's.
     Elsewhere processes are started on this machine: `work` must be a module's function and the arguments picklable.
-    With a GPU for each rank the backend is NCCL, else gloo; the machine's threads are divided among the ranks.
+    Tensors on GPUs go through NCCL, others through gloo; the machine's threads are divided among the ranks.
 
     Returns:
         Whether this process should go on with what is done once: True, but for torchrun's ranks other than 0.
@@ -43,10 +44,11 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
         return bool(rank == 0)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     threads = max(1, torch.get_num_threads() // ranks)
-    # torch's own pickling would share tensors with the children, each through an open file.
-    payload = pickle.dumps((work, arguments))
+    # Passed as they are, tensors would each be shared through an open file, or bring the whole storage they view.
+    payload = io.BytesIO()
+    torch.save((work, arguments), payload)
     try:
-        spawn(_child, (store.port, ranks, threads, payload), nprocs=ranks)
+        spawn(_child, (store.port, ranks, threads, payload.getvalue()), nprocs=ranks)
     except (ProcessRaisedException, ProcessExitedException) as error:
         raise ChildProcessError(f"pipeline: rank {error.error_index} failed: {_last_line(error)}") from error
     return True
@@ -55,17 +57,21 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
 def _child(rank: int, port: int, ranks: int, threads: int, payload: bytes) -> None:
     torch.set_num_threads(threads)
     store = TCPStore("127.0.0.1", port, is_master=False)
-    work, arguments = pickle.loads(payload)
+    work, arguments = torch.load(io.BytesIO(payload), weights_only=False)
     _run(store, rank, ranks, work, arguments)
 
 
 def _run(store: Any, rank: int, ranks: int, work: Callable[..., None], arguments: Any) -> None:
-    has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    if has_gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
-    groups = PrefixStore("groups", store)
-    dist.init_process_group("nccl" if has_gpus else "gloo", store=groups, rank=rank, world_size=ranks)
-    work(Rank(rank, ranks, PrefixStore("pipeline", store)), *arguments)
+    here, number = (
+        int(os.environ.get(name, plain)) for name, plain in (("LOCAL_WORLD_SIZE", ranks), ("LOCAL_RANK", rank))
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and torch.cuda.device_count() >= here:
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    groups, backend = PrefixStore("groups", store), "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=groups, rank=rank, world_size=ranks)
+    work(Rank(rank, ranks, PrefixStore("pipeline", store), device), *arguments)
     dist.destroy_process_group()
 
 

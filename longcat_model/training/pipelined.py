@@ -50,7 +50,7 @@ def v_half_plan(model: LongcatNext, devices: int, batch: Batch, microbatches: in
         microbatches: None: four a device.
     """
     most = microbatches or 4 * devices
-    parts = Microbatch.of(cut(batch, most))
+    parts = Microbatch.of(cut(batch.to(model.embed_tokens.weight.device), most))
     longest = max(parts, key=lambda part: part.batch.inputs.text.numel())
     training = model.training
     split = place(measure(model.train(), longest), devices, len(parts)).split
@@ -107,7 +107,7 @@ class Pipelined:
 
     def backward(self, batch: Batch) -> Row:
         began = time.perf_counter()
-        microbatches = Microbatch.of(cut(batch, self.plan.microbatches))
+        microbatches = Microbatch.of(cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches))
         runtime = self._runtime(len(microbatches))
         result = runtime.step(microbatches)
         runtime.share_tied(len(microbatches))
@@ -161,7 +161,8 @@ class Pipelined:
             for name, tensor in part.state_dict().items()
         }
         found = optimizer.state_dict()
-        everyone = self.transport.collect((module, found["state"]))
+        own = {i: {key: value.cpu() for key, value in state.items()} for i, state in found["state"].items()}
+        everyone = self.transport.collect((module, own))
         modules = {name: tensor for module, _ in everyone for name, tensor in module.items()}
         states = {index: state for _, states in everyone for index, state in states.items()}
         ordered = {name: modules[name] for name in self.model.state_dict() if name in modules}
@@ -203,6 +204,7 @@ def _train_rank(
     save_every: int,
 ) -> None:
     stage = make()
+    stage.module.to(rank.device)
     transport = Distributed.connect(2 * rank.ranks, store=rank.store)
     assert transport is not None  # every rank is in the one pipeline
     # Times differ from rank to rank: the first one's are everybody's.
