@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longcat_model.files import read_image, read_speech, write
+from longcat_model.model import LongcatNext
 from longcat_model.sequence import Batch, Document, Layout, draw_delay, pack
 from longcat_model.system import System
-from longcat_model.training.loop import train
+from longcat_model.training.loop import Stage, train
 from longcat_model.training.model_stages import joint
 from longcat_model.training.pipelined import train_pipelined
 
@@ -49,19 +50,19 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, *, ra
     documents = read_documents(data, system, settings)
     _claim(out, asdict(settings) | {"documents": _digest(documents), "system": _digest_file(system_directory)})
     torch.manual_seed(settings.seed)
-    make = partial(
-        joint,
-        system.model,
-        batches(documents, settings),
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        name="finetune",
-    )
-    if ranks > 1 and not train_pipelined(make, out, ranks, seed=settings.seed, save_every=SAVE_EVERY):
-        return
-    rows = train(make(), out, seed=settings.seed, save_every=SAVE_EVERY)
+    make = partial(_stage, batches=batches(documents, settings), settings=settings)
+    if ranks > 1:
+        whole = partial(make, system.model)
+        if not train_pipelined(whole, out, ranks, seed=settings.seed, save_every=SAVE_EVERY):
+            return
+        system = System.load(system_directory)  # a rank that torchrun started has only its part of the model left
+    rows = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)
     system.save(out)
     print(f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f} over {len(rows)} steps; system: {out}")
+
+
+def _stage(model: LongcatNext, batches: Callable[[int], Batch], settings: Settings) -> Stage:
+    return joint(model, batches, steps=settings.steps, learning_rate=settings.learning_rate, name="finetune")
 
 
 def batches(documents: Sequence[Document], settings: Settings) -> Callable[[int], Batch]:
