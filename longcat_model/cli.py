@@ -30,11 +30,20 @@ class Demo:
     """Delete the earlier run in OUT and start over."""
     seed: int = 0
     """Of the weights, the data and the sampling."""
+    pipeline: int = 1
+    """Processes that train the language model together, each with a part of it."""
 
     def __call__(self) -> None:
         from longcat_model.demo import run
 
-        run.demo(self.out, speech_dir=self.speech_dir, smoke=self.smoke, fresh=self.fresh, seed=self.seed)
+        run.demo(
+            self.out,
+            speech_dir=self.speech_dir,
+            smoke=self.smoke,
+            fresh=self.fresh,
+            seed=self.seed,
+            ranks=self.pipeline,
+        )
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Train:
     """Peak of a linear warm-up and a cosine to a tenth."""
     seed: int = 0
     """Of the order of the documents."""
+    pipeline: int = 1
+    """Processes that train the model together, each with a part of it; torchrun may start them, on many machines."""
 
     def __call__(self) -> None:
         from longcat_model.training import finetune
@@ -78,6 +89,7 @@ class Train:
                 learning_rate=self.learning_rate,
                 seed=self.seed,
             ),
+            ranks=self.pipeline,
         )
 
 
@@ -193,6 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
         seed = getattr(command, "seed", 0)
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed must be in [0, 2^31), got {seed}")
+        if getattr(command, "pipeline", 1) < 1:
+            raise ValueError(f"pipeline must be at least 1, got {getattr(command, 'pipeline', 1)}")
         command()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"longcat: {error}", file=sys.stderr)

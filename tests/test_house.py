@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "native": set(),
     "layouts": set(),
     "jit": set(),
+    "deferred": set(),
     "cuda": {"jit", "layouts", "native"},
     "prepared": {"cuda", "native", "layouts", "reference", "triton"},
     "reference": {"spec"},
     "testing": {"spec"},
     "triton": {"backends", "layouts"},
-    "ops": {"backends", "cuda", "library", "native", "prepared", "reference", "spec", "triton"},
+    "ops": {"backends", "cuda", "deferred", "library", "native", "prepared", "reference", "spec", "triton"},
     "modules": {"ops", "prepared", "reference"},  # the last for types of arguments
     "integrations": {"modules", "ops", "prepared", "reference"},
 }
