@@ -234,15 +234,10 @@ def _judged(
                 raise WrongResult(f"{case.name}: {contender.name}: {how}") from how
             tqdm.write(f"  {contender.name}: {how}")
             continue
-<<<<<<< HEAD
-        samples[key] = sampler(call, device=options.device, threads=threads, precision=key[1], wall=case.wall)
-    return judged, samples
-=======
         samples[key] = sampler(
             call, device=options.device, threads=threads, precision=key[1], wall=case.wall, cold=case.cold
         )
-    return wrong, samples
->>>>>>> wip-depthcpu
+    return judged, samples
 
 
 def _row(

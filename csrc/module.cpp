@@ -60,9 +60,6 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_moe_route(m);
     longcat::bind_fused_moe(m);
     longcat::bind_fused_moe_backward(m);
-<<<<<<< HEAD
     longcat::bind_depth_decode(m);
-=======
     longcat::bind_schedule_search(m);
->>>>>>> wip-pipe
 }

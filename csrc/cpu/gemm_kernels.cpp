@@ -5,7 +5,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "exponential.h"
 #include "lanes.h"
 
 namespace longcat {

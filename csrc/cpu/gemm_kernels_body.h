@@ -262,7 +262,6 @@ static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t c
     });
 }
 
-<<<<<<< HEAD
 // 1 / (1 + e^-x) to a few roundings: -x = n ln 2 + r, and a polynomial for e^r (Cephes expf). Of NaN some number: what
 // is made of it is multiplied by x again.
 static inline Floats sigmoid(Floats x) {
@@ -281,8 +280,6 @@ static inline Floats sigmoid(Floats x) {
 
 static inline Floats silu(Floats x) { return Floats::multiply(x, (sigmoid)(x)); }
 
-=======
->>>>>>> wip-depthcpu
 static void swiglu(const SwigluTile& t) {
     for (int64_t i = 0; i < t.rows && t.act != nullptr; ++i) {
         const float *gate = t.tile + i * kPanelColumns, *up = gate + kWidth;

@@ -52,15 +52,12 @@ struct Lanes {
     static Lanes subtract(Lanes a, Lanes b) { return {a.v - b.v}; }
     static Lanes divide(Lanes a, Lanes b) { return {a.v / b.v}; }
     static Lanes larger(Lanes a, Lanes b) { return {a.v > b.v ? a.v : b.v}; }
-<<<<<<< HEAD
     // 2^n for n = a - 1.5 * 2^23, a whole number in [-126, 127].
     static Lanes power_of_two(Lanes a) {
         typedef uint32_t Bits __attribute__((vector_size(16)));
         return {(Vector)(((Bits)a.v - (0x4b400000u - 127u)) << 23)};
     }
-=======
     static Lanes where_not_below(Lanes a, Lanes b, Lanes x) { return {(Vector)((Bits)(a.v >= b.v) & (Bits)x.v)}; }
->>>>>>> wip-depthcpu
     static uint32_t not_below(Lanes a, Lanes b) {
         const auto met = a.v >= b.v;
         return (uint32_t(met[0]) & 1) | (uint32_t(met[1]) & 2) | (uint32_t(met[2]) & 4) | (uint32_t(met[3]) & 8);
@@ -104,14 +101,12 @@ struct Lanes {
     static Lanes subtract(Lanes a, Lanes b) { return {_mm256_sub_ps(a.v, b.v)}; }
     static Lanes divide(Lanes a, Lanes b) { return {_mm256_div_ps(a.v, b.v)}; }
     static Lanes larger(Lanes a, Lanes b) { return {_mm256_max_ps(a.v, b.v)}; }
-<<<<<<< HEAD
     static Lanes power_of_two(Lanes a) {
         const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x4b400000 - 127));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(n, 23))};
-=======
+    }
     static Lanes where_not_below(Lanes a, Lanes b, Lanes x) {
         return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ), x.v)};
->>>>>>> wip-depthcpu
     }
     static uint32_t not_below(Lanes a, Lanes b) {
         return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
@@ -165,14 +160,12 @@ struct Lanes {
     static Lanes subtract(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
     static Lanes divide(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
     static Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
-<<<<<<< HEAD
     static Lanes power_of_two(Lanes a) {
         const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x4b400000 - 127));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(n, 23))};
-=======
+    }
     static Lanes where_not_below(Lanes a, Lanes b, Lanes x) {
         return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), x.v)};
->>>>>>> wip-depthcpu
     }
     static uint32_t not_below(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
     float largest() const { return _mm512_reduce_max_ps(v); }
