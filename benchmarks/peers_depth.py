@@ -198,8 +198,9 @@ def moshi() -> tuple[Call, DepthWeights, dict[str, Tensor], Tensor]:
     from longcat_kernels.integrations.moshi import depth_weights
 
     torch.manual_seed(0)
+    scale: Any = 4.125  # declared an int there
     model = LMModel(
-        dim=4096, text_card=32000, n_q=8, dep_q=8, card=2048, num_heads=32, num_layers=0, hidden_scale=4.125,
+        dim=4096, text_card=32000, n_q=8, dep_q=8, card=2048, num_heads=32, num_layers=0, hidden_scale=scale,
         causal=True, context=8, max_period=10000, gating="silu", norm="rms_norm_f32", positional_embedding="rope",
         depformer_dim=1024, depformer_dim_feedforward=int(4.125 * 1024), depformer_num_heads=16,
         depformer_num_layers=6, depformer_multi_linear=True, depformer_gating="silu", depformer_pos_emb="none",

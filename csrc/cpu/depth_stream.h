@@ -147,7 +147,7 @@ class Stream {
             if (rows.count <= std::min(kFewRows, gemm_.tile_rows)) {
                 const auto* units = reinterpret_cast<const uint32_t*>(rows.data);
                 gemm_.stream({units, rows.pitch / 4, false, int(rows.count)}, part.lines, part.halves, m.depth,
-                             worker.sums + half * kernels_.half_columns, pitch);
+                             worker.sums + half * kernels_.half_columns, pitch, false);
             } else {
                 chunks(worker, m, part, half, rows);
             }
