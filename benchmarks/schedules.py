@@ -74,8 +74,9 @@ CASES = (
 )
 SHORTER = Effort(moves=1_000_000)  # for what is only context
 DRAWS, LENGTHS = 30, 5
-# Bubbles in % of sail-sg's v_auto_schedule.py in the random draws, at V-Half's memory; run from its source at commit
-# cac2b7d. It tries blocks under given costs; sail-sg's runtime does not use it.
+# Bubbles in % of sail-sg's v_auto_schedule.py in the random draws, at V-Half's memory: from a copy, outside this
+# repository, of its source at commit cac2b7d, which gave 15 of 16 bubbles known of the original, and a smaller one in
+# the last. It tries blocks under given costs; sail-sg's runtime does not use it.
 V_AUTO: tuple[float, ...] = (
     *(7.87, 3.44, 13.99, 6.68, 7.99, 4.97, 6.81, 5.67, 8.53, 2.32, 10.4, 3.82, 6.96, 2.29, 1.52, 10.15, 6.79, 5.38),
     *(11.32, 2.83, 11.39, 2.32, 3.11, 4.34, 4.7, 2.05, 4.79, 5.62, 3.93, 12.87),
