@@ -82,6 +82,31 @@ def test_the_model_uses_the_public_kernels_only(file: Path) -> None:
             assert parts[1] not in MAY_IMPORT or parts[1] == "modules", f"{name} is not public"
 
 
+COMPILER = {
+    "ir",
+    "costs",
+    "schedules",
+    "passes",
+    "lower",
+    "verify",
+    "simulate",
+    "bounds",
+    "place",
+    "profile",
+    "render",
+    "report",
+}
+
+
+@pytest.mark.parametrize("file", sorted((MODEL / "pipeline").rglob("*.py")), ids=ids)
+def test_the_pipelines_compiler_knows_no_torch(file: Path) -> None:
+    if file.relative_to(MODEL / "pipeline").parts[0].removesuffix(".py") in COMPILER:
+        names = imports(file)
+        assert not any(name.split(".")[0] == "torch" for name in names)
+        own = {name.split(".")[2] for name in names if name.startswith("longcat_model.pipeline.")}
+        assert own <= COMPILER
+
+
 @pytest.mark.parametrize("file", FILES, ids=ids)
 def test_no_file_catches_everything(file: Path) -> None:
     for node in ast.walk(ast.parse(file.read_text())):

@@ -17,7 +17,8 @@ MEANINGS = {Kind.F: "F", Kind.I: "I: input grad", Kind.W: "W: weight grad", Kind
 def grid(schedule: Schedule, placement: Placement, costs: Costs, columns: int | None = None) -> str:
     """One line a device, one column a slot as long as the shortest action; idle slots are dots.
 
-    An action is written once, in its first slot, and `-` in its others. Of long schedules, the first `columns` slots.
+    An action is written once, in its first slot, and `-` in its others; times are rounded to slots, so one of nearly no
+    duration may be left out. Of long schedules, the first `columns` slots.
     """
     timeline = simulate(schedule, placement, costs)
     durations = [costs.of(action) for row in schedule for action in row if action.kind in COMPUTE]
@@ -30,7 +31,8 @@ def grid(schedule: Schedule, placement: Placement, costs: Costs, columns: int | 
         for action, start, end in zip(row, starts, ends, strict=True):
             if action.kind in COMPUTE:
                 first = round(start / slot)
-                cells[first : round(end / slot)] = [str(action), *["-"] * (round(end / slot) - first - 1)]
+                for place in range(first, min(count, round(end / slot))):
+                    cells[place] = str(action) if place == first else "-"
         lines.append(" ".join(cell.ljust(width) for cell in cells[:columns]).rstrip())
     return "".join(line + "\n" for line in lines)
 

@@ -122,14 +122,16 @@ def costs_of(profile: Path | None, devices: int, microbatches: int) -> tuple[Cos
 
 
 def write(found: Sequence[Line], out: Path) -> list[Path]:
-    """Writes the picture of V-Half and of the searched schedule, and of the latter a trace and the CSV for torch."""
+    """Writes a picture of V-Half and the searched schedule; of the latter a grid of text, a trace and CSV."""
     out.mkdir(parents=True, exist_ok=True)
     best = found[-1]
     shown = [(f"{one.name}: bubble {100 * one.bubble:.1f} %", one.schedule, one.placement, one.costs) for one in found]
-    files = [out / name for name in ("timeline.png", "timeline.svg", "trace.json", "compute_only.csv", "lowered.csv")]
+    names = ("timeline.png", "timeline.svg", "grid.txt", "trace.json", "compute_only.csv", "lowered.csv")
+    files = [out / name for name in names]
     for file in files[:2]:
         render.picture(shown[-2:], file)
-    files[2].write_text(json.dumps(render.chrome_trace(best.schedule, best.placement, best.costs)))
-    files[3].write_text(to_csv(compute_only(best.schedule)))
-    files[4].write_text(to_csv(lower(best.schedule, best.placement, best.costs.microbatches, best.costs)))
+    files[2].write_text(render.grid(best.schedule, best.placement, best.costs))
+    files[3].write_text(json.dumps(render.chrome_trace(best.schedule, best.placement, best.costs)))
+    files[4].write_text(to_csv(compute_only(best.schedule)))
+    files[5].write_text(to_csv(lower(best.schedule, best.placement, best.costs.microbatches, best.costs)))
     return files

@@ -45,7 +45,7 @@ def simulate(schedule: Schedule, placement: Placement, costs: Costs) -> Timeline
     ends: list[list[float]] = [[] for _ in schedule]
     done: dict[Action, float] = {}
     order: list[Action] = []
-    waiting: dict[Action, int] = {}  # what has not been done -> the device that waits for it
+    waiting: dict[Action, list[int]] = {}  # what has not been done -> the devices that wait for it
     runnable = list(reversed(range(len(schedule))))
     while runnable:
         device = runnable.pop()
@@ -54,7 +54,7 @@ def simulate(schedule: Schedule, placement: Placement, costs: Costs) -> Timeline
             needs = links.needs(action)
             missing = next((need for need, _ in needs if need not in done), None)
             if missing is not None:
-                waiting[missing] = device
+                waiting.setdefault(missing, []).append(device)
                 break
             start = max([ready, *(done[need] + delay for need, delay in needs)])
             starts[device].append(start)
@@ -62,8 +62,7 @@ def simulate(schedule: Schedule, placement: Placement, costs: Costs) -> Timeline
             order.append(action)
             for result in _results(action):
                 done[result] = ends[device][-1]
-                if result in waiting:
-                    runnable.append(waiting.pop(result))
+                runnable += waiting.pop(result, ())
     if waiting:
         raise Deadlock(_who_waits(schedule, waiting))
     return Timeline(tuple(map(tuple, starts)), tuple(map(tuple, ends)), tuple(order))
@@ -110,9 +109,9 @@ def _results(action: Action) -> tuple[Action, ...]:
     return (action, action._replace(kind=I), action._replace(kind=W)) if action.kind is B else (action,)
 
 
-def _who_waits(schedule: Schedule, waiting: dict[Action, int]) -> str:
+def _who_waits(schedule: Schedule, waiting: dict[Action, list[int]]) -> str:
     home = {action: device for device, row in enumerate(schedule) for whole in row for action in _results(whole)}
-    stuck = {device: need for need, device in waiting.items()}
+    stuck = {device: need for need, devices in waiting.items() for device in devices}
     lines = []
     for device, need in sorted(stuck.items()):
         where = f"on device {home[need]}" if need in home else "which no device does"
@@ -169,4 +168,4 @@ def bottleneck(placement: Placement, costs: Costs) -> float:
 
 def bubble(makespan: float, placement: Placement, costs: Costs) -> float:
     """Share of the makespan in which the bottleneck device does nothing."""
-    return 1.0 - bottleneck(placement, costs) / makespan if makespan else 0.0
+    return max(0.0, 1.0 - bottleneck(placement, costs) / makespan) if makespan else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining.schedules import _Action
 
@@ -17,12 +17,14 @@ ACTIONS = st.builds(Action, st.integers(0, 99), KINDS, st.integers(0, 999)) | st
 SCHEDULES = st.lists(st.lists(ACTIONS, max_size=6).map(tuple), min_size=1, max_size=4).map(tuple)
 
 
+@settings(deadline=None)
 @given(SCHEDULES)
 def test_text_and_csv_are_read_back(schedule: ir.Schedule) -> None:
     assert ir.parse(ir.show(schedule)) == schedule
     assert ir.from_csv(ir.to_csv(schedule)) == schedule
 
 
+@settings(deadline=None)
 @given(SCHEDULES)
 def test_torch_reads_what_is_meant_for_it(schedule: ir.Schedule) -> None:
     for row in ir.for_torch(schedule):
@@ -31,6 +33,12 @@ def test_torch_reads_what_is_meant_for_it(schedule: ir.Schedule) -> None:
             assert (theirs.stage_index, theirs.computation_type.value) == (action.stage, action.kind.value)
             assert theirs.microbatch_index == (None if action.microbatch == ir.ALL else action.microbatch)
             assert str(theirs) == str(action)
+
+
+def test_a_digest_tells_schedules_apart() -> None:
+    one, other = ir.parse("0F0 0B0\n1F0 1B0\n"), ir.parse("0F0 0B0\n1F0 1I0 1W0\n")
+    assert ir.digest(one) == ir.digest(ir.parse(ir.show(one))) != ir.digest(other)
+    assert ir.digest(((), one[0])) != ir.digest((one[0], ()))
 
 
 def test_torchs_overlapped_pairs_and_idle_slots_are_read() -> None:

@@ -85,16 +85,15 @@ def _best(problem: Instance, candidates: Sequence[Orders], count: int) -> list[O
 
 
 def _blocks(problem: Instance, effort: Effort) -> list[Orders]:
-    """Blocks found from those of the closed forms that fit, repeated: all of them."""
+    """Several searches from the block that lasts shortest of those that fit, each repeated for all microbatches."""
     devices, microbatches = len(problem.limits), problem.microbatches
     blocks = [make(devices) for make in (half_block, min_block, zb_block)]
-    fit = [block for block in blocks if makespan(problem, pattern.repeated(block, microbatches)) is not None]
-    fit.sort(key=lambda block: makespan(problem, pattern.repeated(block, microbatches)) or 0)
-    found = [
-        pattern.search(problem, block, effort.tries, effort.seed + number)
-        for block in fit[:1]
-        for number in range(effort.blocks)
-    ]
+    lengths = [makespan(problem, pattern.repeated(block, microbatches)) for block in blocks]
+    fit = [(length, place) for place, length in enumerate(lengths) if length is not None]
+    if not fit:
+        return []
+    start = blocks[min(fit)[1]]
+    found = (pattern.search(problem, start, effort.tries, effort.seed + number) for number in range(effort.blocks))
     return [pattern.repeated(block, microbatches) for block in found]
 
 
