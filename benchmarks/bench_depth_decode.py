@@ -17,7 +17,7 @@ import peers_depth as peers
 from harness import Case, Contender, WrongResult
 from longcat_kernels import DepthSampling, depth_decode
 from longcat_kernels.reference import depth_decode as spec
-from longcat_kernels.reference.depth_weights import DepthConfig
+from longcat_kernels.reference.depth_weights import DepthConfig, DepthWeights
 from longcat_kernels.spec import Cost
 
 TORCH = ("highest", "medium")  # precisions: torch's default, and its fastest float32 products
@@ -49,8 +49,14 @@ def sizes(dim: int, rows: int, dtype: torch.dtype) -> spec.Case:
     return spec.Case(rows, config, dtype=dtype)
 
 
+def exact(hidden: Tensor, weights: DepthWeights, more: dict[str, Any]) -> Tensor:
+    """Codes [T, L] of the reference in float32, whatever the dtype of the weights."""
+    wide = DepthWeights.of([tensor.float() for tensor in weights.tensors()], weights.config)
+    return depth_decode(hidden.float(), wide, peers.GREEDY, backend="reference", **more).codes
+
+
 class Judge:
-    """Share of codes that are not those of the reference; bfloat16 rounds near-ties either way."""
+    """Share of codes that are not the exact ones: narrow dtypes decide near-ties otherwise, and later codes follow."""
 
     def __init__(self, truth: Callable[[], Tensor]) -> None:
         self.truth = truth
@@ -72,7 +78,7 @@ def head_contenders(case: spec.Case, extended: bool, device: str) -> list[Conten
     """LongCat's head; `extended` also by other instruction sets and under torch.compile."""
     arguments = spec.inputs(case, device)
     hidden, weights = arguments["hidden"], arguments["weights"]
-    judge = Judge(lambda: depth_decode(hidden, weights, peers.GREEDY, backend="reference").codes)
+    judge = Judge(lambda: exact(hidden, weights, {}))
     ceiling = "fma_avx512" if case.dtype == torch.float32 else None
     precisions = TORCH if case.dtype == torch.float32 else TORCH[:1]
 
@@ -109,7 +115,7 @@ def cold_contenders(case: spec.Case, device: str) -> list[Contender]:
 def model_contenders(peer: str, make: Callable[[], Any], device: str) -> list[Contender]:
     """Another model's own code, and the op with its weights."""
     call, weights, more, hidden = make()
-    judge = Judge(lambda: depth_decode(hidden, weights, peers.GREEDY, backend="reference", **more).codes)
+    judge = Judge(lambda: exact(hidden, weights, more))
     return [
         Contender("ours", lambda: peers.ours(hidden, weights, **more), judge.share, only_cpu=True),
         Contender(peer, lambda: call, judge.share, precisions=TORCH, only_cpu=True),

@@ -25,7 +25,8 @@ struct DepthTile {
     float* sums;                    // row after row, `sums_pitch` floats apart; the second half's follow the first's
     int64_t sums_pitch;
     bool go_on;         // from the sums that are there, not from zero
-    const char* ahead;  // what to bring closer meanwhile, `ahead_step` bytes further a row of the panel
+    const char* ahead;  // what to bring closer meanwhile, `ahead_step` bytes further a row of the panel; with both
+                        // halves it may be null
     int64_t ahead_step;
 };
 
