@@ -52,8 +52,8 @@ def fused_moe(
         save: what backward keeps besides its inputs: "h" the pre-activations of the real experts' rows in x's dtype
             (on the CPU as many rows as there are; elsewhere, and inside `torch.compile`, T * k), "x" nothing, and
             computes them again.
-        main_grads: float32 [E, 2 F, D] and [E, D, F], contiguous: backward adds the gradients of gate_up and down to these, and
-            gives none to gate_up and down themselves. Not inside `torch.compile`.
+        main_grads: contiguous float32 [E, 2 F, D] and [E, D, F]: backward adds the gradients of gate_up and down to
+            these, and gives none to gate_up and down themselves. Not inside `torch.compile`.
         prepared: the packed form of these very weights, for inference: spares every call the packing.
         backend: "auto" or the name of an implementation.
 
