@@ -16,6 +16,18 @@ def check(condition: bool, message: Callable[[], str], error: type[Exception] = 
         raise error(message())
 
 
+def once(op: str) -> Callable[..., Any]:
+    """The `backward` of the ops that compute gradients of `op`: without one, torch takes second gradients for zero."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{op}: gradients must not be differentiated, got a backward pass through them: where second derivatives "
+            f"are needed, call the definition in longcat_kernels.reference.{op}"
+        )
+
+    return refuse
+
+
 def register(
     schema: str,
     run: Callable[..., Any],

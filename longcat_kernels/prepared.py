@@ -117,8 +117,10 @@ class PreparedCodebook:
 class PreparedExperts:
     """The weights of experts and their packed form, of the same size, for `fused_moe(..., prepared=)`: for inference.
 
-    It never goes stale: writes to the weights are noticed by their versions, and the packed form is made anew at the
-    next use.
+    Writes to the weights are noticed by their versions, and moves by where their memory is; the packed form is then
+    made anew at the next use, as at every use of weights of inference mode, which have no versions. Where torch does
+    not count a write, call `mark_stale` after it: those through `.data` or numpy, and steps of an optimizer with
+    `fused=True`.
 
     Args:
         gate_up: [E, 2 F, D], down: [E, D, F] of one dtype; kept, not copied.
@@ -144,29 +146,40 @@ class PreparedExperts:
                 f"{gate_up.dtype} {list(gate_up.shape)} and {down.dtype} {list(down.shape)}"
             )
         self.gate_up, self.down, self.packed = gate_up, down, []
-        self._versions = (-1, -1)
+        self._state: Any = None  # that the packed form was made of
 
     @property
     def is_current(self) -> bool:
-        """Whether the packed form is that of the weights as they are."""
-        return self._versions == (self.gate_up._version, self.down._version)
+        """Whether the packed form is that of the weights as they are; never of those of inference mode."""
+        return self._state is not None and self._state == self._now()
 
     def refresh(self) -> PreparedExperts:
         """Makes the packed form anew if the weights have changed since; gives itself."""
-        if not self.is_current:
+        now = self._now()
+        if now is None or now != self._state:
             self._pack()
-            self._versions = (self.gate_up._version, self.down._version)
+            self._state = now
         return self
 
+    def mark_stale(self) -> None:
+        """Says that the weights have changed by a write that their versions do not count."""
+        self._state = None
+
+    def _now(self) -> Any:
+        weights = (self.gate_up, self.down)
+        if any(w.is_inference() for w in weights):
+            return None
+        return [(w._version, w.data_ptr(), w.dtype) for w in weights]
+
     def _pack(self) -> None:
-        weights = (self.gate_up.detach(), self.down.detach())
+        weights = [w.detach().resolve_neg() for w in (self.gate_up, self.down)]  # packers read memory as it is
+        self.packed = []
         on_cpu = self.down.device.type == "cpu" and all(w.stride(2) == 1 for w in weights)
         if not on_cpu or self.down.dtype not in (torch.float32, torch.bfloat16, torch.float16) or native.why_not():
             return
         module = native.module()
-        if not self.packed:
-            sizes = module.packed_experts_bytes(*self.down.shape, self.down.dtype)
-            self.packed = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        sizes = module.packed_experts_bytes(*self.down.shape, self.down.dtype)
+        self.packed = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         module.pack_experts(*weights, *self.packed, threads=torch.get_num_threads())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -312,6 +312,14 @@ def test_every_instruction_set_is_exact_whatever_the_threads(isa: str, dtype: to
         assert relative(actual, wanted) <= allowed
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_narrow_weights_of_identity_experts_are_added_up_in_float32(backend: str) -> None:
+    a = {name: value.detach() for name, value in arguments(64, 8, 4, 2, 6, dtype=torch.float32).items()}
+    a["ids"], a["weights"] = torch.full_like(a["ids"], 2), a["weights"].bfloat16()
+    want = a["weights"].double().sum(1, keepdim=True) * a["x"].double()
+    assert relative(fused_moe(**a, backend=backend), want) <= TOLERANCES[torch.float32][0]
+
+
 def test_recomputing_gives_the_same_bits_as_saving() -> None:
     a = arguments(40, 33, 20, 4, 3, dtype=torch.bfloat16)
     grad = torch.randn(40, 33, generator=torch.Generator().manual_seed(5)).bfloat16()

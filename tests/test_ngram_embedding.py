@@ -38,10 +38,10 @@ GOLDEN = (
 )
 
 
-def op_hashes(ids: list[int], backend: str) -> torch.Tensor:
+def op_hashes(ids: list[int], backend: str, rule: Rule = RELEASED) -> torch.Tensor:
     """[S, N]: the hashes by an implementation, of tables that take no memory."""
     tables = [torch.zeros(1, 1).expand(rows, 1) for rows in RELEASED_ROWS]
-    numbers, word = RELEASED.numbers(), torch.zeros(1, 1).expand(RELEASED.ignored[1], 1)
+    numbers, word = rule.numbers(), torch.zeros(1, 1).expand(RELEASED.ignored[1], 1)
     overload = torch.ops.longcat.ngram_embedding.default
     inputs = (torch.tensor([ids]), word, tables, [torch.zeros(1, 1)] * 12, None, None, numbers, True)
     return overload(*inputs, backend)[1][0]
@@ -60,6 +60,14 @@ def test_hashes_stay_exact_at_the_largest_ids(backend: str) -> None:
     want = [sum(n * 131_072**p for p, n in enumerate(ids[: i // 4 + 2])) % rows for i, rows in enumerate(RELEASED_ROWS)]
     assert hashes(torch.tensor([ids[::-1]]), RELEASED_ROWS, RELEASED)[0, 3].tolist() == want
     assert op_hashes(ids[::-1], backend)[3].tolist() == want
+
+
+@pytest.mark.parametrize("backend", OP.impls)
+def test_hashes_stay_exact_for_any_base(backend: str) -> None:
+    rule, ids, rows = RELEASED._replace(base=2**62 + 1), [131_071, 131_070, 131_069], RELEASED_ROWS[-1]
+    want = sum(n * rule.base**p for p, n in enumerate(ids)) % rows
+    assert hashes(torch.tensor([ids[::-1]]), RELEASED_ROWS, rule)[0, 2, -1] == want
+    assert op_hashes(ids[::-1], backend, rule)[2, -1] == want
 
 
 def module(**changes: Any) -> tuple[NGramEmbedding, torch.Tensor]:
@@ -261,9 +269,12 @@ def test_every_instruction_set_gives_the_true_gradients(case: Case, isa: str) ->
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
-def test_ids_of_any_strides() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_ids_of_any_strides(backend: str) -> None:
     case = Case(3, 17, 9, 11, 8, documents=True, history=True)
     good = inputs(case)
     strided = {name: good[name].mT.contiguous().mT for name in ("ids", "documents", "history")}
     assert strided["ids"].stride(1) != 1
-    assert torch.equal(ngram_embedding(**{**good, **strided}), ngram_embedding(**good))
+    got, want = (ngram_embedding(**{**good, **changes}, backend=backend) for changes in (strided, {}))
+    assert torch.equal(got, want)
+    got.sum().backward()

@@ -1,4 +1,4 @@
-"""PreparedCodebook: the same bits, after every write, copy and trace, and of codewords that are not plain memory."""
+"""Prepared codebooks and experts: the same bits after every write, copy and trace, and of what is no plain memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longcat_kernels import PreparedCodebook, ema_update, rvq_encode
+from longcat_kernels import PreparedCodebook, PreparedExperts, ema_update, fused_moe, rvq_encode
 from longcat_kernels.ops.rvq_encode import IMPLS
 from longcat_kernels.reference import rvq_encode as spec
 
@@ -107,3 +107,44 @@ def test_a_prepared_codebook_reads_lazily_negated_words() -> None:
 def test_a_prepared_codebook_without_memory_stands_for_its_words() -> None:
     with FakeTensorMode():
         assert rvq_encode(torch.randn(3, 8), [PreparedCodebook(torch.randn(5, 8))]).codes.shape == (3, 1)
+
+
+def experts() -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 2 * 5, 8), torch.randn(3, 8, 5)
+
+
+def same_bits(gate_up: Tensor, down: Tensor, prepared: PreparedExperts) -> bool:
+    x, ids, weights = torch.randn(9, 8).to(down.dtype), torch.randint(0, 4, (9, 2)), torch.rand(9, 2)
+    with torch.no_grad():
+        got, want = (fused_moe(x, gate_up, down, ids, weights, prepared=p) for p in (prepared, None))
+    return torch.equal(got, want)
+
+
+def test_prepared_experts_of_inference_mode_are_packed_for_every_use() -> None:
+    with torch.inference_mode():
+        gate_up, down = experts()
+        prepared = PreparedExperts(gate_up, down)
+        for _ in range(2):
+            assert same_bits(gate_up, down, prepared) and not prepared.is_current
+            gate_up.mul_(2)
+
+
+def test_prepared_experts_follow_a_change_of_dtype() -> None:
+    module = torch.nn.ParameterList(experts())
+    prepared = PreparedExperts(module[0], module[1])
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float32):
+        module.to(dtype)
+        assert same_bits(module[0], module[1], prepared)
+
+
+def test_prepared_experts_notice_writes_that_torch_does_not_count_once_told() -> None:
+    gate_up, down = experts()
+    prepared = PreparedExperts(gate_up, down).refresh()
+    down.data.neg_()
+    prepared.mark_stale()
+    assert same_bits(gate_up, down, prepared)
+
+
+def test_prepared_experts_read_lazily_negated_weights() -> None:
+    gate_up, down = (torch._neg_view(weight) for weight in experts())
+    assert same_bits(gate_up, down, PreparedExperts(gate_up, down))

@@ -63,7 +63,7 @@ class ExpertParallel:
         part_ND = fused_moe(x_ND, gate_up, down, ids_Nk, weights_Nk, backend=backend)
         part_RD = _Swap.apply(part_ND, received, sent, self.group)  # type: ignore[no-untyped-call]
         wide = torch.promote_types(x.dtype, torch.float32)
-        identity_T1 = torch.where(ids >= self.experts, weights, 0).sum(1, keepdim=True).to(wide)
+        identity_T1 = torch.where(ids >= self.experts, weights, 0).sum(1, keepdim=True, dtype=wide)
         sum_TD: Tensor = _Gather.apply(part_RD, plan.tokens, plan.rows)  # type: ignore[no-untyped-call]
         return (sum_TD + identity_T1 * x.to(wide)).to(x.dtype)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose
-from longcat_kernels.library import register
+from longcat_kernels.library import once, register
 from longcat_kernels.reference import fused_moe as spec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -98,12 +98,14 @@ input_grad = register(
     "Tensor hidden, str backend) -> (Tensor grad_x, Tensor grad_weights, Tensor grad_hidden)",
     _run_input_grad,
     _allocate_input_grad,
+    backward=once("fused_moe"),
 )
 weight_grad = register(
     "fused_moe_weight_grad(Tensor grad, Tensor x, Tensor ids, Tensor weights, Tensor hidden, Tensor grad_hidden, "
     "SymInt experts, bool wants_gate_up, bool wants_down, str backend) -> (Tensor grad_gate_up, Tensor grad_down)",
     _run_weight_grad,
     _allocate_weight_grad,
+    backward=once("fused_moe"),
 )
 add_weight_grad = register(
     "fused_moe_add_weight_grad(Tensor grad, Tensor x, Tensor ids, Tensor weights, Tensor hidden, Tensor grad_hidden, "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose
-from longcat_kernels.library import register
+from longcat_kernels.library import once, register
 
 
 def _allocate(
@@ -47,16 +47,12 @@ def _run(
     return out_TD
 
 
-def _refuse(ctx: Any, grad_TD: Tensor) -> None:
-    raise RuntimeError("rvq_encode: is differentiable once; its gradient has none of its own")
-
-
 rvq_encode_backward = register(
     "rvq_encode_backward(Tensor? grad_quantized, Tensor? grad_losses, Tensor x, Tensor codes, Tensor[] codebooks, "
     "ScalarType residual_dtype, str backend) -> Tensor",
     _run,
     _allocate,
-    backward=_refuse,
+    backward=once("rvq_encode"),
 )
 
 

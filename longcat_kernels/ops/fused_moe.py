@@ -15,7 +15,7 @@ from torch import Tensor
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.deferred import WeightGrads
-from longcat_kernels.library import check, register
+from longcat_kernels.library import check, once, register
 from longcat_kernels.ops._fused_moe_backward import add_weight_grad, adjacent, input_grad, weight_grad, why_not_cpu
 from longcat_kernels.prepared import PreparedExperts
 from longcat_kernels.reference import fused_moe as spec
@@ -53,8 +53,8 @@ def fused_moe(
         save: what backward keeps besides its inputs: "h" the pre-activations of the real experts' rows in x's dtype
             (on the CPU as many rows as there are; elsewhere, and inside `torch.compile`, T * k), "x" nothing, and
             computes them again.
-        main_grads: float32 [E, 2 F, D] and [E, D, F]: backward adds the gradients of gate_up and down to these, and
-            gives none to gate_up and down themselves. Not inside `torch.compile`.
+        main_grads: contiguous float32 [E, 2 F, D] and [E, D, F]: backward adds the gradients of gate_up and down to
+            these, and gives none to gate_up and down themselves. Not inside `torch.compile`.
         prepared: the packed form of these very weights, for inference: spares every call the packing.
         backend: "auto" or the name of an implementation.
 
@@ -132,6 +132,9 @@ def _check_optional(
     _check_like("residual", residual_TD, x_TD, x_TD.dtype)
     _check_like("main_grads", main[0], gate_up_EFD, torch.float32)
     _check_like("main_grads", main[1], down_EDF, torch.float32)
+    for tensor in main:
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"fused_moe: main_grads must be contiguous, got strides {tensor.stride()}")
 
 
 def _check_like(name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> None:
@@ -227,6 +230,7 @@ _op_hidden = register(
     "fused_moe_hidden(Tensor x, Tensor gate_up, Tensor down, Tensor ids, SymInt rows, str backend) -> Tensor",
     _run_hidden,
     _allocate_hidden,
+    backward=once("fused_moe"),
 )
 _SCHEMA = (
     "(Tensor x, Tensor gate_up, Tensor down, Tensor ids, Tensor weights, Tensor? residual, Tensor? main_gate_up, "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
-from longcat_kernels.library import check, register
+from longcat_kernels.library import check, once, register
 from longcat_kernels.reference import moe_route as spec
 from longcat_kernels.spec import Op
 
@@ -124,6 +124,7 @@ _op_backward = register(
     "str backend) -> Tensor",
     _run_backward,
     _allocate_backward,
+    backward=once("moe_route"),
 )
 _op = register(
     "moe_route(Tensor logits, SymInt k, SymInt n_real, Tensor? bias, str score, bool renorm, float scale, str backend) "

@@ -15,7 +15,7 @@ from torch import Tensor
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.deferred import WeightGrads
-from longcat_kernels.library import check, register
+from longcat_kernels.library import check, once, register
 from longcat_kernels.reference import ngram_embedding as spec
 from longcat_kernels.spec import Op
 
@@ -289,6 +289,7 @@ _op_weight_grad = register(
     "Tensor[] tables, Tensor[] projections, int[] rule, SymInt words, bool projected, str backend) -> Tensor[]",
     _run_weight_grad,
     _allocate_weight_grad,
+    backward=once("ngram_embedding"),
 )
 _op = register(
     "ngram_embedding(Tensor ids, Tensor word, Tensor[] tables, Tensor[] projections, Tensor? documents, "

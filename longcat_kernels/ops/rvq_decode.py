@@ -15,7 +15,7 @@ from torch import Tensor
 from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.deferred import WeightGrads
-from longcat_kernels.library import check, register
+from longcat_kernels.library import check, once, register
 from longcat_kernels.ops.rvq_encode import Codebook, check_codebook, level_codebooks, words_of
 from longcat_kernels.prepared import PreparedCodebook
 from longcat_kernels.reference import rvq_decode as spec
@@ -113,6 +113,7 @@ _op_backward = register(
     "rvq_decode_backward(Tensor grad, Tensor codes, SymInt[] entries, str backend) -> Tensor[]",
     _run_backward,
     _allocate_backward,
+    backward=once("rvq_decode"),
 )
 _op = register(
     "rvq_decode(Tensor codes, Tensor[] codebooks, str backend) -> Tensor",

@@ -137,7 +137,7 @@ def forward(
         saved[: len(x_RD)] = hidden_RF
         saved[len(x_RD) :] = 0
     y_RD = plan.products(_swiglu(hidden_RF), down.mT, torch.empty_like(x_RD))
-    identity_T1 = _identity_weights(ids, weights, down.shape[0]).to(dtype)
+    identity_T1 = _identity_weights(ids, weights.to(dtype), down.shape[0])
     out_TD = plan.combine(y_RD, weights).addcmul_(x.to(dtype), identity_T1)
     out.copy_(out_TD if residual is None else out_TD + residual)
 
@@ -179,7 +179,7 @@ def input_grad(
 
     identity = ids >= down.shape[0]
     grad_x_RD = plan.products(grad_RF, gate_up, grad_TD.new_empty(total, x.shape[1]))
-    identity_T1 = _identity_weights(ids, weights, down.shape[0]).to(dtype)
+    identity_T1 = _identity_weights(ids, weights.to(dtype), down.shape[0])
     grad_x.copy_(plan.combine(grad_x_RD).addcmul_(grad_TD, identity_T1))
     slot_grad = torch.where(identity, (grad_TD * x.to(dtype)).sum(1, keepdim=True), 0).reshape(-1)
     slot_grad[plan.slots] = row_grad_R
@@ -293,6 +293,10 @@ REFUSALS = (
     Refusal(
         "main_grads must be torch.float32 [2, 8, 8], got torch.float64 [2, 8, 8]",
         lambda a: {"main_grads": (a["gate_up"].double(), a["down"])},
+    ),
+    Refusal(
+        "main_grads must be contiguous, got strides (64, 1, 8)",
+        lambda a: {"main_grads": (torch.zeros(2, 8, 8).mT, torch.zeros(2, 8, 4))},
     ),
     Refusal(
         "prepared must be made of gate_up and down, got one made of other tensors",

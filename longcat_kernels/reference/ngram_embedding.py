@@ -91,7 +91,7 @@ def hashes(
     context_BS = context_BS.masked_fill(is_ignored(context_BS, rule) | (context_BS < 0), 0)
     breaks_BS = (context_BS == 0) | (context_BS == rule.eos)
     if documents is not None:
-        documents = torch.cat([documents[:, :1].expand(-1, back), documents], dim=1)
+        documents = torch.cat([documents[:, :1].expand(-1, back if length else 0), documents], dim=1)
     current_BS = context_BS[:, back:]
     joined_BS = current_BS != 0
     moduli_N = torch.tensor(moduli, device=ids.device)
@@ -102,7 +102,7 @@ def hashes(
         joined_BS = joined_BS & ~breaks_BS[:, earlier]
         if documents is not None:
             joined_BS = joined_BS & (documents[:, earlier] == documents[:, back:])
-        powers_N = powers_N * rule.base % moduli_N
+        powers_N = powers_N * (rule.base % moduli_N) % moduli_N
         reaching_N = torch.arange(len(moduli), device=ids.device) >= (distance - 1) * rule.splits
         earlier_BS1 = torch.where(joined_BS, context_BS[:, earlier], 0)[..., None]
         total_BSN = (total_BSN + earlier_BS1 * (powers_N * reaching_N)) % moduli_N
@@ -128,7 +128,7 @@ def forward(
     total_PD = functional.embedding(ids.reshape(-1).clamp_min(0), word).to(dtype)
     rows_PI = _look_up(hashes_out.flatten(0, 1)[live_P], tables, dtype)
     total_PD[live_P] += rows_PI @ torch.cat([projection.to(dtype) for projection in projections], dim=1).T
-    total_PD *= shares(ids, len(tables), rule).view(-1, 1).to(dtype)
+    total_PD *= shares(ids, len(tables), rule).reshape(-1, 1).to(dtype)
     out.copy_(total_PD.view(out.shape))
 
 
@@ -152,7 +152,7 @@ def weight_grad(
     words and projections that are not `projected` are not wanted.
     """
     rule, dtype = Rule.of(numbers), torch.promote_types(grad.dtype, torch.float32)
-    grad_PD = grad.reshape(-1, grad.shape[2]).to(dtype) * shares(ids, len(tables), rule).view(-1, 1).to(dtype)
+    grad_PD = grad.reshape(-1, grad.shape[2]).to(dtype) * shares(ids, len(tables), rule).reshape(-1, 1).to(dtype)
     if words:
         grad_word.copy_(_add_rows(grad_PD, ids.reshape(-1), words))
     live_P = _live(hashes)
@@ -212,7 +212,7 @@ class Case:
 
 EDGE = (
     Case(0, 4, 8, 5, 8),
-    Case(2, 0, 8, 5, 8),
+    Case(2, 0, 8, 5, 8, documents=True),
     Case(1, 1, 3, 1, 4, neighbors=2, splits=1),
     Case(3, 17, 9, 11, 12, neighbors=4),
     Case(3, 17, 9, 11, 12, neighbors=4, sparse=True),

@@ -76,7 +76,7 @@ def lookup_kernel(
             document_R = tl.load(documents_ptr + place_R, inside_R, other=0)
             other_R = tl.load(documents_ptr + place_R - tl.minimum(distance, at_R), inside_R, other=0)
             joined_R &= document_R == other_R
-        power = power * base % size
+        power = power * (base % size) % size
         hash_R = (hash_R + tl.where(joined_R, earlier_R, 0) * power) % size
     tl.store(hashes_ptr + place_R.to(tl.int64) * N, hash_R, inside_R)
     if LOOK_UP:
