@@ -46,7 +46,7 @@ def _turned(
     first = (channels + 1) // 2
     if NORM:
         square_R = tl.sum(a_RH * a_RH + b_RH * b_RH, 1)
-        inverse_R1 = (1.0 / tl.sqrt(square_R / channels + eps))[:, None]
+        inverse_R1 = (1.0 / tl.sqrt_rn(square_R / channels + eps))[:, None]
         norm_a_H = tl.load(norm_ptr + c_H, c_H < first, other=0.0).to(tl.float32)
         norm_b_H = tl.load(norm_ptr + first + c_H, first + c_H < channels, other=0.0).to(tl.float32)
         a_RH = a_RH * inverse_R1 * norm_a_H[None, :]

@@ -84,7 +84,7 @@ def _load_w(w_ptr, n_C, k_K, N, K, w_row, w_column, EVEN: tl.constexpr):
 
 @triton.jit
 def _inverse_rms(square_RK, K, eps, ROWS: tl.constexpr, DEPTH: tl.constexpr, FOLDS: tl.constexpr):
-    return 1.0 / tl.sqrt(tree_sum(square_RK, ROWS, DEPTH, FOLDS) / K + eps)
+    return 1.0 / tl.sqrt_rn(tree_sum(square_RK, ROWS, DEPTH, FOLDS) / K + eps)
 
 
 @triton.jit
