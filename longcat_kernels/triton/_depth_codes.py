@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longcat_kernels.triton._depth_sampling import (
+from longcat_kernels.triton._depth_rows import (
     BEST,
     BEST_ID,
     EXPSUM,

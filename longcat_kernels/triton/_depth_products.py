@@ -43,6 +43,7 @@ class Cut:
             "TYPE": DTYPES[dtype],
             "num_warps": self.warps,
             "num_stages": self.stages,
+            **({"maxnreg": 255} if self.rows > 32 else {}),  # the assembler stops at 128 otherwise, and spills
         }
 
 
@@ -88,7 +89,7 @@ def _inverse_rms(square_RK, K, eps, ROWS: tl.constexpr, DEPTH: tl.constexpr, FOL
 
 
 @triton.jit
-def linear_kernel(
+def _linear(
     x_ptr,  # [T, K], last stride 1
     norm_ptr,  # [K]; not read unless NORM
     w_ptr,  # [N, K]
@@ -114,7 +115,7 @@ def linear_kernel(
     EVEN: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """out = norm(x) @ w^T + bias + residual."""
+    """This program's tile of out = norm(x) @ w^T + bias + residual."""
     row_R, n_C = _tile(T, ROWS, COLUMNS)
     sum_CR = tl.zeros((COLUMNS, ROWS), tl.float32)
     square_RK = tl.zeros((ROWS, DEPTH), tl.float32)
@@ -134,6 +135,94 @@ def linear_kernel(
         residual_ptrs = residual_ptr + row_R.to(tl.int64)[None, :] * residual_row + n_C[:, None]
         sum_CR += tl.load(residual_ptrs, inside_CR, other=0.0).to(tl.float32)
     tl.store(out_ptr + row_R.to(tl.int64)[None, :] * out_row + n_C[:, None], sum_CR, inside_CR)
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,
+    norm_ptr,
+    w_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    T,
+    N,
+    K,
+    eps,
+    x_row,
+    w_row,
+    w_column,
+    residual_row,
+    out_row,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    FOLDS: tl.constexpr,
+    EVEN: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """See `_linear`."""
+    _linear(
+        *(x_ptr, norm_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, T, N, K, eps, x_row, w_row, w_column),
+        *(residual_row, out_row, NORM, BIAS, RESIDUAL, ROWS, COLUMNS, DEPTH, FOLDS, EVEN, TYPE),
+    )
+
+
+@triton.jit
+def qkv_kernel(
+    z_ptr,  # [T, D] float32
+    norm_ptr,  # [D]
+    q_ptr,  # [A C, D]
+    k_ptr,  # [K C, D]
+    v_ptr,  # [K C, D]
+    q_bias_ptr,  # [A C]; biases are not read unless Q_BIAS, K_BIAS, V_BIAS
+    k_bias_ptr,  # [K C]
+    v_bias_ptr,  # [K C]
+    out_ptr,  # out [T, (A + 2 K) C] float32
+    T,
+    queries,
+    keys,
+    D,
+    eps,
+    q_row,
+    q_column,
+    k_row,
+    k_column,
+    v_row,
+    v_column,
+    out_row,
+    Q_BIAS: tl.constexpr,
+    K_BIAS: tl.constexpr,
+    V_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    FOLDS: tl.constexpr,
+    EVEN: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """Queries, keys and values of normed rows, by the second number of the program."""
+    part = tl.program_id(1)
+    if part == 0:
+        _linear(
+            *(z_ptr, norm_ptr, q_ptr, q_bias_ptr, z_ptr, out_ptr, T, queries, D, eps, D, q_row, q_column),
+            *(D, out_row, True, Q_BIAS, False, ROWS, COLUMNS, DEPTH, FOLDS, EVEN, TYPE),
+        )
+    elif tl.program_id(0) // tl.cdiv(T, ROWS) * COLUMNS < keys:
+        if part == 1:
+            _linear(
+                *(z_ptr, norm_ptr, k_ptr, k_bias_ptr, z_ptr, out_ptr + queries, T, keys, D, eps, D, k_row, k_column),
+                *(D, out_row, True, K_BIAS, False, ROWS, COLUMNS, DEPTH, FOLDS, EVEN, TYPE),
+            )
+        else:
+            v_out_ptr = out_ptr + queries + keys
+            _linear(
+                *(z_ptr, norm_ptr, v_ptr, v_bias_ptr, z_ptr, v_out_ptr, T, keys, D, eps, D, v_row, v_column),
+                *(D, out_row, True, V_BIAS, False, ROWS, COLUMNS, DEPTH, FOLDS, EVEN, TYPE),
+            )
 
 
 @triton.jit
@@ -235,6 +324,25 @@ def linear(
         BIAS=bias_N is not None,
         RESIDUAL=residual_TN is not None,
         **shape.options(inputs, w_NK.dtype),
+    )
+
+
+def qkv(
+    z_TD: Tensor,
+    norm_D: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    biases: tuple[Tensor | None, ...],
+    out_TN: Tensor,
+    eps: float,
+) -> None:
+    """out [T, (A + 2 K) C]: norm(z) times the weights of queries, keys and values, side by side."""
+    (rows, inputs), (queries, keys) = z_TD.shape, (len(w) for w in weights[:2])
+    shape = cut(rows, weights[0].dtype)
+    qkv_kernel[(triton.cdiv(rows, shape.rows) * triton.cdiv(queries, shape.columns), 3)](
+        *(z_TD, norm_D, *weights, *(z_TD if bias is None else bias for bias in biases), out_TN),
+        *(rows, queries, keys, inputs, eps, *(stride for w in weights for stride in w.stride()), out_TN.stride(0)),
+        **{f"{name}_BIAS": bias is not None for name, bias in zip("QKV", biases, strict=True)},
+        **shape.options(inputs, weights[0].dtype),
     )
 
 

@@ -1,4 +1,4 @@
-"""Depth decoding by kernels of whole batches: eleven a level and five a layer, the same ones whatever is drawn.
+"""Depth decoding by kernels of whole batches: five a layer and eight more a level, the same ones whatever is drawn.
 
 Nothing waits for the device, what is launched depends on shapes alone, and memory is workspace and outputs: after a
 first call, which compiles, a call can be captured in a CUDA graph. Keys and values of all levels stay in workspace,
@@ -23,9 +23,9 @@ from longcat_kernels.reference.depth_weights import DepthConfig, DepthLayer, Dep
 from longcat_kernels.triton import on
 from longcat_kernels.triton._depth_attention import attention
 from longcat_kernels.triton._depth_codes import code_kernel, embed_kernel
-from longcat_kernels.triton._depth_products import enter, linear, up
+from longcat_kernels.triton._depth_products import enter, linear, qkv, up
+from longcat_kernels.triton._depth_rows import PLANES
 from longcat_kernels.triton._depth_sampling import (
-    PLANES,
     mass_kernel,
     pick_kernel,
     scores_kernel,
@@ -38,7 +38,6 @@ from longcat_kernels.triton._numeric import DTYPES, INTERPRETED
 ROWS = 64 if INTERPRETED else 1  # of a program of the sampler; the interpreter has a price a program, not a row
 WIDTH = 1024  # classes of a block
 SEARCH = 2048  # classes of a step of the search for thresholds
-MOST_CLASSES = 2**24  # ids are exact in float32 params, as are their places in float64 stats
 
 
 def why_not(hidden: Tensor, *inputs: Any) -> str | None:
@@ -84,7 +83,7 @@ def run(
         first = 0  # of the level's logits among all
         outputs = (codes, logprobs, drawn_logprobs)
         for level, classes in enumerate(sizes.classes):
-            stream.advance(level, needs_state=level >= sizes.given or level + 1 < sizes.levels)
+            stream.advance(level)
             if level >= sizes.given:
                 level_logits = logits[:, first : first + classes] if wants_logits else batch.logits[:, :classes]
                 stream.head(level, level_logits)
@@ -134,8 +133,9 @@ class _Batch:
         if leaders is not None:
             first = leaders.clamp(0, rows - 1)
             followers = own.scatter(0, torch.where(first == followers, rows, first), followers)[:rows]
-        most = max(w.config.classes[w.config.given :])
+        most = max(w.config.classes[w.config.given :], default=1)
         new = functools.partial(torch.empty, device=device)
+        logits, scores, masses = (new(rows, most) for _ in range(3))
         return cls(
             params if params.stride(2) == 1 else params.contiguous(),
             seeds.contiguous(),
@@ -145,7 +145,9 @@ class _Batch:
             first,
             followers,
             paired,
-            *(new(rows, most) for _ in range(3)),
+            logits,
+            scores,
+            masses,
             new(PLANES, rows, triton.cdiv(most, WIDTH), dtype=torch.float64),
             new(2, rows, dtype=torch.int32),
         )
@@ -258,14 +260,13 @@ class _Stream:
             new(rows, queries, dtype=hidden.dtype),
             new(rows, c.ffn, dtype=hidden.dtype),
             new(c.layers, 2, rows, c.kv_heads, c.levels, c.head_dim),
-            *(new(rows, c.width) for _ in range(2)),
+            new(rows, c.width),
+            new(rows, c.width),
             new(c.levels + 1, rows, dtype=torch.uint8),
         )
 
-    def advance(self, level: int, *, needs_state: bool) -> None:
+    def advance(self, level: int) -> None:
         """z of a level, through all layers."""
-        if not needs_state:
-            return
         self._enter(level)
         c = self.w.config
         attention_set, ffn_set = c.sets("attention_sets")[level], c.sets("ffn_sets")[level]
@@ -284,28 +285,23 @@ class _Stream:
             enter(x, self.z, w.input_norm, residual, c.eps)
             return
         number = c.sets("projection_sets")[level]
-        bias = None if w.projection_bias is None else w.projection_bias[number].contiguous()
-        weight = w.projection[number]
+        weight, bias = w.projection[number], _row(w.projection_bias, number)
         linear(x, weight, self.z, norm_K=w.input_norm, eps=c.eps, bias_N=bias, residual_TN=residual)
 
     def _attend(self, layer: DepthLayer, cache: Tensor, number: int, level: int) -> None:
         """z += attention, with the weights of set `number`."""
         c = self.w.config
-        queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        parts = self.qkv.split((queries, keys, keys), 1)
-        matrices = (layer.q_weight, layer.k_weight, layer.v_weight)
-        biases = (layer.q_bias, layer.k_bias, layer.v_bias)
-        for part, weight, bias in zip(parts, matrices, biases, strict=True):
-            own = None if bias is None else bias[number].contiguous()
-            linear(self.z, weight[number], part, norm_K=layer.norm1, eps=c.eps, bias_N=own)
+        weights = (layer.q_weight[number], layer.k_weight[number], layer.v_weight[number])
+        biases = (_row(bias, number) for bias in (layer.q_bias, layer.k_bias, layer.v_bias))
+        qkv(self.z, layer.norm1, weights, tuple(biases), self.qkv, c.eps)
         attention(self.qkv, cache, layer.q_norm, layer.k_norm, self.w.rope, self.mixed, level, c.eps)
-        bias = None if layer.out_bias is None else layer.out_bias[number].contiguous()
-        linear(self.mixed, layer.out_weight[number], self.z, bias_N=bias, residual_TN=self.z)
+        out = layer.out_weight[number]
+        linear(self.mixed, out, self.z, bias_N=_row(layer.out_bias, number), residual_TN=self.z)
 
     def head(self, level: int, logits: Tensor) -> None:
         """Logits [T, V] of a level from z."""
         w, c = self.w, self.w.config
-        norm = None if w.final_norm is None else w.final_norm[c.sets("norm_sets")[level]].contiguous()
+        norm = _row(w.final_norm, c.sets("norm_sets")[level])
         bias = w.head_biases[level] if w.head_biases else None
         weight = w.head_weights[level]
         assert weight is not None
@@ -330,3 +326,8 @@ class _Stream:
             WIDTH=wide,
             num_warps=4,
         )
+
+
+def _row(matrix: Tensor | None, number: int) -> Tensor | None:
+    """Row `number`, its elements next to each other."""
+    return None if matrix is None else matrix[number].contiguous()

@@ -23,10 +23,16 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ROWS = (1, 32, 256)
 
 
+def launched(rows: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants and options of products of 2048 inputs."""
+    every = cut(rows, dtype).options(2048, dtype)
+    how = {name: every.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in every}
+    return every, how
+
+
 def linear(rows: int, dtype: torch.dtype, norm: bool) -> Kernel:
-    """q, k, v, or the output; the latter's inputs are of the weights' dtype."""
-    cut_ = cut(rows, dtype).options(2048, dtype)
-    how = options(cut_.pop("num_warps"), cut_.pop("num_stages"))
+    """A head, or, without a norm, what is added to the rows: that one's inputs are of the weights' dtype."""
+    cut_, how = launched(rows, dtype)
     w = f"*{NAMES[dtype]}"
     types = f"{'*fp32' if norm else w} {w} {w} {w} *fp32 *fp32 i32 i32*16 i32*16 fp32 i32*16 i32*16 i32*16 i32*16"
     return Kernel(
@@ -38,9 +44,17 @@ def linear(rows: int, dtype: torch.dtype, norm: bool) -> Kernel:
     )
 
 
+def qkv(rows: int, dtype: torch.dtype, bias: bool) -> Kernel:
+    cut_, how = launched(rows, dtype)
+    w = f"*{NAMES[dtype]}"
+    types = f"*fp32 {w} {w} {w} {w} {w} {w} {w} *fp32 i32 i32*16 i32*16 i32*16 fp32 i32*16 i32*16 i32*16 i32*16"
+    biases = dict.fromkeys(("Q_BIAS", "K_BIAS", "V_BIAS"), bias)
+    columns = dict.fromkeys(("q_column", "k_column", "v_column"), 1)
+    return Kernel("_depth_products", "qkv_kernel", types, {**cut_, **biases, **columns}, how)
+
+
 def up(rows: int, dtype: torch.dtype, gated: bool) -> Kernel:
-    cut_ = cut(rows, dtype).options(2048, dtype)
-    how = options(cut_.pop("num_warps"), cut_.pop("num_stages"))
+    cut_, how = launched(rows, dtype)
     w = f"*{NAMES[dtype]}"
     types = f"*fp32 {w} {w} {w} {w} i32 i32*16 i32*16 fp32 i32*16 i32*16"
     constants = {**cut_, "GATED": gated, "gate_column": 1, "up_column": 1}
@@ -57,7 +71,7 @@ def one_instruction(kernel: Kernel, arch: int, folder: Path) -> None:
 @pytest.mark.parametrize("arch", TENSOR_CORES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("flag", [False, True])
-@pytest.mark.parametrize("kernel", [linear, up], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", [linear, qkv, up], ids=lambda kernel: kernel.__name__)
 def test_products(kernel: Any, flag: bool, rows: int, arch: int, tmp_path: Path) -> None:
     one_instruction(kernel(rows, torch.bfloat16, flag), arch, tmp_path)
 
@@ -65,7 +79,7 @@ def test_products(kernel: Any, flag: bool, rows: int, arch: int, tmp_path: Path)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("rows", [1, 256])
 def test_products_of_other_dtypes(rows: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    for kernel in (linear(rows, dtype, True), up(rows, dtype, True)):
+    for kernel in (linear(rows, dtype, True), qkv(rows, dtype, True), up(rows, dtype, True)):
         one_instruction(kernel, 90, tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""depth_decode in Triton's interpreter, where it goes beyond the contract: ties and long rows, bits, memory, captures."""
+"""depth_decode in Triton's interpreter, where it goes beyond the contract: ties, long rows, bits, memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from longcat_kernels.reference.sampling import draw, gumbel, seen
 
 
 def config(classes: tuple[int, ...], **changes: Any) -> DepthConfig:
-    small = DepthConfig(
-        classes=classes, hidden=10, dim=8, layers=1, heads=2, kv_heads=2, head_dim=4, ffn=8, ends=True
-    )
+    small = DepthConfig(classes=classes, hidden=10, dim=8, layers=1, heads=2, kv_heads=2, head_dim=4, ffn=8, ends=True)
     return replace(small, **changes)
 
 
@@ -89,9 +87,7 @@ def test_a_row_alone_has_the_bits_it_has_among_others(like: str, monkeypatch: py
     numbers = DepthSampling(0.8, 4, 0.9, 0.01)
     everyone = depth_decode(h, weights, numbers, seed=torch.arange(70), logits=True, backend="triton")
     for rows in (slice(69, 70), slice(3, 33)):
-        some = depth_decode(
-            h[rows], weights, numbers, seed=torch.arange(70)[rows], logits=True, backend="triton"
-        )
+        some = depth_decode(h[rows], weights, numbers, seed=torch.arange(70)[rows], logits=True, backend="triton")
         for got, want in zip(some, everyone, strict=True):
             assert torch.equal(got, want[rows])
 
