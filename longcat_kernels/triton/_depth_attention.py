@@ -75,7 +75,7 @@ def _cached(at_R, inside_R, a_RH, b_RH, level, channels, LEVELS: tl.constexpr, H
     return tl.where(l_L == level, a_RH[:, None, :], all_a), tl.where(l_L == level, b_RH[:, None, :], all_b)
 
 
-@triton.jit(do_not_specialize=["level"])
+@triton.jit(do_not_specialize=["T", "level"])
 def attention_kernel(
     qkv_ptr,  # [T, (A + 2 K) C] float32: queries, keys, values
     keys_ptr,  # [T, K, L, C] float32: those of the levels before; this level's are appended

@@ -55,7 +55,7 @@ def _drawn(stats_ptr, params_ptr, leader_R, own_R, T, blocks, params_row, BLOCKS
     return logsum_R, is_lost_R, tl.where(is_lost_R, 0, tl.where(is_random_R, id_R, greedy_R)), greedy_R
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def code_kernel(
     logits_ptr,  # [T, V] float32
     scores_ptr,  # [T, V] float32: y
@@ -125,7 +125,7 @@ def code_kernel(
     tl.store(drawn_logprobs_ptr + own_R * levels, drawn_R.to(tl.float32), row_R < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def embed_kernel(
     codes_ptr,  # [T, L], at the level
     table_ptr,  # [rows, E]; not read unless TABLE

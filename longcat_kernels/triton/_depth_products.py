@@ -137,7 +137,7 @@ def _linear(
     tl.store(out_ptr + row_R.to(tl.int64)[None, :] * out_row + n_C[:, None], sum_CR, inside_CR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def linear_kernel(
     x_ptr,
     norm_ptr,
@@ -171,7 +171,7 @@ def linear_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def qkv_kernel(
     z_ptr,  # [T, D] float32
     norm_ptr,  # [D]
@@ -225,7 +225,7 @@ def qkv_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def up_kernel(
     z_ptr,  # [T, K] float32
     norm_ptr,  # [K]
@@ -271,7 +271,7 @@ def up_kernel(
     tl.store(act_ptr + row_R.to(tl.int64)[None, :] * N + n_C[:, None], cast(act_CR, TYPE), inside_CR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def enter_kernel(
     x_ptr,  # [T, D], last stride 1
     norm_ptr,  # [D]; not read unless NORM

@@ -40,13 +40,14 @@ from longcat_kernels.triton._depth_rows import (
     leader_of,
     param,
 )
+from longcat_kernels.triton._numeric import tree_sum
 from longcat_kernels.triton._screen import key_of, value_of
 
 LOWEST: tl.constexpr = tl.constexpr(-(2**31))
 NO_LIMIT: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def seen_kernel(
     seen_ptr,  # out [T, V] uint8 of zeros: 1 where the id stands in the row's history
     history_ptr,  # [N]
@@ -67,7 +68,7 @@ def seen_kernel(
         begin += CHUNK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def scores_kernel(
     logits_ptr,  # [T, V] float32
     params_ptr,
@@ -86,6 +87,7 @@ def scores_kernel(
     SEEN: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    FOLDS: tl.constexpr,
 ):
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     leader_R = leader_of(leaders_ptr, row_R, T, PAIRED)
@@ -113,12 +115,12 @@ def scores_kernel(
     at_R = at_R * blocks + tl.program_id(1)
     plane_R = (at_R * 0 + T) * blocks
     tl.store(stats_ptr + plane_R * LARGEST + at_R, largest_R.to(tl.float64), kept_R)
-    tl.store(stats_ptr + plane_R * EXPSUM + at_R, tl.sum(term_RW, 1), kept_R)
+    tl.store(stats_ptr + plane_R * EXPSUM + at_R, tree_sum(term_RW, ROWS, WIDTH, FOLDS), kept_R)
     tl.store(stats_ptr + plane_R * HIGHEST + at_R, highest_R.to(tl.float64), kept_R)
     tl.store(stats_ptr + plane_R * HIGHEST_ID + at_R, id_R.to(tl.float64), kept_R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def mass_kernel(
     scores_ptr,  # [T, V] float32: y
     params_ptr,
@@ -223,7 +225,7 @@ def _id_of_rank(at_RW, scores_ptr, key_R, rank_R, V, WIDTH: tl.constexpr):
     return found_R
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def threshold_kernel(
     scores_ptr,  # [T, V] float32: y
     masses_ptr,  # [T, V] float32
@@ -304,7 +306,7 @@ def noise(seed_R, step_R, level, first, ROWS: tl.constexpr, WIDTH: tl.constexpr)
     return -tl.log(-tl.log(1.0 - (word_RW.to(tl.float64) + 0.5) * 2.0**-32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "level"])
 def pick_kernel(
     scores_ptr,  # [T, V] float32: y
     limits_ptr,

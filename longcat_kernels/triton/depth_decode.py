@@ -2,7 +2,8 @@
 
 Nothing waits for the device, what is launched depends on shapes alone, and memory is workspace and outputs: after a
 first call, which compiles, a call can be captured in a CUDA graph. Keys and values of all levels stay in workspace,
-and activations in float32; products take operands of the weights' dtype. A row has the same bits in any batch.
+and activations in float32; products take operands of the weights' dtype. A row has the same bits in any batch:
+kernels are not compiled anew for numbers of rows, and see `_depth_products` for the tiles that are chosen by them.
 
 Dimension key
     T rows    L levels    V classes of a level    H width of hidden    D width of the transformer    E of the tables
@@ -33,7 +34,7 @@ from longcat_kernels.triton._depth_sampling import (
     threshold_kernel,
 )
 from longcat_kernels.triton._gemm import TYPES
-from longcat_kernels.triton._numeric import DTYPES, INTERPRETED
+from longcat_kernels.triton._numeric import DTYPES, INTERPRETED, folds
 
 ROWS = 64 if INTERPRETED else 1  # of a program of the sampler; the interpreter has a price a program, not a row
 WIDTH = 1024  # classes of a block
@@ -73,6 +74,7 @@ def run(
         return
     with on(hidden_TH.device):
         w = DepthWeights.of([tensor.contiguous() if tensor.ndim == 1 else tensor for tensor in weights], sizes)
+        w = w._replace(rope=None if w.rope is None else w.rope.contiguous())
         batch = _Batch.of(len(hidden_TH), w, params, seeds, steps, prefix, active, leaders)
         if batch.active is not None:
             idle_T1 = (batch.active == 0)[:, None]
@@ -181,6 +183,7 @@ class _Batch:
             *(*sizes, logits.stride(0), params_row, 0 if seen is None else seen.stride(0)),
             SEEN=seen is not None,
             WIDTH=wide,
+            FOLDS=folds(wide),
             enable_fp_fusion=False,
             **flags,
         )

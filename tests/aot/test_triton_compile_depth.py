@@ -70,10 +70,15 @@ def one_instruction(kernel: Kernel, arch: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("arch", TENSOR_CORES)
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("flag", [False, True])
 @pytest.mark.parametrize("kernel", [linear, qkv, up], ids=lambda kernel: kernel.__name__)
-def test_products(kernel: Any, flag: bool, rows: int, arch: int, tmp_path: Path) -> None:
-    one_instruction(kernel(rows, torch.bfloat16, flag), arch, tmp_path)
+def test_products(kernel: Any, rows: int, arch: int, tmp_path: Path) -> None:
+    one_instruction(kernel(rows, torch.bfloat16, kernel is not linear), arch, tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 256])
+def test_heads_and_products_without_a_gate(rows: int, tmp_path: Path) -> None:
+    for kernel in (linear(rows, torch.bfloat16, True), up(rows, torch.bfloat16, False)):
+        one_instruction(kernel, 90, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -118,7 +123,7 @@ def others() -> list[Kernel]:
             "_depth_sampling",
             "scores_kernel",
             "*fp32 *fp32 *i64 *i64 *u8 *fp32 *fp64 i32 i32 i32 i32*16 i32*16 i32*16",
-            {**sampler, "SEEN": True},
+            {**sampler, "SEEN": True, "FOLDS": 10},
             {**options(4), "enable_fp_fusion": False},
         ),
         Kernel(
