@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "prepared": {"cuda", "native", "layouts", "reference", "triton"},
     "reference": {"spec"},
     "testing": {"spec"},
-    "triton": {"backends", "layouts"},
+    "triton": {"backends", "layouts", "reference"},
     "ops": {"backends", "cuda", "deferred", "library", "native", "prepared", "reference", "spec", "triton"},
     "modules": {"ops", "prepared", "reference"},  # the last for types of arguments
     "integrations": {"modules", "ops", "prepared", "reference"},

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longcat_kernels import triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops import _depth_checks as checks
@@ -186,6 +187,7 @@ _op = register(
 )
 
 IMPLS: dict[str, Impl] = {
+    "triton": triton.implementation("depth_decode"),
     "cpu": Impl(_depth_cpu.decode, _depth_cpu.why_not),
     "reference": reference(spec.depth_decode),
 }

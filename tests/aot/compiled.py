@@ -74,9 +74,13 @@ def _tool(name: str, *arguments: Any) -> str:
     return run.stdout + run.stderr
 
 
+# In libdevice's double exp and log, where nothing that small matters.
+HARMLESS = {"abs.ftz.f32", "rcp.approx.ftz.f64"}
+
+
 def check(kernel: Kernel, arch: int, folder: Path) -> Built:
     built = build(kernel, arch, folder)
     print(f"{kernel.name} sm_{arch} {kernel.constants}: {built.registers} registers, {built.shared} bytes shared")
     assert built.stack == 0 and not re.search(r"\b(LDL|STL)\b", built.sass), f"{built.stack} bytes of stack"
-    assert ".ftz" not in built.ptx
+    assert set(re.findall(r"\S*\.ftz\S*", built.ptx)) <= HARMLESS
     return built
