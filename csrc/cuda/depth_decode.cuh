@@ -1,0 +1,335 @@
+// All codes of a position in one launch: reference/depth_decode.py defines it.
+//
+// One block of 512 threads stays on each multiprocessor for the whole frame. Stages are divided over all blocks and meet
+// at barriers of the grid: of every level the projection; of every layer queries, keys and values, attention, the
+// output product, the two products of the feed-forward network; then the head and the draw, a block a row. At the front
+// of a stage each block makes the stage's activations, float32, in its shared memory, with norm and activation function
+// applied; the weights it multiplies them with are there already or on their way (depth_stream.cuh), so that the memory
+// bus does not wait for barriers.
+//
+// Occupancy. 16 warps with at most 128 registers a thread fill the register file (65,536), so one block a
+// multiprocessor is resident, and as many as a cooperative launch may have are launched. Of 227 KB of shared memory (compute
+// capability 9.0, 10.0; 163 KB on 8.0), 3 KB are the header, 4 * rows * depth bytes activations, the rest rings of 32 KB
+// a slot: one row of depth 4096 leaves six slots, 192 KB on their way or waiting. At 4.3 TB/s an H200's 132
+// multiprocessors read 33 bytes a nanosecond each, so that covers 5.9 us of a barrier and the making of activations;
+// eight rows of depth 4096 leave three slots, 2.9 us.
+#pragma once
+
+#include "cuda/depth_sample.cuh"
+#include "cuda/depth_stream.cuh"
+
+namespace longcat::cuda {
+
+// What a block holds during the frame.
+struct DepthBlock {
+    DepthShared& shared;
+    float* activations;  // [padded rows, columns]
+    DepthRing ring;
+    u32 meetings;
+
+    LC_DEVICE DepthBlock(const DepthKernel& p, u8* memory)
+        : shared(*reinterpret_cast<DepthShared*>(memory)), activations(reinterpret_cast<float*>(memory + kDepthHeader)),
+          meetings(0) {
+        ring.start(p, memory + kDepthHeader + padded_rows(p.rows) * p.columns * int(sizeof(float)));
+    }
+
+    // Until all blocks have come; what they wrote before can be read then.
+    LC_DEVICE void meet(const DepthKernel& p) {
+        ++meetings;
+        sync_block();
+        if (thread_index() == 0) add_release(p.memory.arrived, 1), wait_for(p.memory.arrived, meetings * grid_size());
+        sync_block();
+    }
+};
+
+struct Norm {
+    const void* weight;  // null: none
+    i64 first;
+};
+
+// Activations of all rows: value(row, k) for k below `depth`, normed; zeros behind and in rows that fill up.
+template <class Value>
+LC_DEVICE void make_activations(const DepthKernel& p, DepthBlock& b, int depth, const Norm& norm, Value&& value) {
+    const int rows = padded_rows(p.rows), end = (depth + kStep - 1) / kStep * kStep;
+    for (int r = 0; r < rows; ++r) {
+        float squares = 0;
+        for (int k = int(thread_index()); k < end; k += int(kDepthThreads)) {
+            const float x = r < p.rows && k < depth ? value(r, k) : 0;
+            b.activations[r * p.columns + k] = x;
+            squares = fmaf(x, x, squares);
+        }
+        squares = warp_sum(squares);
+        if (lane_index() == 0) b.shared.floats[r][thread_index() / kWarp] = squares;
+    }
+    sync_block();
+    if (norm.weight == nullptr) return;
+    for (int r = 0; r < p.rows; ++r) {
+        float squares = 0;
+        for (u32 warp = 0; warp < kDepthWarps; ++warp) squares += b.shared.floats[r][warp];
+        const float scale = 1 / sqrtf(squares / float(depth) + p.eps);
+        for (int k = int(thread_index()); k < depth; k += int(kDepthThreads))
+            b.activations[r * p.columns + k] *= scale * load(norm.weight, p.type, norm.first + k);
+    }
+    sync_block();
+}
+
+LC_DEVICE float bias_of(const DepthKernel& p, const DepthVector& bias, int set, int n) {
+    return bias.data == nullptr ? 0 : load(bias.data, p.type, set * bias.set + n);
+}
+
+// What "last+hidden" adds to the projected state.
+LC_DEVICE float added_input(const DepthKernel& p, int level, int r, int n) {
+    if (p.conditioning != kLastAndHidden || !p.is_active(r)) return 0;
+    if (level > 0) return p.memory.input[i64(r) * p.width + n];
+    return p.start == nullptr ? 0 : load(p.start, p.type, i64(r) * p.dim + n);
+}
+
+LC_DEVICE void store_logit(const DepthKernel& p, int level, int n, int r, float sum) {
+    const DepthLevel& at = p.level[level];
+    if (at.head_bias != nullptr) sum += load(at.head_bias, p.type, n);
+    p.memory.logits[i64(r) * p.most_classes + n] = sum;
+    if (p.logits != nullptr) p.logits[r * p.logit_width + at.first_logit + n] = p.is_active(r) ? sum : 0;
+}
+
+// Where the sum of row n of a product's part goes.
+LC_DEVICE void finish_product(const DepthKernel& p, int level, int index, int part, int n, int r, float sum) {
+    const DepthMemory& to = p.memory;
+    const DepthLevel& at = p.level[level];
+    const DepthLayer& layer = p.layer[(index - 1) / 4 < p.layers ? (index - 1) / 4 : 0];
+    const int queries = p.query_width(), keys = p.key_width();
+    switch (product_of(p, index)) {
+        case kProject:
+            to.z[i64(r) * p.dim + n] =
+                sum + bias_of(p, p.projection_bias, at.projection_set, n) + added_input(p, level, r, n);
+            break;
+        case kQkv:
+            sum += bias_of(p, part == 0 ? layer.q_bias : part == 1 ? layer.k_bias : layer.v_bias, at.attention_set, n);
+            to.qkv[i64(r) * (queries + 2 * keys) + (part == 0 ? 0 : queries + (part - 1) * keys) + n] = sum;
+            break;
+        case kOut:
+            to.z[i64(r) * p.dim + n] += sum + bias_of(p, layer.out_bias, at.attention_set, n);
+            break;
+        case kUp:
+            (part == 0 ? to.up : to.gate)[i64(r) * p.ffn + n] = sum;
+            break;
+        case kDown:
+            to.z[i64(r) * p.dim + n] += sum;
+            break;
+        default:
+            store_logit(p, level, n, r, sum);
+    }
+}
+
+template <int kType>
+LC_DEVICE void multiply_rows(const DepthKernel& p, DepthBlock& b, int level, int index, const DepthTile& tile) {
+    const auto finish = [&](int m, int r, float sum) {
+        if (tile.row + m < tile.rows.rows && r < p.rows)
+            finish_product(p, level, index, tile.part, tile.row + m, r, sum);
+    };
+    const int depth = tile.rows.depth;
+    if (p.rows == 1)
+        multiply_tile<kType, 1, 1>(p, b.activations, b.ring, depth, finish);
+    else if (p.rows == 2)
+        multiply_tile<kType, 2, 2>(p, b.activations, b.ring, depth, finish);
+    else if (p.rows <= 4)
+        multiply_tile<kType, 4, 4>(p, b.activations, b.ring, depth, finish);
+    else
+        multiply_tile<kType, 8, 4>(p, b.activations, b.ring, depth, finish);
+}
+
+// This block's part of a product of the activations with weights.
+LC_DEVICE void multiply(const DepthKernel& p, DepthBlock& b, int level, int index) {
+    DepthTile tile;
+    for (int number = first_tile(); find_tile(p, level, index, number, tile); number += tile_stride()) {
+        if (p.type == kFloat32)
+            multiply_rows<kFloat32>(p, b, level, index, tile);
+        else if (p.type == kBFloat16)
+            multiply_rows<kBFloat16>(p, b, level, index, tile);
+        else
+            multiply_rows<kFloat16>(p, b, level, index, tile);
+    }
+}
+
+// What enters the layers at a level.
+LC_DEVICE void project(const DepthKernel& p, DepthBlock& b, int level) {
+    const bool from_hidden = level == 0 || p.conditioning == kLastAndHidden;
+    make_activations(p, b, p.hidden, {p.input_norm, 0}, [&](int r, int k) {
+        if (!p.is_active(r)) return 0.0f;
+        return from_hidden ? load(p.hidden_rows, p.type, i64(r) * p.hidden + k) : p.memory.input[i64(r) * p.width + k];
+    });
+    multiply(p, b, level, 0);
+    if (p.projection.data != nullptr) return;
+    for (int i = int(block_index() * kDepthThreads + thread_index()); i < p.rows * p.dim;
+         i += int(grid_size() * kDepthThreads))
+        p.memory.z[i] = b.activations[i / p.dim * p.columns + i % p.dim] + added_input(p, level, i / p.dim, i % p.dim);
+}
+
+// A head's query or key: its channels as the product gave them, their norm and turn applied on the way.
+struct HeadVector {
+    const float *raw, *rope;  // the latter: cosines of this level's angles; null: no turn
+    const void* weight;       // null: no norm
+    i64 sines;                // how far behind the cosines they are
+    float scale;
+    int type, channels;
+
+    LC_DEVICE HeadVector(const DepthKernel& p, const float* raw_, const void* weight_, int level)
+        : raw(raw_), rope(p.rope == nullptr ? nullptr : p.rope + level * (p.head_dim / 2)), weight(weight_),
+          sines(i64(p.levels) * (p.head_dim / 2)), scale(1), type(p.type), channels(p.head_dim) {
+        if (weight == nullptr) return;
+        float squares = 0;
+        for (int c = int(lane_index()); c < channels; c += int(kWarp)) squares = fmaf(raw[c], raw[c], squares);
+        scale = 1 / sqrtf(warp_sum(squares) / float(channels) + p.eps);
+    }
+
+    LC_DEVICE float normed(int c) const { return weight == nullptr ? raw[c] : raw[c] * scale * load(weight, type, c); }
+
+    LC_DEVICE float operator()(int c) const {
+        const int half = channels / 2, angle = c < half ? c : c - half;
+        if (rope == nullptr) return normed(c);
+        const float cosine = rope[angle], sine = rope[sines + angle];
+        return c < half ? normed(c) * cosine - normed(c + half) * sine : normed(c) * cosine + normed(c - half) * sine;
+    }
+};
+
+// Attention of one row and head over the levels so far, by a warp; the first head of a group keeps key and value.
+LC_DEVICE void attend_head(const DepthKernel& p, int level, int layer, int row, int head) {
+    constexpr int kEach = kDepthHead / int(kWarp);
+    const int channels = p.head_dim, queries = p.query_width(), keys = p.key_width();
+    const int group = p.heads / p.kv_heads, kv = head / group;
+    const float* qkv = p.memory.qkv + i64(row) * (queries + 2 * keys);
+    const HeadVector query(p, qkv + head * channels, p.layer[layer].q_norm, level);
+    const HeadVector key(p, qkv + queries + kv * channels, p.layer[layer].k_norm, level);
+    const i64 cache = (i64(layer) * p.rows + row) * p.levels * keys + kv * channels;
+    float q[kEach], sums[kEach], score = -infinity();
+    LC_UNROLL for (int i = 0; i < kEach; ++i) {
+        const int c = i * int(kWarp) + int(lane_index());
+        q[i] = c < channels ? query(c) : 0, sums[i] = 0;
+        if (c >= channels || head % group != 0) continue;
+        p.memory.keys[cache + i64(level) * keys + c] = key(c);
+        p.memory.values[cache + i64(level) * keys + c] = qkv[queries + keys + kv * channels + c];
+    }
+    for (int past = 0; past <= level; ++past) {
+        float product = 0;
+        LC_UNROLL for (int i = 0; i < kEach; ++i) {
+            const int c = i * int(kWarp) + int(lane_index());
+            if (c < channels)
+                product = fmaf(q[i], past == level ? key(c) : p.memory.keys[cache + i64(past) * keys + c], product);
+        }
+        product = warp_sum(product);
+        if (int(lane_index()) == past) score = product / sqrtf(float(channels));
+    }
+    const float weight = expf(score - warp_max(score)), total = warp_sum(weight);
+    for (int past = 0; past <= level; ++past) {
+        const float share = float_of(shuffle_from(bits_of(weight), u32(past))) / total;
+        LC_UNROLL for (int i = 0; i < kEach; ++i) {
+            const int c = i * int(kWarp) + int(lane_index());
+            if (c >= channels) continue;
+            const float value = past == level ? qkv[queries + keys + kv * channels + c]
+                                              : p.memory.values[cache + i64(past) * keys + c];
+            sums[i] = fmaf(share, value, sums[i]);
+        }
+    }
+    LC_UNROLL for (int i = 0; i < kEach; ++i) {
+        const int c = i * int(kWarp) + int(lane_index());
+        if (c < channels) p.memory.mixed[i64(row) * queries + head * channels + c] = sums[i];
+    }
+}
+
+LC_DEVICE void run_layer(const DepthKernel& p, DepthBlock& b, int level, int layer) {
+    const DepthMemory& m = p.memory;
+    const auto state = [&](int r, int k) { return m.z[i64(r) * p.dim + k]; };
+    make_activations(p, b, p.dim, {p.layer[layer].norm1, 0}, state);
+    multiply(p, b, level, 1 + 4 * layer);
+    b.meet(p);
+    for (int i = first_tile(); i < p.rows * p.heads; i += tile_stride())
+        attend_head(p, level, layer, i / p.heads, i % p.heads);
+    b.meet(p);
+    make_activations(p, b, p.query_width(), {nullptr, 0},
+                     [&](int r, int k) { return m.mixed[i64(r) * p.query_width() + k]; });
+    multiply(p, b, level, 2 + 4 * layer);
+    b.meet(p);
+    make_activations(p, b, p.dim, {p.layer[layer].norm2, 0}, state);
+    multiply(p, b, level, 3 + 4 * layer);
+    b.meet(p);
+    make_activations(p, b, p.ffn, {nullptr, 0}, [&](int r, int k) {
+        const float up = m.up[i64(r) * p.ffn + k];
+        if (!p.gated) return 0.5f * up * (1 + erff(up * 0.70710678f));
+        const float gate = m.gate[i64(r) * p.ffn + k];
+        return gate / (1 + expf(-gate)) * up;
+    });
+    multiply(p, b, level, 4 + 4 * layer);
+    b.meet(p);
+}
+
+// Adds a code's embedding to the row's sum; after the last level the sum is the result.
+LC_DEVICE void add_embedding(const DepthKernel& p, int row, int level, int id) {
+    const DepthLevel& at = p.level[level];
+    const bool had_ended = level == 0 ? p.ends != 0 : p.memory.ended[row] != 0;
+    const bool ended = had_ended && (at.table == nullptr || id == at.classes - 1);
+    const i64 first = i64(row) * p.width;
+    for (int e = int(thread_index()); e < p.width; e += int(kDepthThreads)) {
+        const float word = at.table == nullptr ? 0 : load(at.table, p.type, id * at.table_row + e);
+        const float before = level == 0 ? 0 : p.memory.total[first + e], total = before + word;
+        p.memory.total[first + e] = total;
+        p.memory.input[first + e] = p.conditioning != kSum ? word : ended ? 0 : total;
+        if (level == p.levels - 1) store(p.embedding, p.type, first + e, ended ? 0 : total);
+    }
+    sync_block();  // all have read what is written now
+    if (thread_index() == 0) p.memory.ended[row] = ended;
+}
+
+LC_DEVICE void leave_row(const DepthKernel& p, int row) {
+    for (int e = int(thread_index()); e < p.width; e += int(kDepthThreads))
+        store(p.embedding, p.type, i64(row) * p.width + e, 0);
+}
+
+// The code of a row that leads, for it and for its follower.
+LC_DEVICE void finish_row(const DepthKernel& p, DepthBlock& b, int level, int leader) {
+    const i64 classes = p.level[level].classes;
+    int follower = -1;
+    for (int r = 0; r < p.rows; ++r)
+        if (r != leader && p.leader(r) == leader) follower = r;
+    const bool active = p.is_active(leader);
+    Drawn drawn = {-1, 0, 0};
+    if (active) {
+        i64 forced = level < p.prefix_width ? p.prefix[leader * p.prefix_row + level] : -1;
+        forced = forced < classes ? forced : classes - 1;  // on a device nobody has checked it
+        if (level >= p.given)
+            drawn = draw(p, leader, follower, level, forced, b.shared);
+        else
+            drawn.id = int(forced > 0 ? forced : 0);
+    }
+    for (int turn = 0; turn < 2; ++turn) {
+        const int row = turn == 0 ? leader : follower;
+        if (row < 0) continue;
+        if (thread_index() == 0) {
+            const i64 place = i64(row) * p.levels + level;
+            p.codes[place] = drawn.id, p.logprobs[place] = drawn.logprob, p.drawn_logprobs[place] = drawn.drawn_logprob;
+        }
+        if (active)
+            add_embedding(p, row, level, drawn.id);
+        else if (level == p.levels - 1)
+            leave_row(p, row);
+    }
+}
+
+}  // namespace longcat::cuda
+
+LC_KERNEL(longcat::cuda::kDepthThreads) depth_decode(LC_PARAMS(longcat::cuda::DepthKernel) p) {
+    using namespace longcat::cuda;
+    DepthBlock b(p, dynamic_shared());
+    for (int level = 0; level < p.levels; ++level) {
+        project(p, b, level);
+        b.meet(p);
+        for (int layer = 0; layer < p.layers; ++layer) run_layer(p, b, level, layer);
+        if (level >= p.given) {
+            const Norm norm = {p.final_norm.data, p.level[level].norm_set * p.final_norm.set};
+            make_activations(p, b, p.dim, norm, [&](int r, int k) { return p.memory.z[i64(r) * p.dim + k]; });
+            multiply(p, b, level, products_of(p) - 1);
+            b.meet(p);
+        }
+        for (int row = int(block_index()); row < p.rows; row += int(grid_size()))
+            if (p.leader(row) == row) finish_row(p, b, level, row);
+        if (level + 1 < p.levels) b.meet(p);
+    }
+}
