@@ -42,19 +42,47 @@ struct DepthBlock {
     }
 };
 
-struct Norm {
-    const void* weight;  // null: none
-    i64 first;
-};
+// An activation of a product before its norm: of row r, in column k.
+LC_DEVICE float activation(const DepthKernel& p, int level, Product product, int r, int k) {
+    const DepthMemory& m = p.memory;
+    if (product == kProject) {
+        if (!p.is_active(r)) return 0;
+        if (level == 0 || p.conditioning == kLastAndHidden) return load(p.hidden_rows, p.type, i64(r) * p.hidden + k);
+        return m.input[i64(r) * p.width + k];
+    }
+    if (product == kOut) return m.mixed[i64(r) * p.query_width() + k];
+    if (product != kDown) return m.z[i64(r) * p.dim + k];
+    const float up = m.up[i64(r) * p.ffn + k];
+    if (!p.gated) return 0.5f * up * (1 + erff(up * 0.70710678f));
+    const float gate = m.gate[i64(r) * p.ffn + k];
+    return gate / (1 + expf(-gate)) * up;
+}
 
-// Activations of all rows: value(row, k) for k below `depth`, normed; zeros behind and in rows that fill up.
-template <class Value>
-LC_DEVICE void make_activations(const DepthKernel& p, DepthBlock& b, int depth, const Norm& norm, Value&& value) {
-    const int rows = padded_rows(p.rows), end = (depth + kStep - 1) / kStep * kStep;
-    for (int r = 0; r < rows; ++r) {
+LC_DEVICE int depth_of(const DepthKernel& p, Product product) {
+    if (product == kProject) return p.hidden;
+    return product == kOut ? p.query_width() : product == kDown ? p.ffn : p.dim;
+}
+
+// The weight of the norm before a product; null where there is none.
+LC_DEVICE const void* norm_before(const DepthKernel& p, int level, int index, i64& first) {
+    const Product product = product_of(p, index);
+    first = 0;
+    if (product == kProject) return p.input_norm;
+    if (product == kQkv) return p.layer[(index - 1) / 4].norm1;
+    if (product == kUp) return p.layer[(index - 1) / 4].norm2;
+    if (product != kHead) return nullptr;
+    first = p.level[level].norm_set * p.final_norm.set;
+    return p.final_norm.data;
+}
+
+// Activations of all rows in shared memory, normed; zeros behind their depth and in rows that fill up.
+LC_DEVICE void make_activations(const DepthKernel& p, DepthBlock& b, int level, int index) {
+    const Product product = product_of(p, index);
+    const int rows = padded_rows(p.rows), depth = depth_of(p, product), end = (depth + kStep - 1) / kStep * kStep;
+    LC_LOOP for (int r = 0; r < rows; ++r) {
         float squares = 0;
-        for (int k = int(thread_index()); k < end; k += int(kDepthThreads)) {
-            const float x = r < p.rows && k < depth ? value(r, k) : 0;
+        LC_LOOP for (int k = int(thread_index()); k < end; k += int(kDepthThreads)) {
+            const float x = r < p.rows && k < depth ? activation(p, level, product, r, k) : 0;
             b.activations[r * p.columns + k] = x;
             squares = fmaf(x, x, squares);
         }
@@ -62,13 +90,15 @@ LC_DEVICE void make_activations(const DepthKernel& p, DepthBlock& b, int depth, 
         if (lane_index() == 0) b.shared.floats[r][thread_index() / kWarp] = squares;
     }
     sync_block();
-    if (norm.weight == nullptr) return;
-    for (int r = 0; r < p.rows; ++r) {
+    i64 first = 0;
+    const void* weight = norm_before(p, level, index, first);
+    if (weight == nullptr) return;
+    LC_LOOP for (int r = 0; r < p.rows; ++r) {
         float squares = 0;
         for (u32 warp = 0; warp < kDepthWarps; ++warp) squares += b.shared.floats[r][warp];
         const float scale = 1 / sqrtf(squares / float(depth) + p.eps);
-        for (int k = int(thread_index()); k < depth; k += int(kDepthThreads))
-            b.activations[r * p.columns + k] *= scale * load(norm.weight, p.type, norm.first + k);
+        LC_LOOP for (int k = int(thread_index()); k < depth; k += int(kDepthThreads)) b.activations[r * p.columns + k] *=
+            scale * load(weight, p.type, first + k);
     }
     sync_block();
 }
@@ -120,45 +150,20 @@ LC_DEVICE void finish_product(const DepthKernel& p, int level, int index, int pa
     }
 }
 
-template <int kType>
-LC_DEVICE void multiply_rows(const DepthKernel& p, DepthBlock& b, int level, int index, const DepthTile& tile) {
-    const auto finish = [&](int m, int r, float sum) {
-        if (tile.row + m < tile.rows.rows && r < p.rows)
-            finish_product(p, level, index, tile.part, tile.row + m, r, sum);
-    };
-    const int depth = tile.rows.depth;
-    if (p.rows == 1)
-        multiply_tile<kType, 1, 1>(p, b.activations, b.ring, depth, finish);
-    else if (p.rows == 2)
-        multiply_tile<kType, 2, 2>(p, b.activations, b.ring, depth, finish);
-    else if (p.rows <= 4)
-        multiply_tile<kType, 4, 4>(p, b.activations, b.ring, depth, finish);
-    else
-        multiply_tile<kType, 8, 4>(p, b.activations, b.ring, depth, finish);
-}
-
 // This block's part of a product of the activations with weights.
 LC_DEVICE void multiply(const DepthKernel& p, DepthBlock& b, int level, int index) {
+    const int rows = padded_rows(p.rows), lane = int(lane_index());
     DepthTile tile;
-    for (int number = first_tile(); find_tile(p, level, index, number, tile); number += tile_stride()) {
-        if (p.type == kFloat32)
-            multiply_rows<kFloat32>(p, b, level, index, tile);
-        else if (p.type == kBFloat16)
-            multiply_rows<kBFloat16>(p, b, level, index, tile);
-        else
-            multiply_rows<kFloat16>(p, b, level, index, tile);
+    LC_LOOP for (int number = first_tile(); find_tile(p, level, index, number, tile); number += tile_stride()) {
+        const float sum = multiply_tile(p, b.activations, b.ring, tile.rows.depth);
+        const int n = tile.row + lane / rows, r = lane % rows;
+        if (lane < rows * tile_rows(p.rows) && n < tile.rows.rows && r < p.rows)
+            finish_product(p, level, index, tile.part, n, r, sum);
     }
 }
 
-// What enters the layers at a level.
-LC_DEVICE void project(const DepthKernel& p, DepthBlock& b, int level) {
-    const bool from_hidden = level == 0 || p.conditioning == kLastAndHidden;
-    make_activations(p, b, p.hidden, {p.input_norm, 0}, [&](int r, int k) {
-        if (!p.is_active(r)) return 0.0f;
-        return from_hidden ? load(p.hidden_rows, p.type, i64(r) * p.hidden + k) : p.memory.input[i64(r) * p.width + k];
-    });
-    multiply(p, b, level, 0);
-    if (p.projection.data != nullptr) return;
+// In place of a projection that is the identity.
+LC_DEVICE void keep_activations(const DepthKernel& p, DepthBlock& b, int level) {
     for (int i = int(block_index() * kDepthThreads + thread_index()); i < p.rows * p.dim;
          i += int(grid_size() * kDepthThreads))
         p.memory.z[i] = b.activations[i / p.dim * p.columns + i % p.dim] + added_input(p, level, i / p.dim, i % p.dim);
@@ -208,7 +213,7 @@ LC_DEVICE void attend_head(const DepthKernel& p, int level, int layer, int row, 
         p.memory.keys[cache + i64(level) * keys + c] = key(c);
         p.memory.values[cache + i64(level) * keys + c] = qkv[queries + keys + kv * channels + c];
     }
-    for (int past = 0; past <= level; ++past) {
+    LC_LOOP for (int past = 0; past <= level; ++past) {
         float product = 0;
         LC_UNROLL for (int i = 0; i < kEach; ++i) {
             const int c = i * int(kWarp) + int(lane_index());
@@ -219,7 +224,7 @@ LC_DEVICE void attend_head(const DepthKernel& p, int level, int layer, int row, 
         if (int(lane_index()) == past) score = product / sqrtf(float(channels));
     }
     const float weight = expf(score - warp_max(score)), total = warp_sum(weight);
-    for (int past = 0; past <= level; ++past) {
+    LC_LOOP for (int past = 0; past <= level; ++past) {
         const float share = float_of(shuffle_from(bits_of(weight), u32(past))) / total;
         LC_UNROLL for (int i = 0; i < kEach; ++i) {
             const int c = i * int(kWarp) + int(lane_index());
@@ -235,30 +240,19 @@ LC_DEVICE void attend_head(const DepthKernel& p, int level, int layer, int row, 
     }
 }
 
-LC_DEVICE void run_layer(const DepthKernel& p, DepthBlock& b, int level, int layer) {
-    const DepthMemory& m = p.memory;
-    const auto state = [&](int r, int k) { return m.z[i64(r) * p.dim + k]; };
-    make_activations(p, b, p.dim, {p.layer[layer].norm1, 0}, state);
-    multiply(p, b, level, 1 + 4 * layer);
-    b.meet(p);
-    for (int i = first_tile(); i < p.rows * p.heads; i += tile_stride())
-        attend_head(p, level, layer, i / p.heads, i % p.heads);
-    b.meet(p);
-    make_activations(p, b, p.query_width(), {nullptr, 0},
-                     [&](int r, int k) { return m.mixed[i64(r) * p.query_width() + k]; });
-    multiply(p, b, level, 2 + 4 * layer);
-    b.meet(p);
-    make_activations(p, b, p.dim, {p.layer[layer].norm2, 0}, state);
-    multiply(p, b, level, 3 + 4 * layer);
-    b.meet(p);
-    make_activations(p, b, p.ffn, {nullptr, 0}, [&](int r, int k) {
-        const float up = m.up[i64(r) * p.ffn + k];
-        if (!p.gated) return 0.5f * up * (1 + erff(up * 0.70710678f));
-        const float gate = m.gate[i64(r) * p.ffn + k];
-        return gate / (1 + expf(-gate)) * up;
-    });
-    multiply(p, b, level, 4 + 4 * layer);
-    b.meet(p);
+// All products of a level, and attention between them.
+LC_DEVICE void run_level(const DepthKernel& p, DepthBlock& b, int level) {
+    const int products = products_of(p) - (level < p.given ? 1 : 0);
+    LC_LOOP for (int index = 0; index < products; ++index) {
+        make_activations(p, b, level, index);
+        multiply(p, b, level, index);
+        if (index == 0 && p.projection.data == nullptr) keep_activations(p, b, level);
+        b.meet(p);
+        if (product_of(p, index) != kQkv) continue;
+        LC_LOOP for (int i = first_tile(); i < p.rows * p.heads; i += tile_stride())
+            attend_head(p, level, (index - 1) / 4, i / p.heads, i % p.heads);
+        b.meet(p);
+    }
 }
 
 // Adds a code's embedding to the row's sum; after the last level the sum is the result.
@@ -299,7 +293,7 @@ LC_DEVICE void finish_row(const DepthKernel& p, DepthBlock& b, int level, int le
         else
             drawn.id = int(forced > 0 ? forced : 0);
     }
-    for (int turn = 0; turn < 2; ++turn) {
+    LC_LOOP for (int turn = 0; turn < 2; ++turn) {
         const int row = turn == 0 ? leader : follower;
         if (row < 0) continue;
         if (thread_index() == 0) {
@@ -318,16 +312,8 @@ LC_DEVICE void finish_row(const DepthKernel& p, DepthBlock& b, int level, int le
 LC_KERNEL(longcat::cuda::kDepthThreads) depth_decode(LC_PARAMS(longcat::cuda::DepthKernel) p) {
     using namespace longcat::cuda;
     DepthBlock b(p, dynamic_shared());
-    for (int level = 0; level < p.levels; ++level) {
-        project(p, b, level);
-        b.meet(p);
-        for (int layer = 0; layer < p.layers; ++layer) run_layer(p, b, level, layer);
-        if (level >= p.given) {
-            const Norm norm = {p.final_norm.data, p.level[level].norm_set * p.final_norm.set};
-            make_activations(p, b, p.dim, norm, [&](int r, int k) { return p.memory.z[i64(r) * p.dim + k]; });
-            multiply(p, b, level, products_of(p) - 1);
-            b.meet(p);
-        }
+    LC_LOOP for (int level = 0; level < p.levels; ++level) {
+        run_level(p, b, level);
         for (int row = int(block_index()); row < p.rows; row += int(grid_size()))
             if (p.leader(row) == row) finish_row(p, b, level, row);
         if (level + 1 < p.levels) b.meet(p);

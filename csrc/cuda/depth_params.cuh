@@ -6,7 +6,7 @@
 namespace longcat::cuda {
 
 constexpr int kDepthLevels = 32, kDepthLayers = 16, kDepthRows = 8, kDepthHead = 256;  // the most of each
-constexpr u32 kDepthThreads = 512, kDepthWarps = kDepthThreads / kWarp;
+constexpr u32 kDepthThreads = 384, kDepthWarps = kDepthThreads / kWarp;
 constexpr int kSlotBytes = 2048, kFewestSlots = 2, kMostSlots = 6;  // of a warp's ring
 constexpr int kStep = 128;                                          // elements of depth that a warp multiplies at once
 

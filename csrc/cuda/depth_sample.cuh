@@ -37,11 +37,13 @@ LC_DEVICE u32 ordered_bits(float value) {
     return bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
 }
 
+LC_DEVICE float value_of_key(u32 key) { return float_of(key ^ ((key >> 31) != 0 ? 0x80000000u : 0xffffffffu)); }
+
 // Word `id % 4` of Philox-4x32-10 (Salmon et al. 2011).
 LC_DEVICE u32 philox_word(u64 seed, u64 step, u32 level, u32 id) {
     u32 key0 = u32(seed), key1 = u32(seed >> 32);
     u32 c0 = id / 4, c1 = level, c2 = u32(step), c3 = u32(step >> 32);
-    for (int round = 0; round < 10; ++round) {
+    LC_LOOP for (int round = 0; round < 10; ++round) {
         const u64 low = u64(c0) * 0xD2511F53u, high = u64(c2) * 0xCD9E8D57u;
         const u32 next0 = u32(high >> 32) ^ c1 ^ key0, next2 = u32(low >> 32) ^ c3 ^ key1;
         c1 = u32(high), c3 = u32(low), c0 = next0, c2 = next2;
@@ -92,7 +94,10 @@ struct Scores {
     LC_DEVICE double exact_relative(int id) const {
         return (double(of[id]) - double(largest)) / double(temperature);
     }
-    LC_DEVICE u64 mass(int id) const { return u64(double(expf(relative(id))) * 0x1p40 + 0.5); }
+    LC_DEVICE u64 mass_of(float score) const {
+        return u64(double(expf((score - largest) / temperature)) * 0x1p40 + 0.5);
+    }
+    LC_DEVICE u64 mass(int id) const { return mass_of(of[id]); }
 };
 
 LC_DEVICE u64 shuffle_from(u64 value, u32 lane) {
@@ -116,51 +121,40 @@ LC_DEVICE void find_bin(DepthShared& s, u64 before, u64 target) {
         if (s.bins[first - i] != 0) s.found[0] = u64(first - i), s.found[1] = at;
 }
 
-// The id `i` for which: keys fall, the weights before i come to less than `target`, and no id after it has that. There
-// must be one of weight. Gives its key and how many of the ids equal to it belong to the front.
-template <class Key, class Weight>
-LC_DEVICE u32 search(int classes, u64 target, DepthShared& s, u64& equals, Key&& key_of, Weight&& weight_of) {
+// A search: in falling order of keys, for the last id that has less than `target` before it in weight.
+struct Search {
+    bool by_id;    // keys are ids, the lowest first, of those with score `score`; else scores
+    bool by_mass;  // weights are masses; else one each
+    u32 score;
+    Kept among;  // others have no weight
+    u64 target;  // no more than all weights together
+};
+
+LC_DEVICE u64 weight_of(const Scores& scores, const Search& q, u32 key, int id) {
+    if (!q.among.has(key, id) || (q.by_id && key != q.score)) return 0;
+    return q.by_mass ? scores.mass(id) : 1;
+}
+
+// The key found; `room`: what is left of the target before its ids.
+LC_DEVICE u32 search(const Scores& scores, const Search& q, u64& room, DepthShared& s) {
     u32 found = 0;
     u64 before = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
+    LC_LOOP for (int shift = 24; shift >= 0; shift -= 8) {
         if (thread_index() < 256) s.bins[thread_index()] = 0;
         sync_block();
-        for (int id = int(thread_index()); id < classes; id += int(kDepthThreads)) {
-            const u32 key = key_of(id);
-            if (shift == 24 || key >> (shift + 8) == found >> (shift + 8)) {
-                const u64 weight = weight_of(id);
-                if (weight != 0) atomic_add(&s.bins[key >> shift & 255], weight);
-            }
+        LC_LOOP for (int id = int(thread_index()); id < scores.classes; id += int(kDepthThreads)) {
+            const u32 score = scores.key(id), key = q.by_id ? ~u32(id) : score;
+            if (shift < 24 && key >> (shift + 8) != found >> (shift + 8)) continue;
+            const u64 weight = weight_of(scores, q, score, id);
+            if (weight != 0) atomic_add(&s.bins[key >> shift & 255], weight);
         }
         sync_block();
-        if (thread_index() < kWarp) find_bin(s, before, target);
+        if (thread_index() < kWarp) find_bin(s, before, q.target);
         sync_block();
         found |= u32(s.found[0]) << shift, before = s.found[1];
     }
-    equals = target - before;
+    room = q.target - before;
     return found;
-}
-
-// Narrows `kept` to its front part of less than `target` before each.
-template <class Weight>
-LC_DEVICE void keep_front(const Scores& scores, u64 target, Kept& kept, DepthShared& s, Weight&& weight_of) {
-    const Kept all = kept;
-    u64 room = 0, ignored = 0;
-    const u32 key = search(
-        scores.classes, target, s, room, [&](int id) { return scores.key(id); },
-        [&](int id) { return all.has(scores.key(id), id) ? weight_of(id) : u64(0); });
-    // Equal scores have equal weights: the first `count` of them, then by the order of ids.
-    u64 one = 0;
-    for (int id = int(thread_index()); id < scores.classes; id += int(kDepthThreads))
-        if (scores.key(id) == key) one = weight_of(id);
-    sync_block();
-    if (one != 0) s.found[0] = one;  // whoever writes, writes the same
-    sync_block();
-    const u64 count = (room + s.found[0] - 1) / s.found[0];
-    const u32 last = ~search(
-        scores.classes, count, s, ignored, [](int id) { return ~u32(id); },
-        [&](int id) { return u64(scores.key(id) == key && all.has(key, id) ? 1 : 0); });
-    kept = {key, last};
 }
 
 LC_DEVICE u64 block_total(u64 value, DepthShared& s) {
@@ -173,20 +167,42 @@ LC_DEVICE u64 block_total(u64 value, DepthShared& s) {
     return value;
 }
 
-// What top_k and top_p leave.
+// The mass of which less must be before an id that top_p keeps; false if it keeps all that is kept.
+LC_DEVICE bool limits_mass(const Scores& scores, const DrawNumbers& n, const Kept& kept, DepthShared& s, u64& target) {
+    if (n.top_p >= 1) return false;
+    u64 first = 0, all = 0;
+    LC_LOOP for (int id = int(thread_index()); id < scores.classes; id += int(kDepthThreads)) {
+        const u64 mass = scores.mass(id);
+        all += mass, first += kept.has(scores.key(id), id) ? mass : 0;
+    }
+    all = block_total(all, s), first = block_total(first, s);
+    target = u64(ceil(double(n.top_p) * double(n.joint ? all : first)));
+    return target < first;
+}
+
+// What top_k and top_p leave: of each, first the least score, then the last id that has it. Equal scores have equal
+// masses.
 LC_DEVICE Kept truncate(const Scores& scores, const DrawNumbers& n, DepthShared& s) {
     Kept kept = {0, 0xffffffffu};
-    if (n.top_k > 0 && n.top_k < scores.classes)
-        keep_front(scores, u64(n.top_k), kept, s, [](int) { return u64(1); });
-    if (n.top_p < 1) {
-        u64 first = 0, all = 0;
-        for (int id = int(thread_index()); id < scores.classes; id += int(kDepthThreads)) {
-            const u64 mass = scores.mass(id);
-            all += mass, first += kept.has(scores.key(id), id) ? mass : 0;
+    Search q = {};
+    LC_LOOP for (int turn = 0; turn < 4; ++turn) {
+        if (turn % 2 == 0) {
+            q = {false, turn == 2, 0, kept, u64(n.top_k)};
+            const bool limited =
+                turn == 0 ? n.top_k > 0 && n.top_k < scores.classes : limits_mass(scores, n, kept, s, q.target);
+            if (!limited) {
+                ++turn;
+                continue;
+            }
         }
-        all = block_total(all, s), first = block_total(first, s);
-        const u64 target = u64(ceil(double(n.top_p) * double(n.joint ? all : first)));
-        if (target < first) keep_front(scores, target, kept, s, [&](int id) { return scores.mass(id); });
+        u64 room = 0;
+        const u32 found = search(scores, q, room, s);
+        if (turn % 2 == 0) {
+            const u64 each = q.by_mass ? scores.mass_of(value_of_key(found)) : 1;
+            q = {true, false, found, kept, (room + each - 1) / each};
+        } else {
+            kept = {q.score, ~found};
+        }
     }
     return kept;
 }
@@ -209,7 +225,7 @@ LC_DEVICE int draw_id(const Scores& scores, const DrawNumbers& n, const Kept& ke
                       DepthShared& s) {
     double least = -double_infinity();  // that the winner has
     u32 ignored = 0;
-    for (int id = int(thread_index()); id < scores.classes; id += int(kDepthThreads)) {
+    LC_LOOP for (int id = int(thread_index()); id < scores.classes; id += int(kDepthThreads)) {
         if (!keeps(scores, n, kept, id)) continue;
         const float relative = scores.relative(id), noise = near_gumbel(philox_word(seed, step, level, u32(id)));
         const double low = double(relative) + double(noise) - slack(relative, noise);
@@ -219,7 +235,7 @@ LC_DEVICE int draw_id(const Scores& scores, const DrawNumbers& n, const Kept& ke
     const double temperature = double(n.temperature), rounding = fabs(double(scores.largest)) / temperature * 0x1p-50;
     double best = -double_infinity();
     u32 winner = 0xffffffffu;
-    for (int id = int(thread_index()); id < scores.classes; id += int(kDepthThreads)) {
+    LC_LOOP for (int id = int(thread_index()); id < scores.classes; id += int(kDepthThreads)) {
         if (!keeps(scores, n, kept, id)) continue;
         const u32 word = philox_word(seed, step, level, u32(id));
         const float relative = scores.relative(id), noise = near_gumbel(word);
@@ -248,7 +264,7 @@ LC_DEVICE double write_scores(const DepthKernel& p, const GuidedLogits& logits, 
     const int classes = p.level[level].classes, drawable = classes - n.excluded;
     float largest = -infinity();
     u64 wrong = 0;
-    for (int id = int(thread_index()); id < classes; id += int(kDepthThreads)) {
+    LC_LOOP for (int id = int(thread_index()); id < classes; id += int(kDepthThreads)) {
         const float value = logits(id);
         wrong += value <= largest_float() ? 0 : 1;  // NaN or infinity
         largest = fmaxf(largest, value);
@@ -266,7 +282,7 @@ LC_DEVICE double write_scores(const DepthKernel& p, const GuidedLogits& logits, 
         }
     }
     double sum = 0;
-    for (int id = int(thread_index()); id < classes; id += int(kDepthThreads)) sum += double(expf(logits(id) - largest));
+    LC_LOOP for (int id = int(thread_index()); id < classes; id += int(kDepthThreads)) sum += double(expf(logits(id) - largest));
     sum = block_sum<kDepthThreads>(sum, s.doubles);  // its barriers also end the writing of scores
     return wrong != 0 || largest == -infinity() ? double(not_a_number()) : double(largest) + log(sum);
 }
@@ -283,7 +299,7 @@ LC_DEVICE Drawn draw(const DepthKernel& p, int row, int follower, int level, i64
     if (lse != lse) return {forced < 0 ? 0 : int(forced), not_a_number(), not_a_number()};
     double largest = -double_infinity();
     u32 greedy = 0xffffffffu;
-    for (int id = int(thread_index()); id < classes; id += int(kDepthThreads))
+    LC_LOOP for (int id = int(thread_index()); id < classes; id += int(kDepthThreads))
         if (double(scores_of[id]) > largest || greedy == 0xffffffffu) largest = double(scores_of[id]), greedy = u32(id);
     block_argmax(largest, greedy, s);
     if (n.temperature <= 0) {
@@ -295,7 +311,7 @@ LC_DEVICE Drawn draw(const DepthKernel& p, int row, int follower, int level, i64
     const u64 seed = u64(p.seeds[row]), step = u64(p.steps[row * p.step_stride]);
     const int id = forced < 0 ? draw_id(scores, n, kept, seed, step, u32(level), s) : int(forced);
     double sum = 0;
-    for (int i = int(thread_index()); i < classes; i += int(kDepthThreads))
+    LC_LOOP for (int i = int(thread_index()); i < classes; i += int(kDepthThreads))
         if (keeps(scores, n, kept, i)) sum += double(expf(scores.relative(i)));
     sum = block_sum<kDepthThreads>(sum, s.doubles);
     const bool is_kept = keeps(scores, n, kept, id);

@@ -63,7 +63,7 @@ struct DepthTile {
 // The `number`th tile of a product; false where it has fewer.
 LC_BOTH bool find_tile(const DepthKernel& p, int level, int index, int number, DepthTile& tile) {
     const int size = tile_rows(p.rows);
-    for (int part = 0; part < 3; ++part) {
+    LC_LOOP for (int part = 0; part < 3; ++part) {
         const WeightRows rows = part_of(p, level, index, part);
         const int tiles = (rows.rows + size - 1) / size;
         if (number < tiles) return tile = {rows, part, number * size}, true;
@@ -75,6 +75,9 @@ LC_BOTH bool find_tile(const DepthKernel& p, int level, int index, int number, D
 // A warp's tiles are every `stride`th from `first` on: neighbours go to different blocks.
 LC_DEVICE int first_tile() { return int(thread_index() / kWarp * grid_size() + block_index()); }
 LC_DEVICE int tile_stride() { return int(kDepthWarps * grid_size()); }
+
+// Elements of each row of a tile in a slot.
+LC_BOTH int chunk_of(const DepthKernel& p) { return kSlotBytes / tile_rows(p.rows) / (p.type == kFloat32 ? 4 : 2); }
 
 // Walks over all that a warp reads of a frame, a slot at a time.
 struct DepthCursor {
@@ -107,7 +110,7 @@ struct DepthRing {
     LC_DEVICE void start(const DepthKernel& p, u8* rings) {
         slots = rings + thread_index() / kWarp * u32(p.slots * kSlotBytes), count = p.slots, oldest = 0;
         ahead.start(p);
-        for (int slot = 0; slot < count; ++slot) fill(p, slots + slot * kSlotBytes);
+        LC_LOOP for (int slot = 0; slot < count; ++slot) refill(p);
     }
 
     // The oldest slot, when it has come.
@@ -121,27 +124,23 @@ struct DepthRing {
         return slots + oldest * kSlotBytes;
     }
 
-    // Gives the oldest slot to what comes next.
+    // Gives the oldest slot to what comes next. A group of copies for each slot, an empty one at the end of the frame:
+    // their number tells what has come.
     LC_DEVICE void refill(const DepthKernel& p) {
         sync_warp();  // all lanes have read it
-        fill(p, slots + oldest * kSlotBytes);
-        oldest = oldest + 1 == count ? 0 : oldest + 1;
-    }
-
-    // A group of copies for each slot, an empty one at the end of the frame: their number tells what has come.
-    LC_DEVICE void fill(const DepthKernel& p, u8* slot) {
         if (ahead.level < p.levels) {
-            copy_chunk(p, slot);
-            ahead.advance(p, kSlotBytes / tile_rows(p.rows) / (p.type == kFloat32 ? 4 : 2));
+            copy_chunk(p, slots + oldest * kSlotBytes);
+            ahead.advance(p, chunk_of(p));
         }
         close_group();
+        oldest = oldest + 1 == count ? 0 : oldest + 1;
     }
 
     LC_DEVICE void copy_chunk(const DepthKernel& p, u8* slot) const {
         const WeightRows& rows = ahead.tile.rows;
         const int size = p.type == kFloat32 ? 4 : 2, pieces = kSlotBytes / 16 / tile_rows(p.rows);
         const bool whole = ((u64(rows.data) | u64(rows.stride) | u64(rows.depth * size)) & 15) == 0;
-        LC_UNROLL for (int i = 0; i < kSlotBytes / 16 / int(kWarp); ++i) {
+        LC_LOOP for (int i = 0; i < kSlotBytes / 16 / int(kWarp); ++i) {
             const int piece = i * int(kWarp) + int(lane_index()), first = ahead.depth + piece % pieces * (16 / size);
             const int row = ahead.tile.row + piece / pieces;
             const u8* source = rows.data + (row < rows.rows ? row : rows.rows - 1) * rows.stride;
@@ -158,7 +157,7 @@ struct DepthRing {
     // Rows that do not lie in pieces of sixteen bytes.
     LC_DEVICE static void copy_elements(int type, u8* to, const u8* row, int first, int depth) {
         const int count = type == kFloat32 ? 4 : 8;
-        for (int i = 0; i < count; ++i) {
+        LC_LOOP for (int i = 0; i < count; ++i) {
             const bool exists = first + i < depth;
             if (type == kFloat32)
                 reinterpret_cast<float*>(to)[i] = exists ? reinterpret_cast<const float*>(row)[first + i] : 0;
@@ -188,33 +187,61 @@ LC_DEVICE FourFloats four_weights(const u8* slot, int element) {
     }
 }
 
-// The products of a tile with kRows rows of activations, [kRows, columns] with zeros behind their depth. Sums are taken
-// in the same order whatever kRows is: `finish(row of the tile, row of activations, sum)` gets them, a lane each.
-template <int kType, int kRows, int kTile, class Finish>
-LC_DEVICE void multiply_tile(const DepthKernel& p, const float* activations, DepthRing& ring, int depth,
-                             Finish&& finish) {
+constexpr int kMostSums = 32;  // rows of a tile times rows of activations
+
+// Adds the products of a slot, `count` elements deep, to sums [kTile, kRows]; `activations` [kRows, columns].
+template <int kType, int kRows, int kTile>
+LC_DEVICE void multiply_slot(float (&sums)[kMostSums], const u8* slot, int count, const float* activations,
+                             int columns) {
     constexpr int kChunk = kSlotBytes / kTile / (kType == kFloat32 ? 4 : 2);
-    float sums[kTile][kRows] = {};
-    for (int chunk = 0; chunk < depth; chunk += kChunk) {
-        const u8* slot = ring.wait();
-        const int left = depth - chunk < kChunk ? depth - chunk : kChunk;
-        for (int k = int(lane_index()) * 4; k < (left + kStep - 1) / kStep * kStep; k += kStep) {
-            FourFloats weights[kTile];
-            LC_UNROLL for (int m = 0; m < kTile; ++m) weights[m] = four_weights<kType>(slot, m * kChunk + k);
-            LC_UNROLL for (int r = 0; r < kRows; ++r) {
-                const FourFloats x = *reinterpret_cast<const FourFloats*>(activations + r * p.columns + chunk + k);
-                LC_UNROLL for (int m = 0; m < kTile; ++m) LC_UNROLL for (int i = 0; i < 4; ++i) sums[m][r] =
-                    fmaf(weights[m].at[i], x.at[i], sums[m][r]);
-            }
+    LC_LOOP for (int k = int(lane_index()) * 4; k < count; k += kStep) {
+        FourFloats weights[kTile];
+        LC_UNROLL for (int m = 0; m < kTile; ++m) weights[m] = four_weights<kType>(slot, m * kChunk + k);
+        LC_UNROLL for (int r = 0; r < kRows; ++r) {
+            const FourFloats x = *reinterpret_cast<const FourFloats*>(activations + r * columns + k);
+            LC_UNROLL for (int m = 0; m < kTile; ++m) LC_UNROLL for (int i = 0; i < 4; ++i) sums[m * kRows + r] =
+                fmaf(weights[m].at[i], x.at[i], sums[m * kRows + r]);
         }
+    }
+}
+
+template <int kType>
+LC_DEVICE void multiply_slot(float (&sums)[kMostSums], int rows, const u8* slot, int count, const float* activations,
+                             int columns) {
+    if (rows == 1)
+        multiply_slot<kType, 1, 1>(sums, slot, count, activations, columns);
+    else if (rows == 2)
+        multiply_slot<kType, 2, 2>(sums, slot, count, activations, columns);
+    else if (rows <= 4)
+        multiply_slot<kType, 4, 4>(sums, slot, count, activations, columns);
+    else
+        multiply_slot<kType, 8, 4>(sums, slot, count, activations, columns);
+}
+
+// The products of a tile with all rows of activations, zeros behind their depth. Each sum is taken in the same order
+// however many rows there are. Lane i gets sum i of [tile rows, padded rows].
+LC_DEVICE float multiply_tile(const DepthKernel& p, const float* activations, DepthRing& ring, int depth) {
+    const int chunk = chunk_of(p), count = tile_rows(p.rows) * padded_rows(p.rows);
+    float sums[kMostSums];
+    LC_UNROLL for (int i = 0; i < kMostSums; ++i) sums[i] = 0;
+    LC_LOOP for (int first = 0; first < depth; first += chunk) {
+        const u8* slot = ring.wait();
+        const int left = (depth - first + kStep - 1) / kStep * kStep, deep = left < chunk ? left : chunk;
+        if (p.type == kFloat32)
+            multiply_slot<kFloat32>(sums, p.rows, slot, deep, activations + first, p.columns);
+        else if (p.type == kBFloat16)
+            multiply_slot<kBFloat16>(sums, p.rows, slot, deep, activations + first, p.columns);
+        else
+            multiply_slot<kFloat16>(sums, p.rows, slot, deep, activations + first, p.columns);
         ring.refill(p);
     }
     float own = 0;
-    LC_UNROLL for (int i = 0; i < kTile * kRows; ++i) {
-        const float sum = warp_sum(sums[i / kRows][i % kRows]);
+    LC_UNROLL for (int i = 0; i < kMostSums; ++i) {
+        if (i >= count) continue;
+        const float sum = warp_sum(sums[i]);
         if (int(lane_index()) == i) own = sum;
     }
-    if (int(lane_index()) < kTile * kRows) finish(int(lane_index()) / kRows, int(lane_index()) % kRows, own);
+    return own;
 }
 
 }  // namespace longcat::cuda

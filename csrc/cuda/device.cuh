@@ -28,6 +28,7 @@ enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 #define LC_PARAMS(Type) const __grid_constant__ Type
 #define LC_SHARED __shared__
 #define LC_UNROLL _Pragma("unroll")
+#define LC_LOOP _Pragma("unroll 1")
 
 LC_DEVICE u32 thread_index() { return threadIdx.x; }
 LC_DEVICE u32 block_index() { return blockIdx.x; }
@@ -104,6 +105,7 @@ LC_DEVICE void wait_groups() {
 #define LC_PARAMS(Type) const Type&
 #define LC_SHARED static
 #define LC_UNROLL
+#define LC_LOOP
 
 u32 thread_index();
 u32 block_index();
