@@ -1,18 +1,19 @@
 // All codes of a position in one launch: reference/depth_decode.py defines it.
 //
-// One block of 512 threads stays on each multiprocessor for the whole frame. Stages are divided over all blocks and meet
+// One block of 384 threads stays on each multiprocessor for the whole frame. Stages are divided over all blocks and meet
 // at barriers of the grid: of every level the projection; of every layer queries, keys and values, attention, the
 // output product, the two products of the feed-forward network; then the head and the draw, a block a row. At the front
 // of a stage each block makes the stage's activations, float32, in its shared memory, with norm and activation function
 // applied; the weights it multiplies them with are there already or on their way (depth_stream.cuh), so that the memory
 // bus does not wait for barriers.
 //
-// Occupancy. 16 warps with at most 128 registers a thread fill the register file (65,536), so one block a
-// multiprocessor is resident, and as many as a cooperative launch may have are launched. Of 227 KB of shared memory (compute
-// capability 9.0, 10.0; 163 KB on 8.0), 3 KB are the header, 4 * rows * depth bytes activations, the rest rings of 32 KB
-// a slot: one row of depth 4096 leaves six slots, 192 KB on their way or waiting. At 4.3 TB/s an H200's 132
-// multiprocessors read 33 bytes a nanosecond each, so that covers 5.9 us of a barrier and the making of activations;
-// eight rows of depth 4096 leave three slots, 2.9 us.
+// Occupancy. 384 threads with at most 168 registers each fill the register file (64,512 of 65,536), so one block is
+// resident on a multiprocessor, and as many are launched, cooperatively, as there are multiprocessors. Of the 227 KB of
+// shared memory that a block may have (compute capability 9.0 and 10.0; 163 KB on 8.0), 3 KB are the header,
+// 4 * rows * depth bytes the activations, the rest rings of 24 KB a slot, six at most. One row of depth 4096 leaves six
+// slots: 144 KB that are on their way or wait. An H200 at 4.3 TB/s brings each of its 132 multiprocessors 33 bytes a
+// nanosecond, so this covers 4.4 us of a barrier and the making of activations; eight rows of depth 4096 leave four
+// slots (2.9 us), eight of 6144 one, which is too few: six rows are taken then.
 #pragma once
 
 #include "cuda/depth_sample.cuh"

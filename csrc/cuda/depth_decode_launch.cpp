@@ -119,7 +119,7 @@ int64_t depth_decode(Queue& queue, DepthKernel p, void* workspace) {
     LC_CHECK(p.slots >= kFewestSlots, "depth_decode: activations of so many rows leave no shared memory for weights");
     queue.zero(p.memory.arrived, sizeof *p.memory.arrived);
     Launch launch = {"depth_decode", unsigned(device.multiprocessors), 1, kDepthThreads};
-    launch.shared_bytes = unsigned(fixed + p.slots * kRingBytes), launch.cooperative = true;
+    launch.shared_bytes = unsigned(shared_bytes_of(device)), launch.cooperative = true;  // what one block may have
     queue.run(launch, p);
     return arena.used();
 }

@@ -111,7 +111,7 @@ LC_DEVICE void find_bin(DepthShared& s, u64 before, u64 target) {
     for (int i = 0; i < 8; ++i) own += s.bins[first - i];
     u64 sum = own;  // of this lane's bins and those above
     for (u32 distance = 1; distance < kWarp; distance *= 2) {
-        const u64 other = shuffle_from(sum, lane_index() - distance & kWarp - 1);
+        const u64 other = shuffle_from(sum, (lane_index() - distance) % kWarp);
         sum += lane_index() >= distance ? other : 0;
     }
     u64 at = before + sum - own;
