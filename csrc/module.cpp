@@ -1,6 +1,7 @@
 // longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
 #include "bindings/cuda.h"
 #include "bindings/depth_decode.h"
+#include "bindings/depth_decode_cuda.h"
 #include "bindings/ema_update.h"
 #include "bindings/ema_update_cuda.h"
 #include "bindings/fused_moe.h"
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_rvq_encode_cuda(m);
     longcat::bind_rvq_decode_cuda(m);
     longcat::bind_ema_update_cuda(m);
+    longcat::bind_depth_decode_cuda(m);
     longcat::bind_peak(m);
     longcat::bind_ngram_embedding(m);
     longcat::bind_ngram_embedding_weight_grad(m);

@@ -28,10 +28,12 @@ enum Type : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 #define LC_PARAMS(Type) const __grid_constant__ Type
 #define LC_SHARED __shared__
 #define LC_UNROLL _Pragma("unroll")
+#define LC_LOOP _Pragma("unroll 1")
 
 LC_DEVICE u32 thread_index() { return threadIdx.x; }
 LC_DEVICE u32 block_index() { return blockIdx.x; }
 LC_DEVICE u32 block_index_y() { return blockIdx.y; }
+LC_DEVICE u32 grid_size() { return gridDim.x; }
 LC_DEVICE void sync_block() { __syncthreads(); }
 LC_DEVICE void sync_warp() { __syncwarp(); }
 LC_DEVICE u32 shuffle_xor(u32 value, u32 mask) { return __shfl_xor_sync(kAllLanes, value, mask); }
@@ -39,7 +41,9 @@ LC_DEVICE u32 shuffle_from(u32 value, u32 lane) { return __shfl_sync(kAllLanes, 
 LC_DEVICE u32 ballot(bool vote) { return __ballot_sync(kAllLanes, vote); }
 LC_DEVICE u32 count_bits(u32 mask) { return __popc(mask); }
 LC_DEVICE u32 lowest_bit(u32 mask) { return __ffs(mask) - 1; }
+LC_DEVICE u32 leading_zeros(u32 mask) { return __clz(mask); }
 LC_DEVICE void atomic_max(int* address, int value) { atomicMax(address, value); }
+LC_DEVICE void atomic_add(u64* address, u64 value) { atomicAdd(address, value); }
 LC_DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
 LC_DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 LC_DEVICE u64 bits_of(double value) { return __double_as_longlong(value); }
@@ -57,6 +61,42 @@ LC_DEVICE float value_of_half(u16 bits) {
     return value;
 }
 
+// What a launch asks for; the same in every function of a kernel.
+LC_DEVICE u8* dynamic_shared() {
+    extern __shared__ __align__(16) u8 dynamic_bytes[];
+    return dynamic_bytes;
+}
+
+// To a counter that other blocks wait for: all that this thread knows of is written before.
+LC_DEVICE void add_release(u32* counter, u32 value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+
+// Until the counter has come to `goal`: then what others wrote before they added to it can be read.
+LC_DEVICE void wait_for(const u32* counter, u32 goal) {
+    u32 found;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
+    while (found < goal);
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+// Sixteen bytes to shared memory, on the way until waited for; zeros where `exists` is false.
+LC_DEVICE void start_copy(void* to, const void* from, bool exists) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from),
+                 "r"(exists ? 16 : 0)
+                 : "memory");
+}
+
+// Makes a group of the copies that this thread has started since the last one.
+LC_DEVICE void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until no more than `kLeft` of this thread's groups are on the way.
+template <int kLeft>
+LC_DEVICE void wait_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+#endif
+
 #else
 
 #define LC_BOTH inline
@@ -65,10 +105,12 @@ LC_DEVICE float value_of_half(u16 bits) {
 #define LC_PARAMS(Type) const Type&
 #define LC_SHARED static
 #define LC_UNROLL
+#define LC_LOOP
 
 u32 thread_index();
 u32 block_index();
 u32 block_index_y();
+u32 grid_size();
 void sync_block();
 void sync_warp();
 u32 shuffle_xor(u32 value, u32 mask);
@@ -76,8 +118,20 @@ u32 shuffle_from(u32 value, u32 lane);
 u32 ballot(bool vote);
 u16 half_of(float value);
 float value_of_half(u16 bits);
+u8* dynamic_shared();
+void add_release(u32* counter, u32 value);
+void wait_for(const u32* counter, u32 goal);
+void start_copy(void* to, const void* from, bool exists);
+void close_group();
+void wait_groups(int left);
+template <int kLeft>
+void wait_groups() {
+    wait_groups(kLeft);
+}
+inline void atomic_add(u64* address, u64 value) { *address += value; }
 inline u32 count_bits(u32 mask) { return u32(__builtin_popcount(mask)); }
 inline u32 lowest_bit(u32 mask) { return u32(__builtin_ctz(mask)); }
+inline u32 leading_zeros(u32 mask) { return u32(__builtin_clz(mask)); }
 inline void atomic_max(int* address, int value) { *address = value > *address ? value : *address; }
 
 template <class To, class From>
@@ -95,6 +149,7 @@ inline double double_of(u64 bits) { return same_bits<double>(bits); }
 
 LC_DEVICE u32 lane_index() { return thread_index() % kWarp; }
 LC_DEVICE float infinity() { return float_of(0x7f800000u); }
+LC_DEVICE float not_a_number() { return float_of(0x7fc00000u); }
 LC_DEVICE float largest_float() { return float_of(0x7f7fffffu); }
 LC_DEVICE double double_infinity() { return double_of(0x7ff0000000000000ull); }
 LC_DEVICE bool is_finite(float value) { return (bits_of(value) & 0x7f800000u) != 0x7f800000u; }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels import triton
+from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops import _depth_checks as checks
@@ -186,7 +186,43 @@ _op = register(
     _allocate,
 )
 
+
+def _why_not_cuda(hidden: Tensor, weights: list[Tensor], *rest: Any) -> str | None:
+    reason = cuda.why_not("depth_decode", hidden)
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(hidden.device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 or float16, got {hidden.dtype}"
+    if any(tensor.numel() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1 for tensor in weights):
+        return "needs weights whose rows have adjacent elements"
+    most: int = native.module().depth_most_rows_cuda(*capability, rest[10])
+    if hidden.shape[0] > most:
+        return f"takes at most {most} rows of these sizes, got {hidden.shape[0]}"
+    return None
+
+
+def _cuda(
+    hidden: Tensor,
+    weights: list[Tensor],
+    packed: list[Tensor],
+    params: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    *rest: Any,
+) -> None:
+    """Reads the weights as they are: nothing is packed."""
+    params = params if params.stride(-1) == 1 else params.contiguous()
+    optional = (tensor if tensor is None else tensor.contiguous() for tensor in rest[:6])
+    context, allocate = cuda.context("depth_decode", hidden.device), cuda.allocator(hidden.device)
+    rows = (hidden.contiguous(), weights, params, seeds.contiguous(), steps)
+    native.module().depth_decode_cuda(*context, allocate, *rows, *optional, *rest[6:])
+
+
 IMPLS: dict[str, Impl] = {
+    "cuda": Impl(_cuda, _why_not_cuda),
     "triton": triton.implementation("depth_decode"),
     "cpu": Impl(_depth_cpu.decode, _depth_cpu.why_not),
     "reference": reference(spec.depth_decode),

@@ -130,7 +130,7 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "hidden": torch.randn(rows, config.hidden, generator=g).to(device, case.dtype),
         "weights": random_weights(case, device, g),
-        "sampling": case.sampling,
+        "sampling": _on(case.sampling, device),
         "seed": seed,
         "step": 5,
         "pairs": case.pairs,
@@ -138,24 +138,29 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
         "logits": True,
     }
     if case.pairs == "mixed":
-        arguments["pairs"] = torch.tensor([0, 0, 2, 4, 4, *range(5, rows)])
+        arguments["pairs"] = torch.tensor([0, 0, 2, 4, 4, *range(5, rows)]).to(device)
     if config.conditioning == "last+hidden":
         arguments["start"] = torch.randn(rows, config.dim, generator=g).to(device, case.dtype)
     if case.some:
-        arguments |= _some_rows(config, rows, g)
+        arguments |= _some_rows(config, rows, device, g)
     return arguments
 
 
-def _some_rows(config: DepthConfig, rows: int, g: torch.Generator) -> dict[str, Any]:
+def _on(sampling: DepthSampling, device: str) -> DepthSampling:
+    moved = {name: value.to(device) for name, value in vars(sampling).items() if isinstance(value, Tensor)}
+    return replace(sampling, **moved)
+
+
+def _some_rows(config: DepthConfig, rows: int, device: str, g: torch.Generator) -> dict[str, Any]:
     """Every third row is not active; each has its own step, and a history as long as its number."""
     offsets = torch.tensor([0, *range(rows)]).cumsum(0)
     codes = [torch.randint(-1, classes + 1, (int(offsets[-1]),), generator=g) for classes in config.classes]
     prefix = [torch.randint(0 if level < config.given else -1, 3, (rows,), generator=g) for level in range(2)]
     return {
-        "active": torch.arange(rows) % 3 != 2,
-        "history": (torch.stack(codes, 1), offsets),
-        "prefix": torch.stack(prefix, 1),
-        "step": torch.arange(rows) * 2**33,
+        "active": (torch.arange(rows) % 3 != 2).to(device),
+        "history": (torch.stack(codes, 1).to(device), offsets.to(device)),
+        "prefix": torch.stack(prefix, 1).to(device),
+        "step": (torch.arange(rows) * 2**33).to(device),
     }
 
 

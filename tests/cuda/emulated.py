@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longcat_kernels.layouts import HalfLayout
+from longcat_kernels.reference.depth_weights import DepthConfig
 
 ROOT = Path(__file__).parent.parent.parent
 FLAGS = ("-std=c++17", "-O2", "-g1", "-Wall", "-Wextra", "-ffp-contract=off", "-shared", "-fPIC")
@@ -203,6 +204,80 @@ def ema_update(
     *floats, seed = rule
     call("emulate_ema_update", *tensors, *map(float, floats), seed, *sizes, restarted)
     return restarted
+
+
+class _DepthArguments(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("config", "strides")),
+        *((name, ctypes.c_long) for name in ("config_numbers", "weights", "rows", "dtype", "multiprocessors")),
+        *((name, ctypes.c_void_p) for name in ("weight", "hidden", "start", "params")),
+        *((name, ctypes.c_long) for name in ("params_row", "params_level", "step_stride")),
+        *((name, ctypes.c_long) for name in ("prefix_width", "prefix_row", "history_rows")),
+        *((name, ctypes.c_void_p) for name in ("seeds", "steps", "prefix", "leaders", "history", "offsets", "active")),
+        *((name, ctypes.c_void_p) for name in ("logprobs", "drawn_logprobs", "logits", "embedding", "codes")),
+        ("eps", ctypes.c_float),
+    )
+
+
+def depth_decode(
+    hidden: Tensor,
+    weights: list[Tensor],
+    packed: list[Tensor],
+    params: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    start: Tensor | None,
+    prefix: Tensor | None,
+    active: Tensor | None,
+    leaders: Tensor | None,
+    history: Tensor | None,
+    offsets: Tensor | None,
+    config: list[int],
+    eps: float,
+    wants_logits: bool,
+    multiprocessors: int = 3,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As the schema: logprobs, drawn_logprobs, embedding, logits, codes; outputs start as NaN and far out of range."""
+    rows, sizes = len(hidden), DepthConfig.of(config, eps)
+    hidden = hidden.contiguous()
+    outputs = [torch.full((rows, sizes.levels), torch.nan) for _ in range(2)]
+    outputs.append(torch.full((rows, sizes.width), torch.nan, dtype=hidden.dtype))
+    outputs.append(torch.full((rows, sum(sizes.classes[sizes.given :])), torch.nan))
+    codes_TL = torch.full((rows, sizes.levels), 2**62)
+    strides = longs([n for tensor in weights for n in (*tensor.stride(), 0, 0, 0)[:3]])
+    tables = (longs(config), strides, addresses(weights))
+    optional = {"start": start, "prefix": prefix, "active": active, "leaders": leaders}
+    optional |= {"history": history, "offsets": offsets}
+    kept = {name: None if tensor is None else tensor.contiguous() for name, tensor in optional.items()}
+    arguments = _DepthArguments(
+        **{name: ctypes.cast(t, ctypes.c_void_p) for name, t in zip(("config", "strides", "weight"), tables, strict=True)},
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in kept.items()},
+        config_numbers=len(config),
+        weights=len(weights),
+        rows=rows,
+        dtype=DTYPES.index(hidden.dtype),
+        multiprocessors=multiprocessors,
+        hidden=hidden.data_ptr(),
+        params=params.data_ptr(),
+        params_row=params.stride(0),
+        params_level=params.stride(1),
+        step_stride=steps.stride(0),
+        prefix_width=0 if prefix is None else prefix.shape[1],
+        prefix_row=0 if prefix is None else prefix.shape[1],
+        history_rows=0 if history is None else len(history),
+        seeds=seeds.data_ptr(),
+        steps=steps.data_ptr(),
+        codes=codes_TL.data_ptr(),
+        eps=eps,
+        **{
+            name: tensor.data_ptr()
+            for name, tensor in zip(("logprobs", "drawn_logprobs", "embedding", "logits"), outputs, strict=True)
+        },
+    )
+    if not wants_logits:
+        arguments.logits, outputs[3] = None, torch.empty(rows, 0)
+    call("emulate_depth_decode", ctypes.byref(arguments))
+    return (*outputs, codes_TL)
 
 
 def runtime(name: str) -> str | None:

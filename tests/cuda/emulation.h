@@ -1,6 +1,7 @@
-// Runs device code on the CPU: a fiber for each CUDA thread of one block, blocks one after the other. A thread runs
-// until it waits at a barrier, so that a missing barrier shows as a wrong result, always the same one; a barrier that
-// not all threads reach is an error.
+// Runs device code on the CPU: a fiber for each CUDA thread of one block, blocks one after the other; of a cooperative
+// launch, all blocks at once. A thread runs until it waits at a barrier, so that a missing barrier shows as a wrong
+// result, always the same one; a barrier that not all threads reach is an error. Asynchronous copies happen as late as
+// they may: when waited for.
 #pragma once
 
 #include <functional>

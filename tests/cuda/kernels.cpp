@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <exception>
 
+#include "cuda/depth_decode_launch.h"
 #include "cuda/ema_update_launch.h"
 #include "cuda/half_layout.h"
 #include "cuda/rvq_decode_launch.h"
@@ -125,6 +126,40 @@ const char* emulate_ema_update(float* embed, float* embed_ema, float* cluster_si
         p.cluster_size_ema = cluster_size_ema;
         EmulatedQueue queue(emulated_kernels(), 4);
         with_workspace([&](void* memory) { return longcat::cuda::ema_update(queue, p, packed, restarted, memory); });
+    });
+}
+
+struct DepthArguments {
+    const long *config, *strides;  // of weights: three each
+    long config_numbers, weights, rows, dtype, multiprocessors;
+    const void *const *weight, *hidden, *start;
+    const float* params;
+    long params_row, params_level, step_stride, prefix_width, prefix_row, history_rows;
+    const long *seeds, *steps, *prefix, *leaders, *history, *offsets;
+    const bool* active;
+    float *logprobs, *drawn_logprobs, *logits;
+    void* embedding;
+    long* codes;
+    float eps;
+};
+
+const char* emulate_depth_decode(const DepthArguments* a) {
+    return guarded([&] {
+        std::vector<DepthTensor> weights;
+        for (long i = 0; i < a->weights; ++i)
+            weights.push_back({a->weight[i], {a->strides[3 * i], a->strides[3 * i + 1], a->strides[3 * i + 2]}});
+        DepthKernel p = depth_kernel({a->config, a->config + a->config_numbers}, a->eps, weights);
+        const auto longs = [](const long* from) { return reinterpret_cast<const i64*>(from); };
+        p.rows = int(a->rows), p.type = int(a->dtype), p.hidden_rows = a->hidden, p.start = a->start;
+        p.params = a->params, p.params_row = a->params_row, p.params_level = a->params_level;
+        p.step_stride = a->step_stride, p.prefix_width = a->prefix_width, p.prefix_row = a->prefix_row;
+        p.history_rows = a->history_rows, p.seeds = longs(a->seeds), p.steps = longs(a->steps);
+        p.prefix = longs(a->prefix), p.leaders = longs(a->leaders), p.history = longs(a->history);
+        p.offsets = longs(a->offsets), p.active = a->active, p.logprobs = a->logprobs;
+        p.drawn_logprobs = a->drawn_logprobs, p.logits = a->logits, p.embedding = a->embedding;
+        p.codes = reinterpret_cast<i64*>(a->codes);
+        EmulatedQueue queue(emulated_kernels(), int(a->multiprocessors));
+        with_workspace([&](void* memory) { return longcat::cuda::depth_decode(queue, p, memory); });
     });
 }
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from longcat_kernels import native
 from longcat_kernels.layouts import HalfLayout
+from longcat_kernels.ops.depth_decode import OP as DEPTH
 from longcat_kernels.reference import ema_update as ema_spec
 from longcat_kernels.reference import rvq_decode as decode_spec
 from longcat_kernels.reference import rvq_encode as spec
-from longcat_kernels.testing import assert_close
+from longcat_kernels.testing import assert_close, record
 
 STREAM = 4096
 compiled = native.module
@@ -111,6 +112,28 @@ def the_ops_are_the_definitions() -> None:
         assert_close(a, b.double())
 
 
+def one_launch_decodes_all_levels() -> None:
+    """The emulated device is of the oldest kind, whose shared memory the launcher takes to be that of the newest."""
+    driver().fake_device(3, 7)
+    kernels = compiled().CudaModule("depth_decode", b"cubin", 0)
+    for case in DEPTH.spec.EDGE:
+        if case.tokens <= 8 and case.dtype != torch.float16:
+            recorded = record(DEPTH, DEPTH.spec.inputs(case))
+            inputs = list(recorded.arguments[:-1])
+            outputs = [torch.full(t.shape, 77, dtype=t.dtype) for t in recorded.run("reference")]
+            del inputs[2]
+            call("depth_decode_cuda", kernels, *inputs, *outputs)
+            for actual, truth in zip(outputs, recorded.truth(DEPTH), strict=True):
+                assert_close(actual, truth, case.tolerance, case.inner)
+    assert all(line.startswith("depth_decode 3x1 of 384, ") for line in lines())
+    (eight,) = (case for case in DEPTH.spec.EDGE if case.pairs == "mixed")
+    assert compiled().depth_most_rows_cuda(9, 0, eight.config.numbers()) == 8
+    image, audio = (case.config.numbers() for case in DEPTH.spec.MODEL)
+    for capability, rows in (((8, 0), (4, 4)), ((8, 9), (1, 1)), ((9, 0), (8, 6)), ((10, 0), (8, 6))):
+        found = tuple(compiled().depth_most_rows_cuda(*capability, config) for config in (image, audio))
+        assert found == rows, (capability, found)
+
+
 def each_device_gets_its_screen() -> None:
     """300 rows are three tiles of 128 or two clusters of 256, 9000 codewords 36 tiles: a tile or two to each block."""
     x, books = torch.randn(300, 100), [torch.randn(9000, 100)]
@@ -175,6 +198,7 @@ def errors_become_exceptions() -> None:
 if __name__ == "__main__":
     assert compiled().cuda_why_not() == ""
     the_ops_are_the_definitions()
+    one_launch_decodes_all_levels()
     each_device_gets_its_screen()
     nothing_is_launched_for_no_rows()
     errors_become_exceptions()

@@ -13,7 +13,7 @@ import pytest
 
 from longcat_kernels import jit, native
 
-OPS = ("rvq_encode", "rvq_decode", "ema_update")
+OPS = ("rvq_encode", "rvq_decode", "ema_update", "depth_decode")
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -99,6 +99,18 @@ def test_the_other_screen_uses_tensor_cores_and_asynchronous_copies(arch: str, f
     assert sum(opcode.startswith("HMMA.16816.F32") for opcode in opcodes) == 64
     assert sum(opcode.startswith("LDSM.16.M88.4") for opcode in opcodes) == 24
     assert any(opcode.startswith("LDGSTS") and "128" in opcode for opcode in opcodes)
+
+
+@pytest.mark.parametrize("arch", jit.ARCHES)
+def test_depth_decode_fills_a_multiprocessor_with_one_block(arch: str, folder: Path) -> None:
+    """384 threads, as many registers as there are for them; weights come by asynchronous copies, 16 bytes each; a grid
+    barrier is one release and one acquire, without a fence of the whole device."""
+    used = resources("depth_decode", arch, folder)["depth_decode"]
+    assert 65536 // 2 < 384 * used["REG"] <= 65536
+    opcodes = instructions("depth_decode", arch, "depth_decode", folder)
+    assert sum(opcode.startswith("LDGSTS.E.BYPASS.128") for opcode in opcodes) >= 1, opcodes
+    assert any(opcode.startswith("LD.E.STRONG.GPU") or opcode.startswith("LDG.E.STRONG.GPU") for opcode in opcodes)
+    assert sum(opcode.startswith("FFMA") for opcode in opcodes) >= 3 * 4 * (1 + 4 + 16 + 32)
 
 
 def test_kernels_are_named_as_launchers_name_them(folder: Path) -> None:

@@ -91,8 +91,10 @@ int cuLaunchKernelEx(const api::LaunchConfig* config, void* function, void** arg
     if (!runs_kernels) return 0;
     const auto kernel = emulated_kernels().find(known.name);
     if (kernel == emulated_kernels().end()) return kInvalidValue;
-    emulate({known.name.c_str(), config->grid[0], config->grid[1], config->block[0]},
-            [&] { kernel->second(arguments[0]); });
+    Launch launch = {known.name.c_str(), config->grid[0], config->grid[1], config->block[0], config->shared_bytes};
+    for (unsigned i = 0; i < config->attribute_count; ++i)
+        launch.cooperative |= config->attributes[i].id == api::kCooperative && config->attributes[i].value.cooperative;
+    emulate(launch, [&] { kernel->second(arguments[0]); });
     return 0;
 }
 

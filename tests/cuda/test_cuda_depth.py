@@ -1,0 +1,156 @@
+"""The CUDA kernel of depth_decode, run on the CPU one fiber a thread with its grid barriers, against the definition."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from torch import Tensor
+
+from longcat_kernels.ops import OPS
+from longcat_kernels.reference import depth_decode as spec
+from longcat_kernels.reference.depth_sampling import DepthSampling
+from longcat_kernels.reference.depth_weights import DepthConfig, DepthWeights
+from longcat_kernels.testing import assert_close, record
+
+pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="CUDA emulation: no C++ compiler")
+(OP,) = (op for op in OPS if op.name == "depth_decode")
+SMALL = [case for case in spec.EDGE if 0 < case.tokens <= 8]  # all that one launch takes
+
+
+def arguments(case: Any, seed: int = 0) -> list[Any]:
+    """Of the schema, without the backend."""
+    return list(record(OP, OP.spec.inputs(case, "cpu", seed)).arguments[:-1])
+
+
+def sampler(classes: int, sampling: DepthSampling, levels: int = 1) -> spec.Case:
+    """A transformer without layers: what there is of a level is its head and the draw."""
+    config = DepthConfig((classes,) * levels, hidden=8, dim=8, layers=0, heads=1, kv_heads=1, head_dim=8, ffn=8)
+    return spec.Case(8, config, sampling=sampling)
+
+
+def assert_same_codes(inputs: list[Any]) -> Tensor:
+    got, want = emulated.depth_decode(*inputs), spec.depth_decode(*inputs)
+    assert torch.equal(got[4], want[4])
+    for actual, truth in zip(got[:2], want[:2], strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-4, atol=1e-5, equal_nan=True)
+    return got[4]
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_equals_the_truth(case: Any) -> None:
+    call = record(OP, OP.spec.inputs(case, "cpu"))
+    for actual, truth in zip(emulated.depth_decode(*call.arguments[:-1]), call.truth(OP), strict=True):
+        assert_close(actual, truth, case.tolerance, case.inner)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        DepthSampling(),
+        DepthSampling(0.7, top_k=50),
+        DepthSampling(1.3, top_p=0.9),
+        DepthSampling(0.5, top_k=40, top_p=0.8, order="joint"),
+        DepthSampling(0.5, top_k=40, top_p=0.8),
+        DepthSampling(2.0, min_p=0.2),
+        DepthSampling(1e-3),
+        DepthSampling(1e-30),
+        DepthSampling(0.0),
+        DepthSampling(1.0, top_k=1),
+        DepthSampling(1.0, top_p=1e-6),
+    ],
+)
+@pytest.mark.parametrize("classes", [2, 1100])
+def test_draws_what_the_definition_draws(numbers: DepthSampling, classes: int) -> None:
+    codes_TL = assert_same_codes(arguments(sampler(classes, numbers, levels=3)))
+    assert classes == 2 or codes_TL.unique().numel() > 8
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [DepthSampling(1.0, top_k=200), DepthSampling(1.0, top_p=0.5), DepthSampling(1.0, 333, 0.7), DepthSampling(0.0)],
+)
+def test_equal_scores_are_kept_by_rising_id(numbers: DepthSampling) -> None:
+    """A few values among 900 ids, exact in float32: top_k and top_p end within equals, where the id decides."""
+    inputs = arguments(sampler(900, numbers, levels=2))
+    inputs[0] = inputs[0].sign()
+    w = DepthWeights.of(inputs[1], DepthConfig.of(inputs[12], inputs[13]))
+    heads = [head.sign() / 4 for head in w.head_weights if head is not None]
+    plain = w._replace(head_weights=heads, head_biases=(), projection=torch.eye(8)[None], input_norm=None)
+    inputs[1] = plain._replace(final_norm=None, tables=[table.sign() for table in w.tables]).tensors()
+    assert_same_codes(inputs)
+
+
+def test_rows_that_are_not_finite_are_lost_alone() -> None:
+    inputs = arguments(sampler(30, DepthSampling(0.8, 20, 0.9), levels=2))
+    inputs[0][2, 3], inputs[0][5, 0] = torch.nan, torch.inf
+    assert assert_same_codes(inputs)[[2, 5], 0].tolist() == [0, 0]
+    inputs = arguments(SMALL[3])
+    inputs[0][1, 3] = torch.nan
+    assert_same_codes(inputs)
+
+
+@pytest.mark.parametrize("case", [SMALL[3], SMALL[6]])
+def test_a_rows_results_do_not_depend_on_others(case: Any) -> None:
+    """To the last bit: alone, with one or four others, at any place, on one block or on four."""
+    inputs = arguments(case)
+    inputs[9] = None  # no pairs
+    whole = emulated.depth_decode(*inputs)
+    for rows in ([0], [3, 2], [3, 1, 0, 2]):
+        part = [value[rows] if i in (0, 3, 4, 5, 6, 7, 8) and value is not None else value for i, value in enumerate(inputs)]
+        for blocks in (1, 4):
+            for actual, expected in zip(emulated.depth_decode(*part, multiprocessors=blocks), whole, strict=True):
+                assert torch.equal(actual.nan_to_num(7), expected[rows].nan_to_num(7))
+
+
+def test_rows_of_several_slots_and_of_odd_lengths() -> None:
+    """Depths beyond a slot's 512 or 1024 elements, in pieces of sixteen bytes and not, with and without a projection."""
+    for dim, dtype in ((520, torch.float32), (1040, torch.bfloat16), (517, torch.float32), (131, torch.float16)):
+        config = DepthConfig((9, 6), hidden=dim, dim=dim, layers=1, heads=1, kv_heads=1, head_dim=32, ffn=5)
+        for rows in (1, 2, 3, 8):
+            call = record(OP, OP.spec.inputs(spec.Case(rows, config, dtype=dtype), "cpu"))
+            case = call.arguments[:-1]
+            for actual, truth in zip(emulated.depth_decode(*case), call.truth(OP), strict=True):
+                assert_close(actual, truth, spec.Case.tolerance, spec.Case(rows, config, dtype=dtype).inner)
+
+
+def test_numbers_that_nobody_checked_touch_no_memory() -> None:
+    """On a device the host reads none of them."""
+    inputs = arguments(SMALL[3])
+    inputs[3] = inputs[3].clone()
+    inputs[3][..., 5] = 1e6  # excluded
+    inputs[7] = torch.full((len(inputs[0]), 2), 2**40)
+    inputs[9] = torch.tensor([2**40, -1, *range(2, len(inputs[0]))])
+    inputs[10], inputs[11] = torch.full((3, 4), 2**40), torch.tensor([-5, *[2**50] * len(inputs[0])])
+    codes_TL = emulated.depth_decode(*inputs)[4]
+    assert (codes_TL >= 0).all() and (codes_TL < torch.tensor(SMALL[3].config.classes)).all()
+
+
+def test_under_sanitizers() -> None:
+    """A few calls in a process of its own: no wild access, no undefined behaviour."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("CUDA emulation: sanitizers are tried on Linux")
+    needed = [emulated.runtime(name) for name in ("libasan.so", "libstdc++.so")]
+    if None in needed:
+        pytest.skip("CUDA emulation: no sanitizer runtime")
+    library = emulated.library_file("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
+    code = (
+        f"import ctypes, emulated\nemulated.library = lambda library=ctypes.CDLL({str(library)!r}): library\n"
+        "import test_cuda_depth as t\n"
+        "t.test_equals_the_truth(t.SMALL[3])\n"
+        "t.test_numbers_that_nobody_checked_touch_no_memory()\n"
+        "print('clean')\n"
+    )
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(map(str, needed)),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": os.pathsep.join([str(emulated.ROOT / "tests" / "cuda"), str(emulated.ROOT)]),
+    }
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert run.stdout == "clean\n", run.stderr[-3000:]
