@@ -43,7 +43,7 @@ class Cut:
             "TYPE": DTYPES[dtype],
             "num_warps": self.warps,
             "num_stages": self.stages,
-            **({"maxnreg": 255} if self.rows > 32 else {}),  # the assembler stops at 128 otherwise, and spills
+            **({"maxnreg": 255} if self.rows > 16 else {}),  # the assembler aims at fewer otherwise, and spills
         }
 
 
