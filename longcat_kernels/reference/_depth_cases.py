@@ -147,7 +147,9 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
 
 
 def _on(sampling: DepthSampling, device: str) -> DepthSampling:
-    moved = {name: value.to(device) for name, value in vars(sampling).items() if isinstance(value, Tensor)}
+    moved: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(sampling).items() if isinstance(value, Tensor)
+    }
     return replace(sampling, **moved)
 
 
