@@ -71,10 +71,10 @@ inline void depth_decode_cuda(CudaModule& kernels, uintptr_t stream, const CudaA
     p.drawn_logprobs = drawn_logprobs.whole<float>("depth_decode: drawn_logprobs", DType::float32, {rows, levels});
     p.embedding = embedding.whole("depth_decode: embedding", type, {rows, p.width});
     p.codes = reinterpret_cast<i64*>(codes.whole<int64_t>("depth_decode: codes", DType::int64, {rows, levels}));
-    p.logits = wants_logits ? logits.whole<float>("depth_decode: logits", DType::float32, {rows, p.logit_width}) : nullptr;
-    run_with_workspace(kernels, stream, allocate, [&](cuda::Queue& queue, void* workspace) {
-        return cuda::depth_decode(queue, p, workspace);
-    });
+    p.logits =
+        wants_logits ? logits.whole<float>("depth_decode: logits", DType::float32, {rows, p.logit_width}) : nullptr;
+    run_with_workspace(kernels, stream, allocate,
+                       [&](cuda::Queue& queue, void* workspace) { return cuda::depth_decode(queue, p, workspace); });
 }
 
 inline void bind_depth_decode_cuda(pybind11::module_& m) {

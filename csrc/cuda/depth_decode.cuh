@@ -1,7 +1,8 @@
-// All codes of a position in one launch: reference/depth_decode.py defines it.
+// All codes of a position in one launch: reference/depth_decode.py defines it. For few rows, by multiply-adds in
+// float32.
 //
-// One block of 384 threads stays on each multiprocessor for the whole frame. Stages are divided over all blocks and meet
-// at barriers of the grid: of every level the projection; of every layer queries, keys and values, attention, the
+// One block of 384 threads stays on each multiprocessor for the whole frame. Stages are divided over all blocks and
+// meet at barriers of the grid: of every level the projection; of every layer queries, keys and values, attention, the
 // output product, the two products of the feed-forward network; then the head and the draw, a block a row. At the front
 // of a stage each block makes the stage's activations, float32, in its shared memory, with norm and activation function
 // applied; the weights it multiplies them with are there already or on their way (depth_stream.cuh), so that the memory
@@ -13,7 +14,7 @@
 // 4 * rows * depth bytes the activations, the rest rings of 24 KB a slot, six at most. One row of depth 4096 leaves six
 // slots: 144 KB that are on their way or wait. An H200 at 4.3 TB/s brings each of its 132 multiprocessors 33 bytes a
 // nanosecond, so this covers 4.4 us of a barrier and the making of activations; eight rows of depth 4096 leave four
-// slots (2.9 us), eight of 6144 one, which is too few: six rows are taken then.
+// slots (2.9 us), eight of 6144 one, which is too few: four rows are taken then.
 #pragma once
 
 #include "cuda/depth_sample.cuh"
@@ -29,7 +30,8 @@ struct DepthBlock {
     u32 meetings;
 
     LC_DEVICE DepthBlock(const DepthKernel& p, u8* memory)
-        : shared(*reinterpret_cast<DepthShared*>(memory)), activations(reinterpret_cast<float*>(memory + kDepthHeader)),
+        : shared(*reinterpret_cast<DepthShared*>(memory)),
+          activations(reinterpret_cast<float*>(memory + kDepthHeader)),
           meetings(0) {
         ring.start(p, memory + kDepthHeader + padded_rows(p.rows) * p.columns * int(sizeof(float)));
     }
@@ -98,8 +100,8 @@ LC_DEVICE void make_activations(const DepthKernel& p, DepthBlock& b, int level, 
         float squares = 0;
         for (u32 warp = 0; warp < kDepthWarps; ++warp) squares += b.shared.floats[r][warp];
         const float scale = 1 / sqrtf(squares / float(depth) + p.eps);
-        LC_LOOP for (int k = int(thread_index()); k < depth; k += int(kDepthThreads)) b.activations[r * p.columns + k] *=
-            scale * load(weight, p.type, first + k);
+        LC_LOOP for (int k = int(thread_index()); k < depth; k += int(kDepthThreads))
+            b.activations[r * p.columns + k] *= scale * load(weight, p.type, first + k);
     }
     sync_block();
 }
@@ -179,8 +181,13 @@ struct HeadVector {
     int type, channels;
 
     LC_DEVICE HeadVector(const DepthKernel& p, const float* raw_, const void* weight_, int level)
-        : raw(raw_), rope(p.rope == nullptr ? nullptr : p.rope + level * (p.head_dim / 2)), weight(weight_),
-          sines(i64(p.levels) * (p.head_dim / 2)), scale(1), type(p.type), channels(p.head_dim) {
+        : raw(raw_),
+          rope(p.rope == nullptr ? nullptr : p.rope + level * (p.head_dim / 2)),
+          weight(weight_),
+          sines(i64(p.levels) * (p.head_dim / 2)),
+          scale(1),
+          type(p.type),
+          channels(p.head_dim) {
         if (weight == nullptr) return;
         float squares = 0;
         for (int c = int(lane_index()); c < channels; c += int(kWarp)) squares = fmaf(raw[c], raw[c], squares);
@@ -230,8 +237,8 @@ LC_DEVICE void attend_head(const DepthKernel& p, int level, int layer, int row, 
         LC_UNROLL for (int i = 0; i < kEach; ++i) {
             const int c = i * int(kWarp) + int(lane_index());
             if (c >= channels) continue;
-            const float value = past == level ? qkv[queries + keys + kv * channels + c]
-                                              : p.memory.values[cache + i64(past) * keys + c];
+            const float value =
+                past == level ? qkv[queries + keys + kv * channels + c] : p.memory.values[cache + i64(past) * keys + c];
             sums[i] = fmaf(share, value, sums[i]);
         }
     }

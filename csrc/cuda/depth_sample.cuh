@@ -20,8 +20,14 @@ struct DrawNumbers {
     bool joint;
 
     LC_DEVICE DrawNumbers(const float* p, int classes)
-        : temperature(p[0]), top_k(int(p[1])), top_p(p[2]), min_p(p[3]), penalty(p[4]), excluded(int(p[5])),
-          guidance(p[6]), joint(p[7] > 0) {
+        : temperature(p[0]),
+          top_k(int(p[1])),
+          top_p(p[2]),
+          min_p(p[3]),
+          penalty(p[4]),
+          excluded(int(p[5])),
+          guidance(p[6]),
+          joint(p[7] > 0) {
         if (excluded < 0 || excluded >= classes) excluded = 0;  // on a device nobody has checked it
     }
 };
@@ -91,9 +97,7 @@ struct Scores {
 
     LC_DEVICE u32 key(int id) const { return ordered_bits(of[id]); }
     LC_DEVICE float relative(int id) const { return (of[id] - largest) / temperature; }
-    LC_DEVICE double exact_relative(int id) const {
-        return (double(of[id]) - double(largest)) / double(temperature);
-    }
+    LC_DEVICE double exact_relative(int id) const { return (double(of[id]) - double(largest)) / double(temperature); }
     LC_DEVICE u64 mass_of(float score) const {
         return u64(double(expf((score - largest) / temperature)) * 0x1p40 + 0.5);
     }
@@ -213,8 +217,8 @@ LC_DEVICE bool keeps(const Scores& scores, const DrawNumbers& n, const Kept& kep
     return n.min_p <= 0 || exp(scores.exact_relative(id)) >= double(n.min_p);
 }
 
-// By how much a score seen in float32, relative to the largest, may be off: (y - m) / T by 2^-22 of itself, the noise as
-// `near_gumbel` says; the rest is to spare.
+// By how much a score seen in float32, relative to the largest, may be off: (y - m) / T by 2^-22 of itself, the noise
+// as `near_gumbel` says; the rest is to spare.
 LC_DEVICE double slack(float relative, float noise) {
     return double(fabsf(relative)) * 0x1p-21 + double(1 + fabsf(noise)) * 0x1p-19;
 }
@@ -282,7 +286,8 @@ LC_DEVICE double write_scores(const DepthKernel& p, const GuidedLogits& logits, 
         }
     }
     double sum = 0;
-    LC_LOOP for (int id = int(thread_index()); id < classes; id += int(kDepthThreads)) sum += double(expf(logits(id) - largest));
+    LC_LOOP for (int id = int(thread_index()); id < classes; id += int(kDepthThreads)) sum +=
+        double(expf(logits(id) - largest));
     sum = block_sum<kDepthThreads>(sum, s.doubles);  // its barriers also end the writing of scores
     return wrong != 0 || largest == -infinity() ? double(not_a_number()) : double(largest) + log(sum);
 }
@@ -299,8 +304,10 @@ LC_DEVICE Drawn draw(const DepthKernel& p, int row, int follower, int level, i64
     if (lse != lse) return {forced < 0 ? 0 : int(forced), not_a_number(), not_a_number()};
     double largest = -double_infinity();
     u32 greedy = 0xffffffffu;
-    LC_LOOP for (int id = int(thread_index()); id < classes; id += int(kDepthThreads))
-        if (double(scores_of[id]) > largest || greedy == 0xffffffffu) largest = double(scores_of[id]), greedy = u32(id);
+    LC_LOOP for (int id = int(thread_index()); id < classes;
+                 id += int(kDepthThreads)) if (double(scores_of[id]) > largest || greedy == 0xffffffffu)
+        largest = double(scores_of[id]),
+        greedy = u32(id);
     block_argmax(largest, greedy, s);
     if (n.temperature <= 0) {
         const int id = forced < 0 ? int(greedy) : int(forced);
@@ -311,8 +318,8 @@ LC_DEVICE Drawn draw(const DepthKernel& p, int row, int follower, int level, i64
     const u64 seed = u64(p.seeds[row]), step = u64(p.steps[row * p.step_stride]);
     const int id = forced < 0 ? draw_id(scores, n, kept, seed, step, u32(level), s) : int(forced);
     double sum = 0;
-    LC_LOOP for (int i = int(thread_index()); i < classes; i += int(kDepthThreads))
-        if (keeps(scores, n, kept, i)) sum += double(expf(scores.relative(i)));
+    LC_LOOP for (int i = int(thread_index()); i < classes; i += int(kDepthThreads)) if (keeps(scores, n, kept, i))
+        sum += double(expf(scores.relative(i)));
     sum = block_sum<kDepthThreads>(sum, s.doubles);
     const bool is_kept = keeps(scores, n, kept, id);
     return {id, float(double(logits(id)) - lse), is_kept ? float(scores.exact_relative(id) - log(sum)) : -infinity()};

@@ -1,9 +1,9 @@
 // The weights of depth_decode on their way through shared memory.
 //
-// Every product's rows of weights are divided into tiles of 1, 2 or 4 rows, and those over all warps of the grid. What a
-// warp will read of the whole frame is thereby known at the start: a cursor walks over it and keeps the warp's own ring
-// of slots full by asynchronous copies, across stages and grid barriers, as weights depend on no code. A second walk
-// multiplies what has come. No other warp ever touches a ring, so that its users need no barrier of the block.
+// Every product's rows of weights are divided into tiles of 1, 2 or 4 rows, and those over all warps of the grid. What
+// a warp will read of the whole frame is thereby known at the start: a cursor walks over it and keeps the warp's own
+// ring of slots full by asynchronous copies, across stages and grid barriers, as weights depend on no code. A second
+// walk multiplies what has come. No other warp ever touches a ring, so that its users need no barrier of the block.
 #pragma once
 
 #include "cuda/depth_params.cuh"

@@ -250,7 +250,10 @@ def depth_decode(
     optional |= {"history": history, "offsets": offsets}
     kept = {name: None if tensor is None else tensor.contiguous() for name, tensor in optional.items()}
     arguments = _DepthArguments(
-        **{name: ctypes.cast(t, ctypes.c_void_p) for name, t in zip(("config", "strides", "weight"), tables, strict=True)},
+        **{
+            name: ctypes.cast(t, ctypes.c_void_p)
+            for name, t in zip(("config", "strides", "weight"), tables, strict=True)
+        },
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in kept.items()},
         config_numbers=len(config),
         weights=len(weights),

@@ -50,8 +50,8 @@ struct Block {
     u32 x = 0, y = 0, threads = 0, current = 0;
 };
 
-// Those that run at once, and the one of them whose turn it is. Fibers enter by ucontext and switch by jumps, which cost
-// no system call.
+// Those that run at once, and the one of them whose turn it is. Fibers enter by ucontext and switch by jumps, which
+// cost no system call.
 struct Running {
     std::vector<Block> blocks{1};
     Block* block = nullptr;
