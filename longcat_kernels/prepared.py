@@ -116,8 +116,8 @@ class PreparedCodebook:
 class PreparedExperts:
     """The weights of experts and their packed form, of the same size, for `fused_moe(..., prepared=)`: for inference.
 
-    It never goes stale: writes to the weights are noticed by their versions, and the packed form is made anew at the
-    next use.
+    It never goes stale: writes to the weights are noticed by their versions, as is torch's precision of products, and
+    the packed form is made anew at the next use.
 
     Args:
         gate_up: [E, 2 F, D], down: [E, D, F] of one dtype; kept, not copied.
@@ -143,30 +143,34 @@ class PreparedExperts:
                 f"{gate_up.dtype} {list(gate_up.shape)} and {down.dtype} {list(down.shape)}"
             )
         self.gate_up, self.down, self.packed = gate_up, down, []
-        self._versions = (-1, -1)
+        self._versions: tuple[Any, ...] = ()
 
     @property
     def is_current(self) -> bool:
         """Whether the packed form is that of the weights as they are."""
-        return self._versions == (self.gate_up._version, self.down._version)
+        return self._versions == self._now()
 
     def refresh(self) -> PreparedExperts:
         """Makes the packed form anew if the weights have changed since; gives itself."""
-        if not self.is_current:
+        versions = self._now()
+        if self._versions != versions:
             self._pack()
-            self._versions = (self.gate_up._version, self.down._version)
+            self._versions = versions
         return self
+
+    def _now(self) -> tuple[Any, ...]:
+        return self.gate_up._version, self.down._version, native.product_dtype(self.down.dtype)
 
     def _pack(self) -> None:
         weights = (self.gate_up.detach(), self.down.detach())
         on_cpu = self.down.device.type == "cpu" and all(w.stride(2) == 1 for w in weights)
         if not on_cpu or self.down.dtype not in (torch.float32, torch.bfloat16, torch.float16) or native.why_not():
             return
-        module = native.module()
-        if not self.packed:
-            sizes = module.packed_experts_bytes(*self.down.shape, self.down.dtype)
+        module, products = native.module(), native.product_dtype(self.down.dtype)
+        sizes = list(module.packed_experts_bytes(*self.down.shape, products))
+        if [packed.nbytes for packed in self.packed] != sizes:
             self.packed = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-        module.pack_experts(*weights, *self.packed, threads=torch.get_num_threads())
+        module.pack_experts(*weights, *self.packed, threads=torch.get_num_threads(), products=products)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the weights alone."""

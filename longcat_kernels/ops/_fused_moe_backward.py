@@ -135,6 +135,7 @@ def _cpu_input_grad(
         in_float,
         grad_hidden_RF,
         threads=torch.get_num_threads(),
+        products=native.product_dtype(x_TD.dtype),
     )
     if in_float is not grad_weights_Tk:
         grad_weights_Tk.copy_(in_float)
@@ -161,6 +162,7 @@ def _cpu_weight_grad(
         grad_down_EDF,
         add,
         threads=torch.get_num_threads(),
+        products=native.product_dtype(x_TD.dtype),
     )
 
 

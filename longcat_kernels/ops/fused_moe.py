@@ -39,7 +39,9 @@ def fused_moe(
     """Sums, for each token, its experts' outputs by weight.
 
     Expert e is down[e] @ (silu(gate) * up) with gate | up = gate_up[e] @ x. Sums are float32, slot after slot; on the
-    CPU what a token gets depends on no other token and not on the number of threads, to the last bit.
+    CPU what a token gets depends on no other token and not on the number of threads, to the last bit. There, where the
+    processor multiplies bfloat16, `torch.set_float32_matmul_precision("medium")` lets the products of float32 experts,
+    forward and backward, round their operands to bfloat16: faster, with relative errors of 4e-3 instead of 1e-6.
 
     Args:
         x: [T, D], floating point.
@@ -249,6 +251,7 @@ def _cpu(
         out_TD,
         hidden_RF if len(hidden_RF) else None,
         threads=torch.get_num_threads(),
+        products=native.product_dtype(x_TD.dtype),
     )
 
 
@@ -265,6 +268,7 @@ def _cpu_hidden(
         None,
         hidden_RF,
         threads=torch.get_num_threads(),
+        products=native.product_dtype(x_TD.dtype),
     )
 
 
