@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import peers_moe as peers
-from harness import Case, Contender, WrongResult
+from harness import Call, Case, Contender, WrongResult
 from longcat_kernels import fused_moe
 from longcat_kernels.reference import fused_moe as spec
 from longcat_kernels.spec import Cost
@@ -33,6 +33,21 @@ def precisions(dtype: torch.dtype) -> tuple[str, ...]:
     return ("highest", "medium") if dtype == torch.float32 else ("highest",)
 
 
+def products(dtype: torch.dtype, precision: str) -> torch.dtype:
+    """To what our products round their operands on a processor that multiplies bfloat16."""
+    return torch.bfloat16 if dtype == torch.float32 and precision == "medium" else dtype
+
+
+def ours(
+    name: str, make: Callable[[], Call], judge: Callable[[list[Tensor]], dict[str, float]], dtype: torch.dtype
+) -> list[Contender]:
+    """At each precision, beside the ceiling of the products that it allows."""
+    return [
+        Contender(name, make, judge, ceiling=CEILINGS[products(dtype, precision)], precisions=(precision,))
+        for precision in precisions(dtype)
+    ]
+
+
 class Judge:
     """Relative errors, by the 2-norm, against float64 on the same inputs; the truth is made when first asked for."""
 
@@ -44,13 +59,17 @@ class Judge:
         return self.make()
 
     def error(self, found: Sequence[Tensor]) -> dict[str, float]:
-        """Of the worst of out and gradients; raises WrongResult where that is not one of rounding."""
+        """Of the worst of out and gradients; raises WrongResult where that is not one of rounding.
+
+        At precision "medium" products may be those of bfloat16.
+        """
+        allowed = TRUSTED_ERROR[products(self.dtype, torch.get_float32_matmul_precision())]
         errors = []
         for tensor, truth in zip(found, self.truth, strict=False):
             own = tensor[: len(truth)].double()  # transformers' layer has weights that nobody reads, too
             errors.append(((own - truth).norm() / truth.norm()).item())
         worst = max(errors)
-        if not worst <= TRUSTED_ERROR[self.dtype]:
+        if not worst <= allowed:
             raise WrongResult(f"is off by {', '.join(f'{e:.1e}' for e in errors)}")
         return {"error": worst}
 
@@ -76,35 +95,30 @@ def contenders(case: spec.Case, backward: bool, device: str) -> list[Contender]:
     grad_TD = torch.randn(case.tokens, case.dim, generator=generator).to(device, case.dtype)
     judge = Judge(case.dtype, lambda: experts_truth(arguments, grad_TD if backward else None))
 
-    def contender(name: str, make: Callable[[], peers.Experts], choices: tuple[str, ...] = ("highest",)) -> Contender:
+    def parts(
+        make: Callable[[], peers.Experts],
+    ) -> tuple[Callable[[], Call], Callable[[list[Tensor]], dict[str, float]]]:
         def judged(found: list[Tensor]) -> dict[str, float]:
             saved = {"saved_mb": peers.saved_mb(make(), arguments)} if backward else {}
             return {**judge.error(found), **saved}
 
         run = partial(peers.step, grad_TD=grad_TD) if backward else peers.forward
-        return Contender(name, lambda: run(make(), arguments), judged, ceiling=CEILINGS[case.dtype], precisions=choices)
+        return lambda: run(make(), arguments), judged
 
-    both = precisions(case.dtype)
-    found = [contender("ours", peers.ours)]
+    both, ceiling = precisions(case.dtype), CEILINGS[case.dtype]
+    found = ours("ours", *parts(peers.ours), case.dtype)
     if backward:
-        found.append(contender("ours, save x", lambda: peers.ours("x")))
+        found += ours("ours, save x", *parts(lambda: peers.ours("x")), case.dtype)
     else:
-        found.append(
-            Contender(
-                "ours, prepared",
-                lambda: peers.ours_prepared(arguments),
-                judge.error,
-                ceiling=CEILINGS[case.dtype],
-            )
-        )
-    found += [contender(name, make, both) for name, make in PEERS.items()]
+        found += ours("ours, prepared", lambda: peers.ours_prepared(arguments), judge.error, case.dtype)
+    found += [Contender(name, *parts(make), ceiling=ceiling, precisions=both) for name, make in PEERS.items()]
     dense = peers.dense_arguments(arguments)
     run = partial(peers.step, grad_TD=grad_TD.repeat(case.k, 1)) if backward else peers.forward
     found.append(
         Contender(
             "dense pair",
             lambda: run(peers.dense_pair, dense),
-            ceiling=CEILINGS[case.dtype],
+            ceiling=ceiling,
             precisions=both,
         )
     )
@@ -126,7 +140,7 @@ def layer_contenders(case: spec.Case, device: str) -> list[Contender]:
     judge, ceiling = Judge(case.dtype, truth), CEILINGS[case.dtype]
     name, both = "transformers LongcatFlashMoE", precisions(case.dtype)
     return [
-        Contender("ours", layers.step_of_ours, judge.error, ceiling=ceiling),
+        *ours("ours", layers.step_of_ours, judge.error, case.dtype),
         Contender(name, layers.step_of_theirs, judge.error, ceiling=ceiling, precisions=both),
     ]
 

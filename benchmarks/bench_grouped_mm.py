@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench_fused_moe import CEILINGS, Judge, precisions
+from bench_fused_moe import CEILINGS, Judge, ours, precisions
 from harness import Call, Case, Contender
 from longcat_kernels import grouped_mm
 from longcat_kernels.reference import grouped_mm as spec
@@ -80,7 +80,7 @@ def contenders(case: spec.Case, backward: bool, device: str) -> list[Contender]:
         return result
 
     judge, ceiling, both = Judge(case.dtype, truth), CEILINGS[case.dtype], precisions(case.dtype)
-    made = [Contender("ours", partial(run, grouped_mm, inputs, grad), judge.error, ceiling=ceiling)]
+    made = ours("ours", partial(run, grouped_mm, inputs, grad), judge.error, case.dtype)
     for name, product in PEERS.items():
         if case.form == "2x3" or product is not padded_bmm:
             make = partial(run, product, inputs, grad)

@@ -18,7 +18,8 @@ PREAMBLE = """# Benchmark results
 
 Written by `python benchmarks/run.py --table` from the JSON files in `results/`. "by ours" is the median over rounds of
 a contender's time by ours in the same round: above 1, ours is faster. "medium" marks contenders measured again with
-`torch.set_float32_matmul_precision("medium")`. "of ceiling" is the shortest time that the ceilings allow by the time
+`torch.set_float32_matmul_precision("medium")`, which lets float32 products round their operands to bfloat16: "error"
+tells who did. "of ceiling" is the shortest time that the ceilings allow by the time
 taken; sizes that fit in a cache can exceed the ceiling of memory. "extra MB" is what one call adds to resident memory.
 "error" is relative, against float64 on the same inputs; "saved MB" is what forward keeps for backward besides weights.
 """

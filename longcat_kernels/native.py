@@ -7,7 +7,7 @@ import importlib
 import warnings
 from types import ModuleType
 
-import torch  # noqa: F401  # before _C: torch brings the OpenMP runtime that both must share
+import torch  # before _C: torch brings the OpenMP runtime that both must share
 
 HOW_TO_GET_IT = "install a C++17 compiler (g++ or clang++), then reinstall longcat-kernels"
 
@@ -27,6 +27,12 @@ def module() -> ModuleType:
     if loaded is None:
         raise RuntimeError(f"longcat_kernels: {reason}")
     return loaded
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What operands are rounded to in matrix products: where torch's setting is "medium", float32 to bfloat16."""
+    medium = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+    return torch.bfloat16 if medium else dtype
 
 
 @functools.cache

@@ -117,8 +117,9 @@ class PreparedCodebook:
 class PreparedExperts:
     """The weights of experts and their packed form, of the same size, for `fused_moe(..., prepared=)`: for inference.
 
-    Writes to the weights are noticed by their versions, and moves by where their memory is; the packed form is then
-    made anew at the next use, as at every use of weights of inference mode, which have no versions. Where torch does
+    Writes to the weights are noticed by their versions, and moves by where their memory is, as is torch's precision of
+    products; the packed form is then made anew at the next use, as at every use of weights of inference mode, which have
+    no versions. Where torch does
     not count a write, call `mark_stale` after it: those through `.data` or numpy, and steps of an optimizer with
     `fused=True`.
 
@@ -169,7 +170,8 @@ class PreparedExperts:
         weights = (self.gate_up, self.down)
         if any(w.is_inference() for w in weights):
             return None
-        return [(w._version, w.data_ptr(), w.dtype) for w in weights]
+        products = native.product_dtype(self.down.dtype)
+        return [products, *((w._version, w.data_ptr(), w.dtype) for w in weights)]
 
     def _pack(self) -> None:
         weights = [w.detach().resolve_neg() for w in (self.gate_up, self.down)]  # packers read memory as it is
@@ -177,10 +179,10 @@ class PreparedExperts:
         on_cpu = self.down.device.type == "cpu" and all(w.stride(2) == 1 for w in weights)
         if not on_cpu or self.down.dtype not in (torch.float32, torch.bfloat16, torch.float16) or native.why_not():
             return
-        module = native.module()
-        sizes = module.packed_experts_bytes(*self.down.shape, self.down.dtype)
+        module, products = native.module(), native.product_dtype(self.down.dtype)
+        sizes = module.packed_experts_bytes(*self.down.shape, products)
         self.packed = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-        module.pack_experts(*weights, *self.packed, threads=torch.get_num_threads())
+        module.pack_experts(*weights, *self.packed, threads=torch.get_num_threads(), products=products)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the weights alone."""

@@ -30,9 +30,10 @@ inline MoeMatrices moe_matrices(const char* name, const TensorView& t, DType dty
 // What all passes share: sizes, routing, threads.
 template <class Pass>
 void set_moe(Pass& p, const TensorView& x, const TensorView& ids, const TensorView& weights, int threads,
-             const std::string& isa) {
+             const std::string& isa, std::optional<DType> products) {
     p.dtype = x.dtype;
     LC_CHECK(is_float(p.dtype), "fused_moe: x must be float32, bfloat16 or float16");
+    p.products = product_dtype("fused_moe: products", p.dtype, products);
     ids.matrix("fused_moe: ids", DType::int64);
     p.tokens = ids.shape[0], p.slots = ids.shape[1];
     LC_CHECK(p.slots >= 1 && x.shape.size() == 2, "fused_moe: ids must have at least one column, and x two axes");
@@ -65,7 +66,7 @@ inline void set_packed(FusedMoe& p, const std::vector<TensorView>& packed) {
     if (packed.empty()) return;
     LC_CHECK(packed.size() == 2, "fused_moe: packed must be two tensors or none");
     int64_t bytes[2];
-    packed_experts_bytes(p.experts, p.dim, p.width, p.dtype, p.isa, bytes);
+    packed_experts_bytes(p.experts, p.dim, p.width, p.products, p.isa, bytes);
     for (int i = 0; i < 2; ++i) p.packed[i] = packed[size_t(i)].whole("fused_moe: packed", DType::uint8, {bytes[i]});
 }
 
@@ -76,9 +77,9 @@ inline void bind_fused_moe(pybind11::module_& m) {
         [](const TensorView& x, const TensorView& gate_up, const TensorView& down, const TensorView& ids,
            const TensorView& weights, const std::optional<TensorView>& residual, const std::vector<TensorView>& packed,
            const std::optional<TensorView>& out, const std::optional<TensorView>& hidden, int threads,
-           const std::string& isa) {
+           const std::string& isa, std::optional<DType> products) {
             FusedMoe p{};
-            set_moe(p, x, ids, weights, threads, isa);
+            set_moe(p, x, ids, weights, threads, isa, products);
             const int64_t dim = p.dim;
             set_experts(p, gate_up, down, p.dtype);
             LC_CHECK(dim == p.dim, "fused_moe: down must be as wide as x");
@@ -94,26 +95,27 @@ inline void bind_fused_moe(pybind11::module_& m) {
         },
         py::arg("x"), py::arg("gate_up"), py::arg("down"), py::arg("ids"), py::arg("weights"), py::arg("residual"),
         py::arg("packed"), py::arg("out"), py::arg("hidden"), py::kw_only(), py::arg("threads"),
-        py::arg("isa") = "auto");
+        py::arg("isa") = "auto", py::arg("products") = py::none());
 
     m.def(
         "packed_experts_bytes",
-        [](int64_t experts, int64_t dim, int64_t width, DType dtype) {
+        [](int64_t experts, int64_t dim, int64_t width, DType products) {
             int64_t bytes[2];
-            packed_experts_bytes(experts, dim, width, dtype, isa_named("auto"), bytes);
+            packed_experts_bytes(experts, dim, width, products, isa_named("auto"), bytes);
             return std::pair(bytes[0], bytes[1]);
         },
-        py::arg("experts"), py::arg("dim"), py::arg("width"), py::arg("dtype"));
+        py::arg("experts"), py::arg("dim"), py::arg("width"), py::arg("products"));
     m.def(
         "pack_experts",
         [](const TensorView& gate_up, const TensorView& down, const TensorView& first, const TensorView& second,
-           int threads) {
+           int threads, std::optional<DType> products) {
             PackExperts p{};
             p.dtype = down.dtype, p.isa = isa_named("auto");
             LC_CHECK(is_float(p.dtype) && threads >= 1, "pack_experts: weights must be float32, bfloat16 or float16");
+            p.products = product_dtype("pack_experts: products", p.dtype, products);
             set_experts(p, gate_up, down, p.dtype);
             int64_t bytes[2];
-            packed_experts_bytes(p.experts, p.dim, p.width, p.dtype, p.isa, bytes);
+            packed_experts_bytes(p.experts, p.dim, p.width, p.products, p.isa, bytes);
             p.packed[0] = first.whole("pack_experts: packed", DType::uint8, {bytes[0]});
             p.packed[1] = second.whole("pack_experts: packed", DType::uint8, {bytes[1]});
             p.threads = at_most_threads(threads);
@@ -121,7 +123,7 @@ inline void bind_fused_moe(pybind11::module_& m) {
             pack_experts(p);
         },
         py::arg("gate_up"), py::arg("down"), py::arg("packed_gate_up"), py::arg("packed_down"), py::kw_only(),
-        py::arg("threads"));
+        py::arg("threads"), py::arg("products") = py::none());
 }
 
 }  // namespace longcat

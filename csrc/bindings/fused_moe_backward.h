@@ -12,9 +12,10 @@ inline void bind_fused_moe_backward(pybind11::module_& m) {
         "fused_moe_input_grad",
         [](const TensorView& grad, const TensorView& x, const TensorView& gate_up, const TensorView& down,
            const TensorView& ids, const TensorView& weights, const TensorView& hidden, const TensorView& grad_x,
-           const TensorView& grad_weights, const TensorView& grad_hidden, int threads, const std::string& isa) {
+           const TensorView& grad_weights, const TensorView& grad_hidden, int threads, const std::string& isa,
+           std::optional<DType> products) {
             FusedMoeInputGrad p{};
-            set_moe(p, x, ids, weights, threads, isa);
+            set_moe(p, x, ids, weights, threads, isa, products);
             const int64_t dim = p.dim;
             set_experts(p, gate_up, down, p.dtype);
             LC_CHECK(dim == p.dim, "fused_moe_input_grad: down must be as wide as x");
@@ -31,15 +32,16 @@ inline void bind_fused_moe_backward(pybind11::module_& m) {
         },
         py::arg("grad"), py::arg("x"), py::arg("gate_up"), py::arg("down"), py::arg("ids"), py::arg("weights"),
         py::arg("hidden"), py::arg("grad_x"), py::arg("grad_weights"), py::arg("grad_hidden"), py::kw_only(),
-        py::arg("threads"), py::arg("isa") = "auto");
+        py::arg("threads"), py::arg("isa") = "auto", py::arg("products") = py::none());
 
     m.def(
         "fused_moe_weight_grad",
         [](const TensorView& grad, const TensorView& x, const TensorView& ids, const TensorView& weights,
            const TensorView& hidden, const TensorView& grad_hidden, const std::optional<TensorView>& grad_gate_up,
-           const std::optional<TensorView>& grad_down, bool add, int threads, const std::string& isa) {
+           const std::optional<TensorView>& grad_down, bool add, int threads, const std::string& isa,
+           std::optional<DType> products) {
             FusedMoeWeightGrad p{};
-            set_moe(p, x, ids, weights, threads, isa);
+            set_moe(p, x, ids, weights, threads, isa, products);
             LC_CHECK(hidden.shape.size() == 2 && (grad_gate_up || grad_down),
                      "fused_moe_weight_grad: hidden must have two axes, and a gradient must be wanted");
             p.width = hidden.shape[1] / 2, p.add = add;
@@ -62,7 +64,7 @@ inline void bind_fused_moe_backward(pybind11::module_& m) {
         },
         py::arg("grad"), py::arg("x"), py::arg("ids"), py::arg("weights"), py::arg("hidden"), py::arg("grad_hidden"),
         py::arg("grad_gate_up"), py::arg("grad_down"), py::arg("add"), py::kw_only(), py::arg("threads"),
-        py::arg("isa") = "auto");
+        py::arg("isa") = "auto", py::arg("products") = py::none());
 }
 
 }  // namespace longcat

@@ -72,11 +72,12 @@ inline void bind_grouped_mm(pybind11::module_& m) {
     m.def(
         "grouped_mm",
         [](const TensorView& a, const TensorView& b, const std::optional<TensorView>& offs, const TensorView& out,
-           int threads, const std::string& isa) {
+           int threads, const std::string& isa, std::optional<DType> products) {
             GroupedMM p{};
             p.dtype = a.dtype;
             LC_CHECK(is_float(p.dtype) && b.dtype == a.dtype,
                      "grouped_mm: a and b must both be float32, bfloat16 or float16");
+            p.products = product_dtype("grouped_mm: products", p.dtype, products);
             for (const TensorView* t : {&a, &b})
                 LC_CHECK((t->shape.size() == 2 || t->shape.size() == 3) && t->device == "cpu",
                          "grouped_mm: a and b must be 2-D or 3-D tensors on the CPU");
@@ -95,7 +96,7 @@ inline void bind_grouped_mm(pybind11::module_& m) {
             grouped_mm(p);
         },
         py::arg("a"), py::arg("b"), py::arg("offs"), py::arg("out"), py::kw_only(), py::arg("threads"),
-        py::arg("isa") = "auto");
+        py::arg("isa") = "auto", py::arg("products") = py::none());
 }
 
 }  // namespace longcat

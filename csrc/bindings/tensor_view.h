@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -81,6 +82,14 @@ inline DType dtype_of(pybind11::handle dtype) {
     const auto found = known.find(dtype.ptr());
     if (found != known.end()) return found->second;
     return known[dtype.inc_ref().ptr()] = dtype_named(pybind11::str(dtype));
+}
+
+// The type of operands in products: that of the tensors, unless bfloat16 is asked for where they are float32.
+inline DType product_dtype(const char* name, DType dtype, const std::optional<DType>& asked) {
+    const DType products = asked.value_or(dtype);
+    LC_CHECK(products == dtype || (dtype == DType::float32 && products == DType::bfloat16),
+             std::string(name) + " must be the dtype of the tensors, or bfloat16 where they are float32");
+    return products;
 }
 
 // An attribute by a name that Python has hashed before.

@@ -93,7 +93,7 @@ void down_pass(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan&
 }  // namespace
 
 void fused_moe(const FusedMoe& p) {
-    const GemmKernels& kernels = gemm_kernels(p.isa, p.dtype);
+    const GemmKernels& kernels = gemm_kernels(p.isa, p.products);
     const RoutingPlan plan(p.ids, p.tokens, p.slots, p.experts);
     const int64_t rows = plan.rows();
     if (p.hidden != nullptr) {
@@ -110,14 +110,14 @@ void fused_moe(const FusedMoe& p) {
     down_pass(p, kernels, plan, act);
 }
 
-void packed_experts_bytes(int64_t experts, int64_t dim, int64_t width, DType dtype, Isa isa, int64_t bytes[2]) {
-    const GemmKernels& kernels = gemm_kernels(isa, dtype);
+void packed_experts_bytes(int64_t experts, int64_t dim, int64_t width, DType products, Isa isa, int64_t bytes[2]) {
+    const GemmKernels& kernels = gemm_kernels(isa, products);
     bytes[0] = experts * swiglu_panels(kernels, width) * panel_units(kernels, dim) * 4;
     bytes[1] = experts * ceil_div(dim, kernels.panel_columns) * panel_units(kernels, width) * 4;
 }
 
 void pack_experts(const PackExperts& p) {
-    const GemmKernels& kernels = gemm_kernels(p.isa, p.dtype);
+    const GemmKernels& kernels = gemm_kernels(p.isa, p.products);
     const int64_t ups = swiglu_panels(kernels, p.width), downs = ceil_div(p.dim, kernels.panel_columns);
     const int64_t up_units = panel_units(kernels, p.dim), down_units = panel_units(kernels, p.width);
     take_turns(p.threads, p.experts, [&](int, int64_t e) {

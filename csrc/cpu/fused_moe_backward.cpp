@@ -124,7 +124,7 @@ void down_grad(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const Ro
 }  // namespace
 
 void fused_moe_input_grad(const FusedMoeInputGrad& p) {
-    const GemmKernels& kernels = gemm_kernels(p.isa, p.dtype);
+    const GemmKernels& kernels = gemm_kernels(p.isa, p.products);
     const RoutingPlan plan(p.ids, p.tokens, p.slots, p.experts);
     const int64_t rows = plan.rows(), bytes = 2 * p.width * bytes_of(p.dtype);
     LC_CHECK(p.hidden_rows >= rows, "fused_moe_input_grad: hidden must have a row for each slot of a real expert");
@@ -154,7 +154,7 @@ void fused_moe_input_grad(const FusedMoeInputGrad& p) {
 }
 
 void fused_moe_weight_grad(const FusedMoeWeightGrad& p) {
-    const GemmKernels& kernels = gemm_kernels(p.isa, p.dtype);
+    const GemmKernels& kernels = gemm_kernels(p.isa, p.products);
     const RoutingPlan plan(p.ids, p.tokens, p.slots, p.experts);
     LC_CHECK(p.hidden_rows >= plan.rows(),
              "fused_moe_weight_grad: hidden must have a row for each slot of a real expert");

@@ -122,6 +122,31 @@ inline void narrow(const float* from, BFloat16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from)));
 }
 
+// Pairs of elements i of two lines, of which the second may be null, for at most 16 i.
+inline void narrow_pairs(const float* one, const float* second, int64_t count, uint32_t* out) {
+    const auto mask = __mmask16((1u << count) - 1);
+    const auto narrowed = [&](const float* line) {
+        return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, line)));
+    };
+    __m512i pairs = narrowed(one);
+    if (second != nullptr) pairs = _mm512_or_epi32(pairs, _mm512_slli_epi32(narrowed(second), 16));
+    _mm512_mask_storeu_epi32(out, mask, pairs);
+}
+
+// Of float32: pairs of the rounded elements of each line.
+inline __attribute__((always_inline)) void load_transposed(const float* const (&line)[16], int64_t first,
+                                                           Lanes (&units)[16]) {
+    alignas(64) uint32_t room[16][16];
+    const uint32_t* rows[16];
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; ++c) {
+        const float* from = line[c] + first;
+        rows[c] = room[c];
+        _mm512_store_si512(room[c], (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+    }
+    load_transposed(rows, 0, units);
+}
+
 #include "gemm_kernels_body.h"
 
 }  // namespace

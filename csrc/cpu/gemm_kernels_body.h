@@ -46,6 +46,10 @@ static inline void pair_up(const T* __restrict one, const T* __restrict second, 
                            uint32_t* __restrict out) {
     if constexpr (kStep == 1) {
         convert(one, count, reinterpret_cast<float*>(out));
+    } else if constexpr (std::is_same_v<T, float>) {
+        for (int64_t i = 0; i < count; i += kWidth)
+            narrow_pairs(one + i, second == nullptr ? nullptr : second + i, std::min<int64_t>(kWidth, count - i),
+                         out + i);
     } else if (second == nullptr) {
         for (int64_t i = 0; i < count; ++i) out[i] = converted<BFloat16>(one[i]).bits;
     } else {
@@ -103,9 +107,12 @@ struct Columns {
         constexpr int64_t kAheadElements = kAhead / int64_t(sizeof(T));
         const bool in_line = first + kAheadElements < depth;
         const int64_t ahead = in_line ? kAheadElements : goes_on ? kAheadElements + next - depth : 0;
-        if (std::is_same_v<T, Element> && elements == kWidth * kStep && count[h] == kWidth) {
+        if ((std::is_same_v<T, Element> || std::is_same_v<T, float>) && elements == kWidth * kStep &&
+            count[h] == kWidth) {
 #pragma GCC unroll 16
-            for (int c = 0; c < kWidth; ++c) __builtin_prefetch(line[h][c] + first + ahead, 0, 2);
+            for (int c = 0; c < kWidth; ++c)
+                for (int64_t i = 0; i < kWidth * kStep; i += 64 / int64_t(sizeof(T)))
+                    __builtin_prefetch(line[h][c] + first + ahead + i, 0, 2);
             load_transposed(line[h], first, units);
         } else {
             load_part(h, first, elements, units);

@@ -38,7 +38,7 @@ void one_share(const GroupedMM& p, const GemmKernels& kernels, const Share& shar
 }  // namespace
 
 void grouped_mm(const GroupedMM& p) {
-    const GemmKernels& kernels = gemm_kernels(p.isa, p.dtype);
+    const GemmKernels& kernels = gemm_kernels(p.isa, p.products);
     int64_t row_units = 0, depth = 0;
     for (const GroupedMM::Group& group : p.groups) {
         row_units = std::max(row_units, left_of(p, group).block_units(kernels));

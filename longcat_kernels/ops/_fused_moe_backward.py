@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def why_not_cpu(x: Tensor, *_: Any) -> str | None:
     """Why the kernels of `fused_moe` cannot take these tensors, or None."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"takes tensors on the CPU, got {x.device}"
     if x.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {x.dtype}"
@@ -37,7 +37,7 @@ def adjacent(*tensors: Tensor) -> list[Tensor]:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _allocate_input_grad(
@@ -137,6 +137,7 @@ def _cpu_input_grad(
         in_float,
         grad_hidden_RF,
         threads=torch.get_num_threads(),
+        products=native.product_dtype(x_TD.dtype),
     )
     if in_float is not grad_weights_Tk:
         grad_weights_Tk.copy_(in_float)
@@ -163,6 +164,7 @@ def _cpu_weight_grad(
         grad_down_EDF,
         add,
         threads=torch.get_num_threads(),
+        products=native.product_dtype(x_TD.dtype),
     )
 
 

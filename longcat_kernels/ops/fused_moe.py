@@ -40,7 +40,9 @@ def fused_moe(
     """Sums, for each token, its experts' outputs by weight.
 
     Expert e is down[e] @ (silu(gate) * up) with gate | up = gate_up[e] @ x. Sums are float32, slot after slot; on the
-    CPU what a token gets depends on no other token and not on the number of threads, to the last bit.
+    CPU what a token gets depends on no other token and not on the number of threads, to the last bit. There, where the
+    processor multiplies bfloat16, `torch.set_float32_matmul_precision("medium")` lets the products of float32 experts,
+    forward and backward, round their operands to bfloat16: faster, with relative errors of 4e-3 instead of 1e-6.
 
     Args:
         x: [T, D], floating point.
@@ -84,7 +86,7 @@ def _wants_grad(*inputs: Tensor | None) -> bool:
 
 def _saved_rows(ids_Tk: Tensor, down_EDF: Tensor) -> int:
     """How many rows backward needs: all slots where their number would cost a wait, or cannot be known."""
-    if torch.compiler.is_compiling() or ids_Tk.device.type != "cpu" or down_EDF.ndim != 3:
+    if torch.compiler.is_compiling() or not ids_Tk.is_cpu or down_EDF.ndim != 3:
         return ids_Tk.numel()
     return int(((ids_Tk >= 0) & (ids_Tk < down_EDF.shape[0])).sum())
 
@@ -100,30 +102,28 @@ def _packed(prepared: PreparedExperts | None, gate_up: Tensor, down: Tensor) -> 
 
 
 def _check(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> None:
-    check(x_TD.ndim == 2, lambda: f"fused_moe: x must be [T, D], got {list(x_TD.shape)}")
+    x, gate_up, down, ids, weights = (t.shape for t in (x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk))
+    check(len(x) == 2, lambda: f"fused_moe: x must be [T, D], got {list(x)}")
     check(x_TD.dtype.is_floating_point, lambda: f"fused_moe: x must be floating point, got {x_TD.dtype}")
-    (rows, dim), found = x_TD.shape, list(gate_up_EFD.shape)
     check(
-        len(found) == 3 and found[0] >= 1 and found[1] % 2 == 0 and found[2] == dim,
-        lambda: f"fused_moe: gate_up must be [E, 2 F, {dim}] with E >= 1, got {found}",
+        len(gate_up) == 3 and gate_up[0] >= 1 and gate_up[1] % 2 == 0 and gate_up[2] == x[1],
+        lambda: f"fused_moe: gate_up must be [E, 2 F, {x[1]}] with E >= 1, got {list(gate_up)}",
     )
-    wanted = [found[0], dim, found[1] // 2]
-    check(list(down_EDF.shape) == wanted, lambda: f"fused_moe: down must be {wanted}, got {list(down_EDF.shape)}")
+    wanted = (gate_up[0], x[1], gate_up[1] // 2)
+    check(down == wanted, lambda: f"fused_moe: down must be {list(wanted)}, got {list(down)}")
     check(
-        ids_Tk.ndim == 2 and ids_Tk.shape[0] == rows and ids_Tk.shape[1] >= 1 and ids_Tk.dtype == torch.int64,
-        lambda: f"fused_moe: ids must be int64 [{rows}, k] with k >= 1, got {ids_Tk.dtype} {list(ids_Tk.shape)}",
+        len(ids) == 2 and ids[0] == x[0] and ids[1] >= 1 and ids_Tk.dtype == torch.int64,
+        lambda: f"fused_moe: ids must be int64 [{x[0]}, k] with k >= 1, got {ids_Tk.dtype} {list(ids)}",
     )
     check(
-        weights_Tk.shape == ids_Tk.shape and weights_Tk.dtype.is_floating_point,
-        lambda: (
-            f"fused_moe: weights must be floating point {list(ids_Tk.shape)}, "
-            f"got {weights_Tk.dtype} {list(weights_Tk.shape)}"
-        ),
+        weights == ids and weights_Tk.dtype.is_floating_point,
+        lambda: f"fused_moe: weights must be floating point {list(ids)}, got {weights_Tk.dtype} {list(weights)}",
     )
+    dtype, device = x_TD.dtype, x_TD.device
     for name, tensor in (("gate_up", gate_up_EFD), ("down", down_EDF)):
-        _check_same("dtype", name, tensor.dtype, x_TD.dtype)
+        _check_same("dtype", name, tensor.dtype, dtype)
     for name, tensor in (("gate_up", gate_up_EFD), ("down", down_EDF), ("ids", ids_Tk), ("weights", weights_Tk)):
-        _check_same("device", name, tensor.device, x_TD.device)
+        _check_same("device", name, tensor.device, device)
 
 
 def _check_optional(
@@ -145,7 +145,8 @@ def _check_like(name: str, tensor: Tensor | None, like: Tensor, dtype: torch.dty
 
 
 def _check_same(what: str, name: str, found: Any, wanted: Any) -> None:
-    check(found == wanted, lambda: f"fused_moe: {name} must have the {what} of x, {wanted}, got {found}")
+    if found != wanted:
+        raise ValueError(f"fused_moe: {name} must have the {what} of x, {wanted}, got {found}")
 
 
 def _allocate(
@@ -165,7 +166,7 @@ def _allocate(
     _check(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk)
     _check_optional(x_TD, gate_up_EFD, down_EDF, residual_TD, main_gate_up, main_down)
     hidden_RF = torch.empty(0 if recompute else rows, gate_up_EFD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
-    return torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device), hidden_RF
+    return torch.empty_like(x_TD, memory_format=torch.contiguous_format), hidden_RF
 
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -265,6 +266,7 @@ def _cpu(
         out_TD,
         hidden_RF if len(hidden_RF) else None,
         threads=torch.get_num_threads(),
+        products=native.product_dtype(x_TD.dtype),
     )
 
 
@@ -281,6 +283,7 @@ def _cpu_hidden(
         None,
         hidden_RF,
         threads=torch.get_num_threads(),
+        products=native.product_dtype(x_TD.dtype),
     )
 
 

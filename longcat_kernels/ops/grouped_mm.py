@@ -31,6 +31,10 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *, backend: str
     | [M, R]    | [R, N]    | [E, M, N] | the one that is summed over            |
     | [E, M, K] | [E, K, N] | [E, M, N] | none                                   |
 
+    Sums are float32, or float64 of float64. On the CPU, where the processor multiplies bfloat16,
+    `torch.set_float32_matmul_precision("medium")` lets products of float32, and their gradients, round a and b to
+    bfloat16: faster, with relative errors of 2.4e-3 instead of 3e-7.
+
     Args:
         a, b: one floating dtype, any strides.
         offs: int32 or int64 [E], where each group ends; groups may be empty, what lies past the last end gives zeros
@@ -132,7 +136,14 @@ def _adjacent(matrix: Tensor) -> Tensor:
 
 def _cpu(a: Tensor, b: Tensor, offs: Tensor | None, out: Tensor) -> None:
     ends = None if offs is None else offs.long().contiguous()
-    native.module().grouped_mm(_adjacent(a), _adjacent(b), ends, out, threads=torch.get_num_threads())
+    native.module().grouped_mm(
+        _adjacent(a),
+        _adjacent(b),
+        ends,
+        out,
+        threads=torch.get_num_threads(),
+        products=native.product_dtype(a.dtype),
+    )
 
 
 IMPLS: dict[str, Impl] = {

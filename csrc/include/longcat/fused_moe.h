@@ -29,6 +29,7 @@ struct MoeMatrices {
 struct FusedMoe {
     int64_t tokens, slots, experts, dim, width;
     DType dtype;
+    DType products;         // `dtype`, or of float32 bfloat16: to what operands are rounded where it has kernels
     MoeRows x;              // [tokens, dim]
     MoeMatrices gate_up;    // [experts, 2 width, dim]: the rows of gate, then those of up
     MoeMatrices down;       // [experts, dim, width]
@@ -49,7 +50,7 @@ void fused_moe(const FusedMoe& p);
 // Weights laid out as the products read them.
 struct PackExperts {
     int64_t experts, dim, width;
-    DType dtype;
+    DType dtype, products;
     MoeMatrices gate_up, down;
     int threads;
     Isa isa;
@@ -59,6 +60,6 @@ struct PackExperts {
 void pack_experts(const PackExperts& p);
 
 // Sizes of the two in bytes.
-void packed_experts_bytes(int64_t experts, int64_t dim, int64_t width, DType dtype, Isa isa, int64_t bytes[2]);
+void packed_experts_bytes(int64_t experts, int64_t dim, int64_t width, DType products, Isa isa, int64_t bytes[2]);
 
 }  // namespace longcat

@@ -14,7 +14,7 @@ namespace longcat {
 
 struct FusedMoeInputGrad {
     int64_t tokens, slots, experts, dim, width;
-    DType dtype;
+    DType dtype, products;      // as forward has them
     MoeRows grad, x;            // [tokens, dim]
     MoeMatrices gate_up, down;  // as forward has them
     const int64_t* ids;
@@ -33,7 +33,7 @@ void fused_moe_input_grad(const FusedMoeInputGrad& p);
 
 struct FusedMoeWeightGrad {
     int64_t tokens, slots, experts, dim, width;
-    DType dtype;
+    DType dtype, products;  // as forward has them
     MoeRows grad, x;
     const int64_t* ids;
     const float* weights;

@@ -20,8 +20,9 @@ struct GroupedMM {
     };
 
     DType dtype;
-    Matrix a, b;  // [rows, depth] and [depth, columns] of each group
-    Matrix out;   // column stride 1
+    DType products;  // `dtype`, or of float32 bfloat16: to what a and b are rounded where it has kernels
+    Matrix a, b;     // [rows, depth] and [depth, columns] of each group
+    Matrix out;      // column stride 1
     std::vector<Group> groups;
     Group tail;  // of `out`: rows and columns past the last group, which become zero
     int threads;
