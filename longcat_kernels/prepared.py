@@ -118,10 +118,9 @@ class PreparedExperts:
     """The weights of experts and their packed form, of the same size, for `fused_moe(..., prepared=)`: for inference.
 
     Writes to the weights are noticed by their versions, and moves by where their memory is, as is torch's precision of
-    products; the packed form is then made anew at the next use, as at every use of weights of inference mode, which have
-    no versions. Where torch does
-    not count a write, call `mark_stale` after it: those through `.data` or numpy, and steps of an optimizer with
-    `fused=True`.
+    products; the packed form is then made anew at the next use, as at every use of weights of inference mode, which
+    have no versions. Where torch does not count a write, call `mark_stale` after it: those through `.data` or numpy,
+    and steps of an optimizer with `fused=True`.
 
     Args:
         gate_up: [E, 2 F, D], down: [E, D, F] of one dtype; kept, not copied.
