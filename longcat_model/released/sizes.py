@@ -41,6 +41,44 @@ class Sizes:
     flow: Flow = Flow()
 
 
+def shrunk() -> Sizes:
+    """A checkpoint of a few megabytes that has every kind of tensor: for tests, and to try code without the weights."""
+    released = presets.longcat_next()
+    attention = config.Attention(heads=2, q_rank=16, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8)
+    experts = config.Experts(real=4, zero=2, top_k=2, width=16)
+    visual, audio = (8,) * 8, (8, 6, 4, 4)
+    encoder = config.VisionEncoder(
+        width=32, depth=2, heads=2, mlp_width=48, patch=4, window=16, full_attention=(1,), bridge_width=24
+    )
+    whisper = config.AudioEncoder(mels=16, width=32, depth=1, heads=2, mlp_width=48, max_positions=100)
+    model = config.Model(
+        vocabulary=config.Vocabulary(text_size=260, audio_sizes=audio, visual_sizes=visual, padding=5),
+        backbone=config.Backbone(
+            hidden=48, layers=2, ffn_width=64, attention=attention, experts=experts, ngram=config.NGram(rows=3 * 260)
+        ),
+        pre_buffer_width=40,
+        visual_head=config.DepthHead(dim=32, heads=1, layers=2),
+        audio_head=config.DepthHead(dim=48, heads=1, layers=2),
+        vision=config.VisionTokenizer(
+            encoder=encoder,
+            quantizer=config.Quantizer(sizes=visual, dim=24, shared=True),
+            decoder=released.vision.decoder,
+            refiner=released.vision.refiner,
+        ),
+        audio=config.AudioTokenizer(
+            encoder=whisper,
+            quantizer=config.Quantizer(sizes=audio, dim=4 * 32),
+            decoder=config.AudioDecoder(width=32, depth=1, heads=2, mlp_width=48),
+            refiner=released.audio.refiner,
+        ),
+    )
+    flow = Flow(
+        mels=6, post_width=8, decoder_positions=20, prenet_mlp=24, prenet_width=16, prenet_depth=1,
+        prenet_positions=30, channels=8, mid_blocks=2, blocks=1, inner=16,
+    )  # fmt: skip
+    return Sizes(model=model, flow=flow)
+
+
 _PLAIN = {
     "hidden_size": "backbone.hidden",
     "num_layers": "backbone.layers",
