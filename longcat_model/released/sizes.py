@@ -7,9 +7,7 @@ names are not public, and every tensor's shape is checked in any case.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 from longcat_model import config, presets
@@ -155,7 +153,7 @@ def to_json(sizes: Sizes) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
     }
     found["visual_config"]["vq_config"] |= {"depth": len(ids.visual_sizes), "n_embed": ids.visual_sizes[0]}
-    found["audio_config"]["flow_matching_config"] = config.to_dict(sizes.flow)  # type: ignore[arg-type]
+    found["audio_config"]["flow_matching_config"] = config.to_dict(sizes.flow)
     return found
 
 
@@ -169,7 +167,10 @@ def from_json(values: Any) -> Sizes:
         found = values.get("model_type") if isinstance(values, dict) else values
         raise ValueError(f"released: config.json must have model_type 'longcat_next', got {found!r}")
     default = to_json(Sizes(model=presets.longcat_next()))
-    given: Callable[[str], Any] = lambda key: _get(values, key, _get(default, key))  # noqa: E731
+
+    def given(key: str) -> Any:
+        return _get(values, key, _get(default, key))
+
     target = config.to_dict(presets.longcat_next())
     for key, path in _PLAIN.items():
         _put(target, path, given(key))
@@ -192,8 +193,9 @@ def from_json(values: Any) -> Sizes:
 
 
 def _get(values: dict[str, Any], path: str, default: Any = None) -> Any:
-    step = lambda at, name: at.get(name) if isinstance(at, dict) else None  # noqa: E731
-    found = reduce(step, path.split("."), values)
+    found: Any = values
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
     return default if found is None else found
 
 
