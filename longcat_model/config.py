@@ -21,6 +21,7 @@ class Vocabulary:
     text_size: int  # text ids, without the special tokens that follow them
     audio_sizes: tuple[int, ...]  # codebook entries of each audio level
     visual_sizes: tuple[int, ...]  # codebook entries of each visual level
+    padding: int = 0  # rows of the joint embedding after the last level, never used
 
 
 @dataclass(frozen=True, kw_only=True)

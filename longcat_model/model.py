@@ -43,15 +43,19 @@ class PreBuffer(nn.Module):
 
 
 class LongcatNext(nn.Module):
-    """The language model of all modalities; most of its parts have the released parameter names within."""
+    """The language model of all modalities; most of its parts have the released parameter names within.
 
-    def __init__(self, sizes: config.Model) -> None:
+    Args:
+        tables_on_host: the n-gram tables stay where they are when the model moves; see `NGramEmbedding`.
+    """
+
+    def __init__(self, sizes: config.Model, *, tables_on_host: bool = False) -> None:
         super().__init__()
         hidden = sizes.backbone.hidden
         self.sizes = sizes
         self.ids = Vocabulary.of(sizes.vocabulary)
         self.embed_tokens = nn.Embedding(self.ids.rows, hidden)
-        self.ngram = _ngram_embedding(hidden, sizes.backbone.ngram, self.ids)
+        self.ngram = _ngram_embedding(hidden, sizes.backbone.ngram, self.ids, tables_on_host)
         self.pre_buffer = PreBuffer(hidden, sizes.pre_buffer_width)
         self.backbone = Backbone(sizes.backbone)
         self.lm_head = TextHead(hidden, self.ids.text_rows)
@@ -152,7 +156,9 @@ class LongcatNext(nn.Module):
         return [table_VD[first : first + size + 1] for first, size in zip(offsets, sizes, strict=True)]
 
 
-def _ngram_embedding(hidden: int, sizes: config.NGram | None, ids: Vocabulary) -> NGramEmbedding | None:
+def _ngram_embedding(
+    hidden: int, sizes: config.NGram | None, ids: Vocabulary, tables_on_host: bool
+) -> NGramEmbedding | None:
     if sizes is None:
         return None
     return NGramEmbedding(
@@ -164,4 +170,5 @@ def _ngram_embedding(hidden: int, sizes: config.NGram | None, ids: Vocabulary) -
         ignored=ids.ignored_by_ngrams,
         eos=sizes.eos_id,
         sparse=False,  # the optimizer is AdamW over all parameters
+        tables_on_host=tables_on_host,
     )

@@ -14,7 +14,7 @@ def longcat_next() -> c.Model:
     visual_sizes = (16_384,) * 8
     audio_sizes = (8192, 4096, 2048, 1024, 1024, 1024, 1024, 1024)
     return c.Model(
-        vocabulary=c.Vocabulary(text_size=131_072, audio_sizes=audio_sizes, visual_sizes=visual_sizes),
+        vocabulary=c.Vocabulary(text_size=131_072, audio_sizes=audio_sizes, visual_sizes=visual_sizes, padding=970),
         backbone=c.Backbone(),
         pre_buffer_width=8192,
         visual_head=c.DepthHead(dim=2048, heads=16),

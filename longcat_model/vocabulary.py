@@ -29,10 +29,11 @@ class Vocabulary:
     text_size: int
     audio_sizes: tuple[int, ...]
     visual_sizes: tuple[int, ...]
+    padding: int = 0
 
     @classmethod
     def of(cls, sizes: config.Vocabulary) -> Vocabulary:
-        return cls(sizes.text_size, sizes.audio_sizes, sizes.visual_sizes)
+        return cls(sizes.text_size, sizes.audio_sizes, sizes.visual_sizes, sizes.padding)
 
     @property
     def text_rows(self) -> int:
@@ -49,8 +50,8 @@ class Vocabulary:
 
     @property
     def rows(self) -> int:
-        """Rows of the joint embedding, the last level's extra row included; the released table has 970 more, unused."""
-        return self.text_rows + sum(self.audio_sizes) + sum(self.visual_sizes) + 1
+        """Rows of the joint embedding, the last level's extra row and the unused ones at the end included."""
+        return self.text_rows + sum(self.audio_sizes) + sum(self.visual_sizes) + 1 + self.padding
 
     def _special(self, index: int) -> int:
         return self.text_size + index

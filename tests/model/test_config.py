@@ -44,7 +44,8 @@ def test_released_vocabulary() -> None:
     ids = Vocabulary.of(presets.longcat_next().vocabulary)
     assert ids.audio_offsets == (131125, 139317, 143413, 145461, 146485, 147509, 148533, 149557)
     assert ids.visual_offsets == tuple(150581 + 16384 * level for level in range(8))
-    assert ids.rows == 281_653 + 1  # the last level's extra row
+    assert ids.rows == 281_653 + 1 + 970  # the last level's extra row, padding
+    assert ids.rows == 282_624
     special = [ids.image_size_start, ids.image_size_end, ids.audio_start, ids.audio_end, ids.audio_pad]
     assert special == [131090, 131091, 131103, 131104, 131105]
     assert [ids.image_start, ids.image_end, ids.image_pad, ids.image_newline] == [131106, 131107, 131108, 131109]

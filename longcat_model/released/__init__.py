@@ -1,0 +1,1 @@
+"""The released LongCat-Next checkpoint: read, check, write, place."""

@@ -1,0 +1,206 @@
+"""The released config.json and the config it stands for.
+
+A key that is absent has its released value. Key names are those of the released configuration class and of the excerpts
+of config.json that are public; those of `flow_matching_config` and of the visual head are this project's, for their
+names are not public, and every tensor's shape is checked in any case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from longcat_model import config, presets
+from longcat_model.vocabulary import SPECIAL_TOKENS, Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """Sizes of the released audio detokenizer beyond `config.AudioDecoder`: codec tail, prenet, flow-matching U-Net."""
+
+    mels: int = 80
+    post_width: int = 256  # of the four convolutions after the codec's mel
+    decoder_positions: int = 3000
+    prenet_mlp: int = 2048
+    prenet_width: int = 512
+    prenet_depth: int = 12
+    prenet_positions: int = 5000  # fitted to the released total, not stated anywhere
+    channels: int = 256
+    mid_blocks: int = 12
+    blocks: int = 4  # transformer blocks of a group
+    inner: int = 512  # all heads of such a block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Everything that decides the checkpoint's tensors; parts of `model` that live in other files do not count."""
+
+    model: config.Model
+    flow: Flow = Flow()
+
+
+def shrunk() -> Sizes:
+    """A checkpoint of a few megabytes that has every kind of tensor: for tests, and to try code without the weights."""
+    released = presets.longcat_next()
+    attention = config.Attention(heads=2, q_rank=16, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8)
+    experts = config.Experts(real=4, zero=2, top_k=2, width=16)
+    visual, audio = (8,) * 8, (8, 6, 4, 4)
+    encoder = config.VisionEncoder(
+        width=32, depth=2, heads=2, mlp_width=48, patch=4, window=16, full_attention=(1,), bridge_width=24
+    )
+    whisper = config.AudioEncoder(mels=16, width=32, depth=1, heads=2, mlp_width=48, max_positions=100)
+    model = config.Model(
+        vocabulary=config.Vocabulary(text_size=260, audio_sizes=audio, visual_sizes=visual, padding=5),
+        backbone=config.Backbone(
+            hidden=48, layers=2, ffn_width=64, attention=attention, experts=experts, ngram=config.NGram(rows=3 * 260)
+        ),
+        pre_buffer_width=40,
+        visual_head=config.DepthHead(dim=32, heads=1, layers=2),
+        audio_head=config.DepthHead(dim=48, heads=1, layers=2),
+        vision=config.VisionTokenizer(
+            encoder=encoder,
+            quantizer=config.Quantizer(sizes=visual, dim=24, shared=True),
+            decoder=released.vision.decoder,
+            refiner=released.vision.refiner,
+        ),
+        audio=config.AudioTokenizer(
+            encoder=whisper,
+            quantizer=config.Quantizer(sizes=audio, dim=4 * 32),
+            decoder=config.AudioDecoder(width=32, depth=1, heads=2, mlp_width=48),
+            refiner=released.audio.refiner,
+        ),
+    )
+    flow = Flow(
+        mels=6, post_width=8, decoder_positions=20, prenet_mlp=24, prenet_width=16, prenet_depth=1,
+        prenet_positions=30, channels=8, mid_blocks=2, blocks=1, inner=16,
+    )  # fmt: skip
+    return Sizes(model=model, flow=flow)
+
+
+_PLAIN = {
+    "hidden_size": "backbone.hidden",
+    "num_layers": "backbone.layers",
+    "ffn_hidden_size": "backbone.ffn_width",
+    "rms_norm_eps": "backbone.norm_eps",
+    "num_attention_heads": "backbone.attention.heads",
+    "q_lora_rank": "backbone.attention.q_rank",
+    "kv_lora_rank": "backbone.attention.kv_rank",
+    "qk_nope_head_dim": "backbone.attention.nope_dim",
+    "qk_rope_head_dim": "backbone.attention.rope_dim",
+    "v_head_dim": "backbone.attention.value_dim",
+    "rope_theta": "backbone.attention.rope_theta",
+    "n_routed_experts": "backbone.experts.real",
+    "zero_expert_num": "backbone.experts.zero",
+    "moe_topk": "backbone.experts.top_k",
+    "expert_ffn_hidden_size": "backbone.experts.width",
+    "routed_scaling_factor": "backbone.experts.scale",
+    "emb_neighbor_num": "backbone.ngram.neighbors",
+    "emb_split_num": "backbone.ngram.splits",
+    "eos_token_id": "backbone.ngram.eos_id",
+    "text_vocab_size": "vocabulary.text_size",
+    "visual_embedding_layer_intermediate_size": "pre_buffer_width",
+    "visual_config.image_head_transformer_dims": "visual_head.dim",
+    "visual_config.image_head_transformer_layers": "visual_head.layers",
+    "visual_config.image_head_transformer_ffn_scale": "visual_head.ffn_scale",
+    "visual_config.patch_size": "vision.encoder.patch",
+    "visual_config.spatial_merge_size": "vision.encoder.merge",
+    "visual_config.temporal_patch_size": "vision.encoder.temporal_patch",
+    "visual_config.hidden_size": "vision.encoder.width",
+    "visual_config.depth": "vision.encoder.depth",
+    "visual_config.num_heads": "vision.encoder.heads",
+    "visual_config.intermediate_size": "vision.encoder.mlp_width",
+    "visual_config.window_size": "vision.encoder.window",
+    "visual_config.fullatt_block_indexes": "vision.encoder.full_attention",
+    "visual_config.out_hidden_size": "vision.encoder.bridge_width",
+    "visual_config.vq_config.codebook_dim": "vision.quantizer.dim",
+    "audio_config.audio_head_transformer_dims": "audio_head.dim",
+    "audio_config.audio_head_transformer_layers": "audio_head.layers",
+    "audio_config.audio_head_transformer_ffn_scale": "audio_head.ffn_scale",
+    "audio_config.d_model": "audio.encoder.width",
+    "audio_config.encoder_layers": "audio.encoder.depth",
+    "audio_config.encoder_attention_heads": "audio.encoder.heads",
+    "audio_config.encoder_ffn_dim": "audio.encoder.mlp_width",
+    "audio_config.num_mel_bins": "audio.encoder.mels",
+    "audio_config.sampling_rate": "audio.encoder.sample_rate",
+    "audio_config.n_fft": "audio.encoder.fft",
+    "audio_config.hop_length": "audio.encoder.hop",
+    "audio_config.max_source_positions": "audio.encoder.max_positions",
+    "audio_config.decoder_layers": "audio.decoder.depth",
+    "audio_config.decoder_attention_heads": "audio.decoder.heads",
+    "audio_config.decoder_ffn_dim": "audio.decoder.mlp_width",
+    "audio_config.avg_pooler": "audio.pool",
+    "audio_config.vq_config.codebook_sizes": "audio.quantizer.sizes",
+}
+_HEAD_DIM = 128  # of both depth heads
+
+
+def to_json(sizes: Sizes) -> dict[str, Any]:
+    """The released config.json of these sizes."""
+    model = sizes.model
+    source, ids = config.to_dict(model), Vocabulary.of(model.vocabulary)
+    assert model.backbone.ngram is not None
+    found: dict[str, Any] = {"architectures": ["LongcatNextForCausalLM"], "model_type": "longcat_next"}
+    for key, path in _PLAIN.items():
+        _put(found, key, _get(source, path))
+    found |= {
+        "vocab_size": ids.rows,
+        "text_vocab_plus_multimodal_special_token_size": ids.text_rows,
+        "visual_offset": ids.visual_offsets[0],
+        "audio_offset": ids.audio_offsets[0],
+        "ngram_vocab_size_ratio": model.backbone.ngram.rows // ids.text_size,
+        "zero_expert_type": "identity",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    found["visual_config"]["vq_config"] |= {"depth": len(ids.visual_sizes), "n_embed": ids.visual_sizes[0]}
+    found["audio_config"]["flow_matching_config"] = config.to_dict(sizes.flow)
+    return found
+
+
+def from_json(values: Any) -> Sizes:
+    """The inverse of `to_json`.
+
+    Raises:
+        ValueError: this is no config of a LongCat-Next, or a value has another type than its key needs.
+    """
+    if not isinstance(values, dict) or values.get("model_type") != "longcat_next":
+        found = values.get("model_type") if isinstance(values, dict) else values
+        raise ValueError(f"released: config.json must have model_type 'longcat_next', got {found!r}")
+    default = to_json(Sizes(model=presets.longcat_next()))
+
+    def given(key: str) -> Any:
+        return _get(values, key, _get(default, key))
+
+    target = config.to_dict(presets.longcat_next())
+    for key, path in _PLAIN.items():
+        _put(target, path, given(key))
+    flow = _get(default, "audio_config.flow_matching_config")
+    flow |= {name: value for name, value in given("audio_config.flow_matching_config").items() if name in flow}
+    visual = (given("visual_config.vq_config.n_embed"),) * given("visual_config.vq_config.depth")
+    target["vision"]["quantizer"]["sizes"] = visual
+    target["vocabulary"] |= {"visual_sizes": visual, "audio_sizes": target["audio"]["quantizer"]["sizes"]}
+    target["backbone"]["ngram"]["rows"] = given("ngram_vocab_size_ratio") * given("text_vocab_size")
+    used = given("text_vocab_size") + SPECIAL_TOKENS + sum(target["vocabulary"]["audio_sizes"]) + sum(visual) + 1
+    target["vocabulary"]["padding"] = given("vocab_size") - used
+    if target["vocabulary"]["padding"] < 0:
+        raise ValueError(f"released: vocab_size must be at least {used}, got {given('vocab_size')}")
+    target["audio"]["decoder"]["width"] = target["audio"]["encoder"]["width"]
+    target["audio"]["quantizer"]["dim"] = target["audio"]["encoder"]["width"] * target["audio"]["pool"]
+    for head in ("visual_head", "audio_head"):
+        target[head]["heads"] = max(1, target[head]["dim"] // _HEAD_DIM)
+    model = config.from_dict(config.Model, target, "released: config.json")
+    return Sizes(model=model, flow=config.from_dict(Flow, flow, "released: config.json"))
+
+
+def _get(values: dict[str, Any], path: str, default: Any = None) -> Any:
+    found: Any = values
+    for name in path.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return default if found is None else found
+
+
+def _put(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
+        values = values.setdefault(name, {})
+    values[last] = value
