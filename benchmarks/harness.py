@@ -27,7 +27,7 @@ ROUNDS, QUICK_ROUNDS, MOST_ROUNDS = 7, 3, 400
 LONG_ROUNDS, LONG_S = 5, 60.0  # rounds that are enough once they have taken so long
 SECONDS, QUICK_SECONDS = 8.0, 0.2
 SAMPLE_S = 1e-3  # a call shorter than this is repeated within its sample
-FLUSHED_BYTES = 1 << 28  # written between samples on a GPU, so that none finds its inputs in the L2 cache
+FLUSHED_BYTES = 1 << 28  # written between samples on a GPU or of a cold case, so that none finds its inputs in a cache
 
 Call = Callable[[], Any]
 
@@ -71,6 +71,7 @@ class Case:
     product: tuple[int, int, int] | None = None  # (N, D, K) of the matrix product that bounds it on a GPU
     memory: bool = False  # measure the memory of its contenders too
     wall: bool = False  # clock on the wall, also with one thread
+    cold: bool = False  # caches are emptied before each call
 
 
 class Skip(Exception):
@@ -141,8 +142,11 @@ def paired_ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(t / b for t, b in zip(times, base, strict=True))
 
 
-def sampler(call: Call, *, device: str, threads: int, precision: str, wall: bool) -> Callable[[], float]:
-    """A function that gives the mean seconds of a call; an untimed call sets how often a sample repeats it.
+def sampler(
+    call: Call, *, device: str, threads: int, precision: str, wall: bool, cold: bool = False
+) -> Callable[[], float]:
+    """A function that gives the mean seconds of a call; an untimed call sets how often a sample repeats it: a cold one
+    not at all.
 
     One thread is timed by the processor time of the process, several by the clock on the wall, a GPU by its events.
     """
@@ -152,9 +156,11 @@ def sampler(call: Call, *, device: str, threads: int, precision: str, wall: bool
     def sample(repeats: int) -> float:
         torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
+        if cold:
+            torch.empty(FLUSHED_BYTES, dtype=torch.uint8).fill_(1)
         return clock(call, repeats)
 
-    repeats = math.ceil(SAMPLE_S / max(sample(1), 1e-7)) if device == "cpu" else 1
+    repeats = math.ceil(SAMPLE_S / max(sample(1), 1e-7)) if device == "cpu" and not cold else 1
     return lambda: sample(repeats)
 
 
@@ -228,7 +234,9 @@ def _judged(
                 raise WrongResult(f"{case.name}: {contender.name}: {how}") from how
             tqdm.write(f"  {contender.name}: {how}")
             continue
-        samples[key] = sampler(call, device=options.device, threads=threads, precision=key[1], wall=case.wall)
+        samples[key] = sampler(
+            call, device=options.device, threads=threads, precision=key[1], wall=case.wall, cold=case.cold
+        )
     return judged, samples
 
 

@@ -191,6 +191,9 @@ def _bars(panel: Any, case: str, rows: list[Document]) -> None:
     bars = panel.barh([label(row) for row in rows], ratios, color=colors)
     panel.bar_label(bars, [f"{row['ratio_to_ours']:.2f}x  {_time(row['median_s'])}" for row in rows], padding=3)
     panel.axvline(1, color="black", linewidth=0.8)
+    for row in rows:
+        if row["contender"].startswith("floor"):  # what nobody can be faster than
+            panel.axvline(row["ratio_to_ours"], color="tab:blue", linewidth=0.8, linestyle="--")
     panel.set_xlim(0, 1.2 * max(ratios))
     panel.set_title(f"{case}: time by ours", loc="left", fontsize=10)
 

@@ -1,5 +1,6 @@
 // longcat_kernels._C: one bind_<op> a line. Torch is seen only through bindings/tensor_view.h.
 #include "bindings/cuda.h"
+#include "bindings/depth_decode.h"
 #include "bindings/ema_update.h"
 #include "bindings/ema_update_cuda.h"
 #include "bindings/fused_moe.h"
@@ -15,6 +16,7 @@
 #include "bindings/rvq_encode.h"
 #include "bindings/rvq_encode_backward.h"
 #include "bindings/rvq_encode_cuda.h"
+#include "bindings/schedule_search.h"
 #include "longcat/isa.h"
 
 namespace {
@@ -58,4 +60,6 @@ PYBIND11_MODULE(_C, m) {
     longcat::bind_moe_route(m);
     longcat::bind_fused_moe(m);
     longcat::bind_fused_moe_backward(m);
+    longcat::bind_depth_decode(m);
+    longcat::bind_schedule_search(m);
 }

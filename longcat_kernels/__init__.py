@@ -6,6 +6,7 @@ behind one signature; `backend="auto"` takes the fastest that can.
 
 from __future__ import annotations
 
+from longcat_kernels.deferred import WeightGrads, defer_weight_grads
 from longcat_kernels.ops.depth_decode import depth_decode
 from longcat_kernels.ops.ema_update import ema_update
 from longcat_kernels.ops.fused_moe import fused_moe
@@ -32,6 +33,8 @@ __all__ = [
     "PreparedExperts",
     "RVQEncoding",
     "RoutingPlan",
+    "WeightGrads",
+    "defer_weight_grads",
     "depth_decode",
     "ema_update",
     "fused_moe",

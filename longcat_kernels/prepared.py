@@ -6,6 +6,7 @@ Dimension key
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -230,7 +231,12 @@ class PreparedDepth:
         self._versions = None
 
     def _pack(self) -> None:
-        """Fills `packed` in the layout of the weights' device; no kernel has one yet."""
+        """Fills `packed` in the layout of the weights' device."""
+        tensors = self.weights.tensors()
+        like = next(tensor for tensor in tensors if tensor.numel())
+        on_cpu = like.device.type == "cpu" and like.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        if on_cpu and native.why_not() is None:
+            self.packed = [packed_depth(tensors, self.weights.config.numbers(), self.precision)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the weights alone."""
@@ -238,6 +244,18 @@ class PreparedDepth:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def packed_depth(
+    weights: Sequence[Tensor], config: Sequence[int], precision: str | None = None, *, isa: str = "auto"
+) -> Tensor:
+    """uint8: the weights of a depth transformer as the kernel on the CPU streams them."""
+    tensors = [w.detach() if not w.ndim or w.stride(-1) == 1 else w.detach().contiguous() for w in weights]
+    dtype = next(w.dtype for w in weights if w.numel())
+    module, options = native.module(), {"precision": precision or "", "isa": isa}
+    packed = torch.empty(module.packed_depth_bytes(tensors, config, dtype, **options), dtype=torch.uint8)
+    module.pack_depth(tensors, packed, config, dtype, threads=torch.get_num_threads(), **options)
+    return packed
 
 
 def rounded_to_int8(matrix: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `longcat demo | train | generate | inspect`."""
+"""The command line: `longcat demo | train | generate | schedule | inspect`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,20 @@ class Demo:
     """Delete the earlier run in OUT and start over."""
     seed: int = 0
     """Of the weights, the data and the sampling."""
+    pipeline: int = 1
+    """Processes that train the language model together, each with a part of it."""
 
     def __call__(self) -> None:
         from longcat_model.demo import run
 
-        run.demo(self.out, speech_dir=self.speech_dir, smoke=self.smoke, fresh=self.fresh, seed=self.seed)
+        run.demo(
+            self.out,
+            speech_dir=self.speech_dir,
+            smoke=self.smoke,
+            fresh=self.fresh,
+            seed=self.seed,
+            ranks=self.pipeline,
+        )
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Train:
     """Peak of a linear warm-up and a cosine to a tenth."""
     seed: int = 0
     """Of the order of the documents."""
+    pipeline: int = 1
+    """Processes that train the model together, each with a part of it; torchrun may start them, on many machines."""
 
     def __call__(self) -> None:
         from longcat_model.training import finetune
@@ -78,6 +89,7 @@ class Train:
                 learning_rate=self.learning_rate,
                 seed=self.seed,
             ),
+            ranks=self.pipeline,
         )
 
 
@@ -130,6 +142,41 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """Plan pipeline parallelism: place layers, compare schedules, search for a shorter one; needs no GPU.
+
+    Prints makespan, bubble, memory and lower bound of every schedule, and writes the timeline of the best as a picture,
+    a trace for ui.perfetto.dev, and CSV files, of which torch.distributed.pipelining reads compute_only.csv.
+    """
+
+    devices: int
+    """Pipeline ranks; each has two stages."""
+    microbatches: int
+    """Of a step."""
+    profile: Path | None = None
+    """JSON of measured durations (longcat_model/pipeline/profile.py shows one); by default all are equal."""
+    memory: int | None = None
+    """Bytes that a device may hold for the backward; by default as many as V-Half does."""
+    out: Path = Path("runs/schedule")
+    """Directory for the files."""
+    moves: int = 5_000_000
+    """Steps of the search: about 15 seconds for 8 devices and 64 microbatches."""
+    seed: int = 0
+    """Same seed, same schedule."""
+
+    def __call__(self) -> None:
+        from longcat_model.pipeline import report
+        from longcat_model.pipeline.schedules.searched import Effort
+
+        if self.devices < 1 or self.microbatches < 1 or self.moves < 0:
+            raise ValueError("schedule: devices and microbatches must be at least 1, moves at least 0")
+        costs, placed = report.costs_of(self.profile, self.devices, self.microbatches)
+        limits = None if self.memory is None else [self.memory] * self.devices
+        found = report.compare(costs, limits, Effort(moves=self.moves, seed=self.seed))
+        print(placed, report.table(found), *report.write(found, self.out), sep="\n")
+
+
+@dataclass(frozen=True)
 class Inspect:
     """Print what a trained system or a preset consists of: parameters by part, ids, codebooks."""
 
@@ -146,6 +193,7 @@ Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Schedule, tyro.conf.subcommand("schedule")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
 )
 
@@ -157,6 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
         seed = getattr(command, "seed", 0)
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed must be in [0, 2^31), got {seed}")
+        if getattr(command, "pipeline", 1) < 1:
+            raise ValueError(f"pipeline must be at least 1, got {getattr(command, 'pipeline', 1)}")
         command()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"longcat: {error}", file=sys.stderr)

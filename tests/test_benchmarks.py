@@ -186,7 +186,7 @@ def test_red_tests_refuse_speed(
 def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     run = script("run")
     assert run.main(run.Arguments(("rvq_encod",))) == 2
-    assert "benchmarks of ema_update, " in capsys.readouterr().err
+    assert "benchmarks of depth_decode, ema_update, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_a_picture_is_read_at_the_height_of_the_demos(
         (["generate", "paint", "4", "--run", "SYSTEM", "--temperature", "-1"], "temperature must be at least 0"),
         (["generate", "paint", "4", "--run", "SYSTEM", "--out", "none/a.png"], "directory must exist"),
         (["train", "none.jsonl", "--run", "SYSTEM"], "data must be a readable text file"),
+        (["train", "none.jsonl", "--run", "SYSTEM", "--pipeline", "0"], "pipeline must be at least 1, got 0"),
         (["demo", "--out", "MEDIA", "--fresh"], "holds other files"),
         (["demo", "--out", "MEDIA/run", "--seed", "4294967296"], "seed must be in [0, 2^31), got 4294967296"),
         (["demo", "--smoke", "--out", "MEDIA/run", "--speech-dir", "MEDIA/none"], "directory must exist"),
@@ -136,6 +137,19 @@ def test_train_learns_its_documents(system: Path, media: Path, capsys: pytest.Ca
     first, last = capsys.readouterr().out.split("loss ")[1].split(" over")[0].split(" -> ")
     assert float(last) < 0.5 * float(first)
     assert System.load(media / "out").sizes == presets.tiny()
+
+
+def test_train_in_a_pipeline_is_train(system: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*train_arguments(system, media, ['[{"text": "good", "loss": true}]']), "--steps", "3"]
+    assert main([*arguments, "--pipeline", "2"]) == 0
+    piped = capsys.readouterr().out
+    assert piped.endswith(f"over 3 steps; system: {media / 'out'}\n")
+    trained = System.load(media / "out").model.state_dict()
+    (media / "out").rename(media / "piped")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == piped
+    for name, tensor in System.load(media / "out").model.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-2, atol=1e-3)
 
 
 def test_train_goes_on_with_the_same_training_only(

@@ -26,12 +26,13 @@ MAY_IMPORT = {
     "native": set(),
     "layouts": set(),
     "jit": set(),
+    "deferred": set(),
     "cuda": {"jit", "layouts", "native"},
     "prepared": {"cuda", "native", "layouts", "reference", "triton"},
     "reference": {"spec"},
     "testing": {"spec"},
     "triton": {"backends", "layouts"},
-    "ops": {"backends", "cuda", "library", "native", "prepared", "reference", "spec", "triton"},
+    "ops": {"backends", "cuda", "deferred", "library", "native", "prepared", "reference", "spec", "triton"},
     "modules": {"ops", "prepared", "reference"},  # the last for types of arguments
     "integrations": {"modules", "ops", "prepared", "reference"},
 }
@@ -79,6 +80,31 @@ def test_the_model_uses_the_public_kernels_only(file: Path) -> None:
             parts = name.split(".")
             assert len(parts) == 2 or (parts[1] == "modules" and len(parts) == 3), f"{name} is not public"
             assert parts[1] not in MAY_IMPORT or parts[1] == "modules", f"{name} is not public"
+
+
+COMPILER = {
+    "ir",
+    "costs",
+    "schedules",
+    "passes",
+    "lower",
+    "verify",
+    "simulate",
+    "bounds",
+    "place",
+    "profile",
+    "render",
+    "report",
+}
+
+
+@pytest.mark.parametrize("file", sorted((MODEL / "pipeline").rglob("*.py")), ids=ids)
+def test_the_pipelines_compiler_knows_no_torch(file: Path) -> None:
+    if file.relative_to(MODEL / "pipeline").parts[0].removesuffix(".py") in COMPILER:
+        names = imports(file)
+        assert not any(name.split(".")[0] == "torch" for name in names)
+        own = {name.split(".")[2] for name in names if name.startswith("longcat_model.pipeline.")}
+        assert own <= COMPILER
 
 
 @pytest.mark.parametrize("file", FILES, ids=ids)

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "bindings/tensor_view.h"
 #include "longcat/check.h"
 #include "longcat/peak.h"
 
@@ -18,6 +19,21 @@ inline void bind_peak(pybind11::module_& m) {
             return peak(kind, isa, threads);
         },
         py::arg("kind"), py::arg("isa"), py::arg("threads") = 1);
+    m.def(
+        "read_sections",
+        [](const TensorView& memory, const TensorView& sections) {
+            const auto* data = memory.whole<const char>("read_sections: memory", DType::uint8, {memory.shape.at(0)});
+            const int64_t count = sections.shape.at(0);
+            const auto* pairs = sections.whole<const int64_t>("read_sections: sections", DType::int64, {count, 2});
+            for (int64_t i = 0; i < count; ++i) {
+                const int64_t first = pairs[2 * i], bytes = pairs[2 * i + 1];
+                LC_CHECK(first >= 0 && bytes >= 0 && (first | bytes) % 64 == 0 && first + bytes <= memory.shape[0],
+                         "read_sections: sections must lie in memory, in steps of 64 bytes");
+            }
+            py::gil_scoped_release unlocked;
+            return read_sections(data, pairs, count);
+        },
+        py::arg("memory"), py::arg("sections"));
 }
 
 }  // namespace longcat

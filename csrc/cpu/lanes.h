@@ -1,5 +1,6 @@
 // A register of floats for each instruction set, or of the elements that products are made of there: a unit of four
-// bytes is one float, or two bfloat16. `kTileRows` rows by two registers are what the accumulators of a product hold.
+// bytes is one float, or two bfloat16, `first` and `second`. `kTileRows` rows by two registers are what the
+// accumulators of a product hold.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +27,7 @@ namespace {
 struct Lanes {
     static constexpr int kWidth = 4;
     typedef float Vector __attribute__((vector_size(16), aligned(4)));
+    typedef uint32_t Bits __attribute__((vector_size(16)));
     Vector v;
     static Lanes load(const float* p) { return {*reinterpret_cast<const Vector*>(p)}; }
     static Lanes load_units(const uint32_t* p) {
@@ -33,6 +35,9 @@ struct Lanes {
         std::memcpy(&lanes.v, p, sizeof lanes.v);
         return lanes;
     }
+    static Lanes load_bytes(const int8_t* p) { return {Vector{float(p[0]), float(p[1]), float(p[2]), float(p[3])}}; }
+    Lanes first() const { return {(Vector)((Bits)v << 16)}; }
+    Lanes second() const { return {(Vector)((Bits)v & 0xffff0000u)}; }
     static Lanes splat(float x) { return {Vector{x, x, x, x}}; }
     static Lanes splat_unit(const uint32_t* p) { return splat(float_of(*p)); }
     static Lanes to_elements(Lanes a, uint32_t* out) {
@@ -52,6 +57,7 @@ struct Lanes {
         typedef uint32_t Bits __attribute__((vector_size(16)));
         return {(Vector)(((Bits)a.v - (0x4b400000u - 127u)) << 23)};
     }
+    static Lanes where_not_below(Lanes a, Lanes b, Lanes x) { return {(Vector)((Bits)(a.v >= b.v) & (Bits)x.v)}; }
     static uint32_t not_below(Lanes a, Lanes b) {
         const auto met = a.v >= b.v;
         return (uint32_t(met[0]) & 1) | (uint32_t(met[1]) & 2) | (uint32_t(met[2]) & 4) | (uint32_t(met[3]) & 8);
@@ -76,6 +82,11 @@ struct Lanes {
     __m256 v;
     static Lanes load(const float* p) { return {_mm256_loadu_ps(p)}; }
     static Lanes load_units(const uint32_t* p) { return {_mm256_loadu_ps(reinterpret_cast<const float*>(p))}; }
+    static Lanes load_bytes(const int8_t* p) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+    }
+    Lanes first() const { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(v), 16))}; }
+    Lanes second() const { return {_mm256_and_ps(v, _mm256_castsi256_ps(_mm256_set1_epi32(int(0xffff0000u))))}; }
     static Lanes splat(float x) { return {_mm256_set1_ps(x)}; }
     static Lanes splat_unit(const uint32_t* p) { return {_mm256_broadcast_ss(reinterpret_cast<const float*>(p))}; }
     static Lanes to_elements(Lanes a, uint32_t* out) {
@@ -93,6 +104,9 @@ struct Lanes {
     static Lanes power_of_two(Lanes a) {
         const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x4b400000 - 127));
         return {_mm256_castsi256_ps(_mm256_slli_epi32(n, 23))};
+    }
+    static Lanes where_not_below(Lanes a, Lanes b, Lanes x) {
+        return {_mm256_and_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ), x.v)};
     }
     static uint32_t not_below(Lanes a, Lanes b) {
         return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)));
@@ -125,6 +139,13 @@ struct Lanes {
     __m512 v;
     static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
     static Lanes load_units(const uint32_t* p) { return {_mm512_loadu_ps(p)}; }
+    static Lanes load_bytes(const int8_t* p) {
+        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+    }
+    Lanes first() const { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16))}; }
+    Lanes second() const {
+        return {_mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(int(0xffff0000u))))};
+    }
     static Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
     static Lanes splat_unit(const uint32_t* p) { return splat(float_of(*p)); }
     static Lanes to_elements(Lanes a, uint32_t* out) {
@@ -142,6 +163,9 @@ struct Lanes {
     static Lanes power_of_two(Lanes a) {
         const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x4b400000 - 127));
         return {_mm512_castsi512_ps(_mm512_slli_epi32(n, 23))};
+    }
+    static Lanes where_not_below(Lanes a, Lanes b, Lanes x) {
+        return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), x.v)};
     }
     static uint32_t not_below(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
     float largest() const { return _mm512_reduce_max_ps(v); }

@@ -86,6 +86,28 @@ Loop loop_of(const std::string& kind, const std::string& isa) {
                                 "'");
 }
 
+uint64_t sum_plain(const uint64_t* words, int64_t count) {
+    uint64_t sums[8] = {};
+    for (int64_t i = 0; i < count; i += 8)
+        for (int j = 0; j < 8; ++j) sums[j] += words[i + j];
+    return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+#if LC_X86
+LC_TARGET_AVX512
+uint64_t sum_avx512(const uint64_t* words, int64_t count) {
+    __m512i sums[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32)
+        for (int j = 0; j < 4; ++j) sums[j] = _mm512_add_epi64(sums[j], _mm512_loadu_si512(words + i + 8 * j));
+    for (; i < count; i += 8) sums[0] = _mm512_add_epi64(sums[0], _mm512_loadu_si512(words + i));
+    alignas(64) uint64_t parts[8];
+    _mm512_store_si512(parts, _mm512_add_epi64(_mm512_add_epi64(sums[0], sums[1]), _mm512_add_epi64(sums[2], sums[3])));
+    return sum_plain(parts, 8);
+}
+LC_TARGET_END
+#endif
+
 double seconds(int threads) {
     if (threads == 1) return double(std::clock()) / CLOCKS_PER_SEC;
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -103,6 +125,19 @@ double peak(const std::string& kind, const std::string& isa, int threads) {
         best = std::max(best, threads * loop.flops / (seconds(threads) - start));
     }
     return best;
+}
+
+uint64_t read_sections(const void* memory, const int64_t* sections, int64_t count) {
+    auto* sum = sum_plain;
+#if LC_X86
+    if (has("avx512")) sum = sum_avx512;
+#endif
+    uint64_t total = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const char* first = static_cast<const char*>(memory) + sections[2 * i];
+        total += sum(reinterpret_cast<const uint64_t*>(first), sections[2 * i + 1] / 8);
+    }
+    return total;
 }
 
 }  // namespace longcat

@@ -15,6 +15,7 @@ from torch import Tensor
 from longcat_kernels.backends import Impl, choose, reference
 from longcat_kernels.library import check, register
 from longcat_kernels.ops import _depth_checks as checks
+from longcat_kernels.ops import _depth_cpu
 from longcat_kernels.prepared import PreparedDepth
 from longcat_kernels.reference import depth_decode as spec
 from longcat_kernels.reference._depth_checks import check_shapes, check_weights
@@ -185,6 +186,7 @@ _op = register(
 )
 
 IMPLS: dict[str, Impl] = {
+    "cpu": Impl(_depth_cpu.decode, _depth_cpu.why_not),
     "reference": reference(spec.depth_decode),
 }
 OP = Op("depth_decode", depth_decode, IMPLS, spec)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose
+from longcat_kernels.deferred import WeightGrads
 from longcat_kernels.library import check, register
 from longcat_kernels.ops._fused_moe_backward import add_weight_grad, adjacent, input_grad, weight_grad, why_not_cpu
 from longcat_kernels.prepared import PreparedExperts
@@ -187,7 +188,7 @@ def _run_hidden(*arguments: Any) -> Tensor:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, _residual, *main, _packed, ctx.rows, ctx.recompute, _ = inputs
     # Main gradients change between forward and backward as they should: no saved tensors, which may not.
-    ctx.main, ctx.backend, ctx.packed = main, inputs[-1], len(_packed)
+    ctx.main, ctx.backend, ctx.packed, ctx.pending = main, inputs[-1], len(_packed), WeightGrads.current()
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, *([] if ctx.recompute else [output[1]]))
 
@@ -198,17 +199,28 @@ def _backward(ctx: Any, grad_TD: Tensor, _hidden: None) -> tuple[Any, ...]:
     grad_x, grad_weights, grad_hidden = input_grad(
         grad_TD, x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, hidden_RF, ctx.backend
     )
-    wanted = ctx.needs_input_grad[1:3]
     rows = (grad_TD, x_TD, ids_Tk, weights_Tk, hidden_RF, grad_hidden)
-    grad_gate_up = grad_down = None
-    if any(wanted) and ctx.main[0] is not None:
-        add_weight_grad(*rows, *(m if wants else None for m, wants in zip(ctx.main, wanted, strict=True)), ctx.backend)
-    elif any(wanted):
-        grads = weight_grad(*rows, gate_up_EFD.shape[0], *wanted, ctx.backend)
-        grad_gate_up, grad_down = (g if wants else None for g, wants in zip(grads, wanted, strict=True))
+    rule = (rows, gate_up_EFD.shape[0], ctx.needs_input_grad[1:3], ctx.main, ctx.backend)
+    if ctx.pending is None:
+        grad_gate_up, grad_down = _weight_grads(*rule)
+    else:
+        grad_gate_up = grad_down = None
+        ctx.pending.add((gate_up_EFD, down_EDF), lambda: _weight_grads(*rule))
     grad_residual = grad_TD if ctx.needs_input_grad[5] else None
     nothing = (None, None, [None] * ctx.packed, None, None, None)
     return grad_x, grad_gate_up, grad_down, None, grad_weights, grad_residual, *nothing
+
+
+def _weight_grads(
+    rows: tuple[Tensor, ...], experts: int, wanted: tuple[bool, bool], main: list[Tensor | None], backend: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of gate_up and down where wanted; None where they were added to `main`."""
+    if any(wanted) and main[0] is not None:
+        add_weight_grad(*rows, *(m if wants else None for m, wants in zip(main, wanted, strict=True)), backend)
+    elif any(wanted):
+        grads = weight_grad(*rows, experts, *wanted, backend)
+        return grads[0] if wanted[0] else None, grads[1] if wanted[1] else None
+    return None, None
 
 
 _op_hidden = register(

@@ -6,6 +6,7 @@ Dimension key
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
+from longcat_kernels.deferred import WeightGrads, is_weight
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import grouped_mm as spec
 from longcat_kernels.spec import Op
@@ -87,15 +89,23 @@ def _run(a: Tensor, b: Tensor, offs: Tensor | None, backend: str) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, offs, ctx.backend = inputs
+    ctx.pending = WeightGrads.current()
     ctx.save_for_backward(a, b, offs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Both gradients are grouped products again, each computed only where it is asked for."""
+    """Both gradients are grouped products again, each computed only where, and when, it is asked for."""
     a, b, offs = ctx.saved_tensors
-    grad_a = _op(grad, b.mT, offs, ctx.backend) if ctx.needs_input_grad[0] else None
-    grad_b = _op(a.mT, grad, offs, ctx.backend) if ctx.needs_input_grad[1] else None
-    return grad_a, grad_b, None, None
+    backend = ctx.backend
+    rules: list[Callable[[], list[Tensor]]]
+    rules = [lambda: [_op(grad, b.mT, offs, backend)], lambda: [_op(a.mT, grad, offs, backend)]]
+    grads: list[Tensor | None] = [None, None]
+    for i, (factor, rule) in enumerate(zip((a, b), rules, strict=True)):
+        if ctx.needs_input_grad[i] and ctx.pending is not None and is_weight(factor):
+            ctx.pending.add([factor], rule)
+        elif ctx.needs_input_grad[i]:
+            (grads[i],) = rule()
+    return *grads, None, None
 
 
 _op = register(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose
+from longcat_kernels.deferred import WeightGrads
 from longcat_kernels.library import check, register
 from longcat_kernels.reference import ngram_embedding as spec
 from longcat_kernels.spec import Op
@@ -184,19 +185,43 @@ def _run(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ids_BS, word_VD, tables, projections, _documents, _history, ctx.numbers, ctx.sparse, ctx.backend = inputs
-    ctx.tables, ctx.words = len(tables), word_VD.shape[0]
+    ctx.tables, ctx.words, ctx.pending = len(tables), word_VD.shape[0], WeightGrads.current()
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(ids_BS, output[1], *tables, *projections)
+    ctx.save_for_backward(ids_BS, output[1], *tables, *projections, *(() if ctx.pending is None else (word_VD,)))
 
 
 def _backward(ctx: Any, grad_BSD: Tensor, _hashes: None) -> tuple[Any, ...]:
     ids_BS, hashes_BSN, *rest = ctx.saved_tensors
-    tables, projections = rest[: ctx.tables], rest[ctx.tables :]
-    _, wants_word, wants_tables, wants_projections, *_ = ctx.needs_input_grad
-    whole = not ctx.sparse and all(table.device == grad_BSD.device for table in tables)
+    tables, projections, word = rest[: ctx.tables], rest[ctx.tables : 2 * ctx.tables], rest[2 * ctx.tables :]
+    wants, words = ctx.needs_input_grad[1:4], ctx.words
+    rule = (grad_BSD, ids_BS, hashes_BSN, tables, projections, wants, words, ctx.numbers, ctx.sparse, ctx.backend)
+    grads: list[Tensor | None] = [None] * (1 + len(rest))
+    if ctx.pending is None:
+        grads = _weight_grads(*rule)
+    else:
+        ctx.pending.add([*word, *tables, *projections], lambda: _weight_grads(*rule))
+    grad_word, *grads = grads
+    return None, grad_word, grads[: ctx.tables], grads[ctx.tables : 2 * ctx.tables], None, None, None, None, None
+
+
+def _weight_grads(
+    grad_BSD: Tensor,
+    ids_BS: Tensor,
+    hashes_BSN: Tensor,
+    tables: list[Tensor],
+    projections: list[Tensor],
+    wants: tuple[Any, ...],
+    words: int,
+    numbers: list[int],
+    sparse: bool,
+    backend: str,
+) -> list[Tensor | None]:
+    """Gradients of word, tables and projections, where `wants` says so."""
+    wants_word, wants_tables, wants_projections = wants
+    whole = not sparse and all(table.device == grad_BSD.device for table in tables)
     slots_BSN, keys = (hashes_BSN, tables) if whole else _number_rows(hashes_BSN)
     sizes = [key.shape[0] if wanted else 0 for key, wanted in zip(keys, wants_tables, strict=True)]
-    grad_word, *grads = _op_weight_grad(
+    grads = _op_weight_grad(
         grad_BSD,
         ids_BS,
         hashes_BSN,
@@ -204,16 +229,15 @@ def _backward(ctx: Any, grad_BSD: Tensor, _hashes: None) -> tuple[Any, ...]:
         sizes,
         tables,
         projections,
-        ctx.numbers,
-        ctx.words if wants_word else 0,
+        numbers,
+        words if wants_word else 0,
         any(wants_projections),
-        ctx.backend,
+        backend,
     )
-    grad_tables = grads[: ctx.tables]
     if not whole:
         for i, wanted in enumerate(wants_tables):
-            grad_tables[i] = _row_gradient(tables[i], keys[i], grad_tables[i], ctx.sparse) if wanted else None
-    return None, grad_word, grad_tables, grads[ctx.tables :], None, None, None, None, None
+            grads[1 + i] = _row_gradient(tables[i], keys[i], grads[1 + i], sparse) if wanted else None
+    return grads
 
 
 def _number_rows(hashes_BSN: Tensor) -> tuple[Tensor, list[Tensor]]:

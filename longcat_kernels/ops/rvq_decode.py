@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
+from longcat_kernels.deferred import WeightGrads
 from longcat_kernels.library import check, register
 from longcat_kernels.ops.rvq_encode import Codebook, check_codebook, level_codebooks, words_of
 from longcat_kernels.prepared import PreparedCodebook
@@ -83,13 +84,17 @@ def _check_codes(codes_TL: Tensor, codebooks: list[Tensor]) -> None:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     codes_TL, codebooks, ctx.backend = inputs
-    ctx.entries = [codebook_KD.shape[0] for codebook_KD in codebooks]
-    ctx.save_for_backward(codes_TL)
+    ctx.entries, ctx.pending = [codebook_KD.shape[0] for codebook_KD in codebooks], WeightGrads.current()
+    ctx.save_for_backward(codes_TL, *(codebooks if ctx.pending is not None else ()))
 
 
 def _backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
-    (codes_TL,) = ctx.saved_tensors
-    return None, list(_op_backward(grad_TD, codes_TL, ctx.entries, ctx.backend)), None
+    codes_TL, *codebooks = ctx.saved_tensors
+    rule = (grad_TD, codes_TL, ctx.entries, ctx.backend)
+    if ctx.pending is None:
+        return None, list(_op_backward(*rule)), None
+    ctx.pending.add(codebooks, lambda: _op_backward(*rule))
+    return None, [None] * len(codebooks), None
 
 
 def _allocate_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], backend: str) -> list[Tensor]:

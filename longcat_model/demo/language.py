@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,12 +82,14 @@ def training_batches(
     tasks: Tasks, pictures: Pool, utterances: Pool, *, documents: int, row_length: int, seed: int
 ) -> Callable[[int], Batch]:
     """Batches of `documents` documents, a quarter of each task, as a pure function of the step."""
+    return partial(_batch, tasks, pictures, utterances, documents, row_length, seed)
 
-    def batch(step: int) -> Batch:
-        generator = torch.Generator().manual_seed((seed << 32) + step)
-        return pack([_draw(tasks, pictures, utterances, i % 4, generator) for i in range(documents)], row_length)
 
-    return batch
+def _batch(
+    tasks: Tasks, pictures: Pool, utterances: Pool, documents: int, row_length: int, seed: int, step: int
+) -> Batch:
+    generator = torch.Generator().manual_seed((seed << 32) + step)
+    return pack([_draw(tasks, pictures, utterances, i % 4, generator) for i in range(documents)], row_length)
 
 
 def _draw(tasks: Tasks, pictures: Pool, utterances: Pool, task: int, generator: torch.Generator) -> Document:

@@ -23,9 +23,10 @@ from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
 from longcat_model.training import audio_stages, model_stages, vision_stages
 from longcat_model.training.loop import Row, Stage, train
+from longcat_model.training.pipelined import train_pipelined
 
 
-def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: int) -> None:
+def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: int, ranks: int = 1) -> None:
     """Trains and evaluates the demo model in `out`, or goes on with it, and writes report.html and report.json.
 
     Raises:
@@ -42,7 +43,7 @@ def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: 
     system = System.create(sizes)
     curves = train_tokenizers(workspace, system, data, settings, seed)
     pools = tokenize(workspace, system, data, settings, seed)
-    curves |= train_language(workspace, system, pools, settings, seed)
+    curves |= train_language(workspace, system, pools, settings, seed, ranks)
     with workspace.timed("save"):
         system.save(workspace.directory)
     results = evaluate_tasks(workspace, system, data, settings, seed)
@@ -95,9 +96,14 @@ def tokenize(
 
 
 def train_language(
-    workspace: Workspace, system: System, pools: dict[str, language.Pool], settings: Settings, seed: int
+    workspace: Workspace,
+    system: System,
+    pools: dict[str, language.Pool],
+    settings: Settings,
+    seed: int,
+    ranks: int = 1,
 ) -> dict[str, list[Row]]:
-    """Pre-Align, then all; returns both stages' metrics."""
+    """Pre-Align, then all, by a pipeline where there are several ranks; returns both stages' metrics."""
     sizes = settings.language
     batch = language.training_batches(
         Tasks.of(system.model.ids, system.text),
@@ -106,13 +112,25 @@ def train_language(
         row_length=sizes.row_length,
         seed=seed,
     )
-    stages = (
-        model_stages.pre_align(system.model, batch, steps=sizes.pre_align_steps, learning_rate=sizes.pre_align_rate),
-        model_stages.joint(
-            system.model, batch, steps=sizes.joint_steps, learning_rate=sizes.joint_rate, weights=sizes.weights
-        ),
+    align = partial(
+        model_stages.pre_align, system.model, batch, steps=sizes.pre_align_steps, learning_rate=sizes.pre_align_rate
     )
-    return {stage.name: run_stage(workspace, stage, seed) for stage in stages}
+    joint = partial(
+        model_stages.joint,
+        system.model,
+        batch,
+        steps=sizes.joint_steps,
+        learning_rate=sizes.joint_rate,
+        weights=sizes.weights,
+    )
+    curves = {}
+    for make, weights in ((align, None), (joint, sizes.weights)):
+        if ranks > 1:
+            with workspace.timed(make().name):
+                train_pipelined(make, workspace.directory / "stages", ranks, weights=weights, seed=seed)
+        stage = make()
+        curves[stage.name] = run_stage(workspace, stage, seed)
+    return curves
 
 
 def evaluate_tasks(

@@ -102,8 +102,12 @@ class Balancer:
         """Adds the choices of one batch: [T, K] a layer, without padding."""
         if len(expert_ids) != len(self.biases):
             raise ValueError(f"Balancer: expert_ids must have {len(self.biases)} layers, got {len(expert_ids)}")
-        for count_E, ids in zip(self.counts, expert_ids, strict=True):
-            count_E += expert_counts(ids, self.experts)
+        for layer, ids in enumerate(expert_ids):
+            self.add(layer, expert_counts(ids, self.experts))
+
+    def add(self, layer: int, counts: Tensor) -> None:
+        """Adds how often each expert of one layer was chosen: int64 [E + Z]. A layer without choices keeps its bias."""
+        self.counts[layer] += counts
 
     def step(self, step: int) -> None:
         """Updates every bias from the counts since the last update, and forgets them."""

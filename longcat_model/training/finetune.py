@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longcat_model.files import read_image, read_speech, write
+from longcat_model.model import LongcatNext
 from longcat_model.sequence import Batch, Document, Layout, draw_delay, pack
 from longcat_model.system import System
-from longcat_model.training.loop import train
+from longcat_model.training.loop import Stage, train
 from longcat_model.training.model_stages import joint
+from longcat_model.training.pipelined import train_pipelined
+
+SAVE_EVERY = 50  # steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +34,11 @@ class Settings:
     seed: int
 
 
-def run(data: Path, system_directory: Path, out: Path, settings: Settings) -> None:
+def run(data: Path, system_directory: Path, out: Path, settings: Settings, *, ranks: int = 1) -> None:
     """Trains and writes the new system to `out`, with checkpoints and metrics beside it; a rerun goes on.
+
+    Args:
+        ranks: processes that the model is spread over as a pipeline; a rerun may have more or fewer.
 
     Raises:
         ValueError: no system, a document that cannot be built (the message names the line), or an `out` that holds
@@ -42,33 +50,36 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings) -> No
     documents = read_documents(data, system, settings)
     _claim(out, asdict(settings) | {"documents": _digest(documents), "system": _digest_file(system_directory)})
     torch.manual_seed(settings.seed)
-    stage = joint(
-        system.model,
-        batches(documents, settings),
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        name="finetune",
-    )
-    rows = train(stage, out, seed=settings.seed, save_every=50)
+    make = partial(_stage, batches=batches(documents, settings), settings=settings)
+    if ranks > 1:
+        whole = partial(make, system.model)
+        if not train_pipelined(whole, out, ranks, seed=settings.seed, save_every=SAVE_EVERY):
+            return
+        system = System.load(system_directory)  # a rank that torchrun started has only its part of the model left
+    rows = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)
     system.save(out)
     print(f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f} over {len(rows)} steps; system: {out}")
 
 
+def _stage(model: LongcatNext, batches: Callable[[int], Batch], settings: Settings) -> Stage:
+    return joint(model, batches, steps=settings.steps, learning_rate=settings.learning_rate, name="finetune")
+
+
 def batches(documents: Sequence[Document], settings: Settings) -> Callable[[int], Batch]:
     """Batches of at most `rows` rows drawn from `documents`, as a pure function of the step."""
+    return partial(_batch, documents, settings)
 
-    def batch(step: int) -> Batch:
-        generator = torch.Generator().manual_seed((settings.seed << 32) + step)
-        chosen: list[Document] = []
-        room = settings.rows * settings.row_length
-        while room > 0:
-            document = documents[int(torch.randint(len(documents), (), generator=generator))]
-            room -= len(document)
-            if room >= 0 or not chosen:
-                chosen.append(document)
-        return pack(chosen, settings.row_length)
 
-    return batch
+def _batch(documents: Sequence[Document], settings: Settings, step: int) -> Batch:
+    generator = torch.Generator().manual_seed((settings.seed << 32) + step)
+    chosen: list[Document] = []
+    room = settings.rows * settings.row_length
+    while room > 0:
+        document = documents[int(torch.randint(len(documents), (), generator=generator))]
+        room -= len(document)
+        if room >= 0 or not chosen:
+            chosen.append(document)
+    return pack(chosen, settings.row_length)
 
 
 def _claim(out: Path, training: dict[str, Any]) -> None:

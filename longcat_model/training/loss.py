@@ -5,22 +5,31 @@ plus a quarter of each level's cross entropy of the depth head, added over all s
 their number, with a z-loss on the last hidden state, a z-loss on the router, and (which that code only displays) the
 balance loss of the LongCat-Flash report.
 
+Its parts are functions of what a part of the model gives, so that pipeline stages compute the very same numbers as the
+whole model.
+
 Dimension key
-    B rows    S positions of a row    N supervised positions    D model width    L quantizer levels
+    B rows    S positions of a row    N positions or supervised positions    D model width    L quantizer levels
+    E experts, identity ones included    k experts a token
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longcat_model.config import Experts
 from longcat_model.model import LongcatNext
 from longcat_model.sequence import IGNORE, NONE, Batch
 from longcat_model.training.balance import Balancer, balance_loss
+
+MODALITIES = ("visual", "audio")  # of the depth heads
+Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> sum and count, which add up over microbatches; detached
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +44,77 @@ class LossWeights:
     balance: float = 5e-4  # each layer; released for display without a gradient, here with one
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What means over a global batch are divided by: known from its ids, before anything is computed."""
+
+    labels: int  # supervised positions, once for each of their heads
+    positions: int  # that are no padding
+
+    @classmethod
+    def of(cls, batches: Iterable[Batch]) -> Totals:
+        labels = positions = 0
+        for batch in batches:
+            targets = batch.targets
+            for labels_BS in (targets.text, targets.visual[..., 0], targets.audio[..., 0]):
+                labels += int((labels_BS != IGNORE).sum())
+            positions += int((batch.inputs.documents >= 0).sum())
+        return cls(labels, positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """Parts of the loss of one batch: all, or those of a pipeline stage. float32 [] each; None, (): not part of it."""
+
+    text: Tensor | None = None  # cross entropy summed over labels
+    visual: Tensor | None = None  # likewise, over levels too
+    audio: Tensor | None = None
+    hidden_z: Tensor | None = None  # mean over the positions of the global batch
+    router_z: tuple[Tensor, ...] = ()  # likewise, of each layer
+    balance: tuple[Tensor, ...] = ()  # this batch's balance loss times its share of those positions, of each layer
+
+    def map(self, rule: Callable[[Tensor], Tensor]) -> Terms:
+        """Every term through `rule`."""
+        found: dict[str, Any] = {}
+        for name, term in vars(self).items():
+            is_one = isinstance(term, Tensor)
+            found[name] = rule(term) if is_one else None if term is None else tuple(map(rule, term))
+        return Terms(**found)
+
+    def total(self, weights: LossWeights, totals: Totals) -> Tensor | None:
+        """The loss as far as these terms make it; None if there are none."""
+        pairs = [(getattr(weights, name), getattr(self, name)) for name in ("text", *MODALITIES)]
+        supervised = [weight * term for weight, term in pairs if term is not None]
+        found = [sum(supervised[1:], supervised[0]) / max(totals.labels, 1)] if supervised else []
+        found += [getattr(weights, name) * value for name, value in self.regularizers().items()]
+        return sum(found[1:], found[0]) if found else None
+
+    def regularizers(self) -> dict[str, Tensor]:
+        """Unweighted, over layers."""
+        layers = {name: getattr(self, name) for name in ("router_z", "balance")}
+        sums = {name: torch.stack(values).sum() for name, values in layers.items() if values}
+        return ({} if self.hidden_z is None else {"hidden_z": self.hidden_z}) | sums
+
+
+def join(parts: Sequence[Terms]) -> Terms:
+    """The terms of one batch from those of its stages, in their order."""
+    found: dict[str, Any] = {"router_z": (), "balance": ()}
+    for part in parts:
+        for name, value in vars(part).items():
+            if isinstance(value, tuple):
+                found[name] = (*found[name], *value)
+            elif value is not None:
+                found[name] = value
+    return Terms(**found)
+
+
 def loss(
-    model: LongcatNext, batch: Batch, *, weights: LossWeights | None = None, balancer: Balancer | None = None
+    model: LongcatNext,
+    batch: Batch,
+    *,
+    weights: LossWeights | None = None,
+    balancer: Balancer | None = None,
+    totals: Totals | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total loss and what to log.
 
@@ -48,6 +126,9 @@ def loss(
     Args:
         weights: None for the defaults.
         balancer: observes the experts chosen, for its next bias update.
+        totals: of the global batch of which `batch` is a microbatch: the losses of its microbatches then add up to its
+            loss. The balance loss remains each microbatch's own (as in the LongCat-Flash report, whose T is a
+            microbatch's tokens), weighted by its share of the positions. None: `batch` is the global batch.
 
     Returns:
         total: float32 [].
@@ -55,74 +136,104 @@ def loss(
             `<m>_accuracy`, per level `<m>_loss_<l>`; `hidden_z`, `router_z`, `balance` unweighted.
     """
     weights, batch = weights or LossWeights(), batch.to(model.embed_tokens.weight.device)
+    totals = totals or Totals.of([batch])
     output = model(batch.inputs)
     hidden_ND = output.hidden.flatten(0, 1)
-    text, visual, audio = (x.flatten(0, 1) for x in (batch.targets.text, batch.targets.visual, batch.targets.audio))
-    metrics: dict[str, Tensor] = {}
-
-    text_sum, text_count = _text_loss(model, hidden_ND, text, metrics)
-    visual_sum, visual_count = _depth_loss("visual", model, hidden_ND, visual, metrics)
-    audio_sum, audio_count = _depth_loss("audio", model, hidden_ND, audio, metrics)
-    supervised = weights.text * text_sum + weights.visual * visual_sum + weights.audio * audio_sum
-    total = supervised / max(text_count + visual_count + audio_count, 1)
-
-    real = batch.inputs.documents.flatten() >= 0
-    logits, ids = [x[real] for x in output.router_logits], [x[real] for x in output.expert_ids]
+    heads, metrics = head_terms(model, hidden_ND, batch, ("text", *MODALITIES))
+    is_real_N = batch.inputs.documents.flatten() >= 0
+    ids = [x[is_real_N] for x in output.expert_ids]
     if balancer is not None:
         balancer.observe(ids)
-    experts = model.sizes.backbone.experts
-    regularizers = {
-        "hidden_z": _z_loss(output.last.flatten(0, 1)[real].abs()),
-        "router_z": _layer_sum([_z_loss(x) for x in logits], total),
-        "balance": _layer_sum([balance_loss(x, i, experts) for x, i in zip(logits, ids, strict=True)], total),
-    }
-    for name, value in regularizers.items():
-        total = total + getattr(weights, name) * value
-        metrics[name] = value.detach()
-    return total, metrics
+    logits = [x[is_real_N] for x in output.router_logits]
+    hidden_z = z_loss(output.last.flatten(0, 1)[is_real_N].abs(), totals)
+    routers = router_terms(logits, ids, model.sizes.backbone.experts, totals)
+    terms = join([heads, Terms(hidden_z=hidden_z), routers])
+    total = terms.total(weights, totals)
+    assert total is not None  # hidden_z is always there
+    return total, means(metrics) | regularizer_metrics([terms], hidden_ND)
 
 
-def _text_loss(model: LongcatNext, hidden_ND: Tensor, labels: Tensor, metrics: dict[str, Tensor]) -> tuple[Tensor, int]:
-    supervised = (labels != IGNORE).nonzero().squeeze(1)
-    if not supervised.numel():
-        return hidden_ND.new_zeros((), dtype=torch.float32), 0
-    logits, labels = model.text_logits(hidden_ND[supervised]).float(), labels[supervised]
-    entropy = F.cross_entropy(logits, labels, reduction="sum")
-    metrics["text_loss"] = entropy.detach() / labels.numel()
-    metrics["text_accuracy"] = (logits.argmax(-1) == labels).float().mean()
-    return entropy, labels.numel()
+def head_terms(
+    model: LongcatNext, hidden_ND: Tensor, batch: Batch, heads: Sequence[str], rows_N: Tensor | None = None
+) -> tuple[Terms, Metrics]:
+    """Cross entropies of the given heads ("text", "visual", "audio") at their supervised positions.
+
+    Args:
+        hidden_ND: after the final norm.
+        rows_N: int64, which of the batch's flattened positions these are; None: all.
+    """
+    found: dict[str, Any] = {}
+    metrics: Metrics = {}
+    for name in heads:
+        labels = getattr(batch.targets, name).flatten(0, 1)
+        labels = labels if rows_N is None else labels[rows_N]
+        supervised = ((labels if name == "text" else labels[:, 0]) != IGNORE).nonzero().squeeze(1)
+        if supervised.numel():
+            rule = _text_entropy if name == "text" else _depth_entropy
+            found[name] = rule(name, model, hidden_ND[supervised], labels[supervised], metrics)
+    return Terms(**found), metrics
 
 
-def _depth_loss(
-    modality: str, model: LongcatNext, hidden_ND: Tensor, labels_NL: Tensor, metrics: dict[str, Tensor]
-) -> tuple[Tensor, int]:
-    """Cross entropy summed over positions and levels, and the number of positions."""
-    supervised = (labels_NL[:, 0] != IGNORE).nonzero().squeeze(1)
-    if not supervised.numel():
-        return hidden_ND.new_zeros((), dtype=torch.float32), 0
-    labels_NL = labels_NL[supervised]
+def _text_entropy(name: str, model: LongcatNext, hidden_ND: Tensor, labels_N: Tensor, metrics: Metrics) -> Tensor:
+    logits, count = model.text_logits(hidden_ND).float(), labels_N.new_tensor(len(labels_N))
+    entropy = F.cross_entropy(logits, labels_N, reduction="sum")
+    metrics["text_loss"] = entropy.detach(), count
+    metrics["text_accuracy"] = (logits.argmax(-1) == labels_N).sum(), count
+    return entropy
+
+
+def _depth_entropy(name: str, model: LongcatNext, hidden_ND: Tensor, labels_NL: Tensor, metrics: Metrics) -> Tensor:
+    """Cross entropy summed over positions and levels."""
     head, tables = {
         "visual": (model.visual_head, model.visual_tables),
         "audio": (model.audio_head, model.audio_tables),
-    }[modality]
+    }[name]
     # A level without a loss adds nothing to what later levels see; none of those has a loss either.
-    levels = head.logits(hidden_ND[supervised], labels_NL.clamp(min=NONE), tables())
-    entropies, right, labels_count = [], [], []
+    levels = head.logits(hidden_ND, labels_NL.clamp(min=NONE), tables())
+    entropies, right, counts = [], [], []
     for level, logits in enumerate(levels):
-        labels = labels_NL[:, level]
-        entropies.append(F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum"))
-        right.append((logits.argmax(-1) == labels).sum())
-        labels_count.append((labels != IGNORE).sum().clamp(min=1))
-        metrics[f"{modality}_loss_{level}"] = entropies[-1].detach() / labels_count[-1]
-    entropy, count = torch.stack(entropies).sum(), torch.stack(labels_count).sum()
-    metrics[f"{modality}_loss"] = entropy.detach() / count
-    metrics[f"{modality}_accuracy"] = torch.stack(right).sum() / count
-    return entropy, supervised.numel()
+        labels_N = labels_NL[:, level]
+        entropies.append(F.cross_entropy(logits.float(), labels_N, ignore_index=IGNORE, reduction="sum"))
+        right.append((logits.argmax(-1) == labels_N).sum())
+        counts.append((labels_N != IGNORE).sum())
+        metrics[f"{name}_loss_{level}"] = entropies[-1].detach(), counts[-1]
+    entropy, count = torch.stack(entropies).sum(), torch.stack(counts).sum()
+    metrics[f"{name}_loss"] = entropy.detach(), count
+    metrics[f"{name}_accuracy"] = torch.stack(right).sum(), count
+    return entropy
 
 
-def _z_loss(logits: Tensor) -> Tensor:
-    return logits.float().logsumexp(-1).square().sum() / max(logits.shape[0], 1)
+def router_terms(logits: Sequence[Tensor], ids: Sequence[Tensor], experts: Experts, totals: Totals) -> Terms:
+    """Of layers with router logits [N, E] and choices [N, k] at positions that are no padding."""
+    router_z = tuple(z_loss(x, totals) for x in logits)
+    losses = [balance_loss(x, i, experts) for x, i in zip(logits, ids, strict=True)]
+    share = [len(x) / max(totals.positions, 1) for x in logits]
+    return Terms(router_z=router_z, balance=tuple(x * part for x, part in zip(losses, share, strict=True)))
 
 
-def _layer_sum(values: Sequence[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(list(values)).sum() if values else like.new_zeros(())
+def z_loss(logits: Tensor, totals: Totals) -> Tensor:
+    """Sum of lse^2 over rows that are no padding, by the number of such rows in the global batch."""
+    return logits.float().logsumexp(-1).square().sum() / max(totals.positions, 1)
+
+
+def means(metrics: Metrics) -> dict[str, Tensor]:
+    return {name: total / count.clamp(min=1) for name, (total, count) in metrics.items()}
+
+
+def merge(parts: Iterable[Metrics]) -> Metrics:
+    """Sums and counts of several microbatches, or stages, together."""
+    merged: Metrics = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = merged.get(name, (0, 0))
+            merged[name] = total + before[0], count + before[1]
+    return merged
+
+
+def regularizer_metrics(terms: Sequence[Terms], like: Tensor) -> dict[str, Tensor]:
+    """`hidden_z`, `router_z` and `balance`, unweighted, of all microbatches together."""
+    found = {name: like.new_zeros((), dtype=torch.float32) for name in ("hidden_z", "router_z", "balance")}
+    for part in terms:
+        for name, value in part.regularizers().items():
+            found[name] = found[name] + value.detach()
+    return found

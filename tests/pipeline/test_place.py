@@ -1,0 +1,99 @@
+"""Placement: against all splits one by one, and what a profile becomes."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from longcat_model.pipeline import ir, profile
+from longcat_model.pipeline import place as place_module
+from longcat_model.pipeline.place import place
+from longcat_model.pipeline.profile import Module, Profile, Split, stage_costs
+from longcat_model.pipeline.schedules.v import v_half
+from longcat_model.pipeline.simulate import bubble, simulate
+
+LAYER = Module(forward=1.0, input=1.1, weight=0.9, saved=900, received=50)
+EMBEDDING = Module(forward=0.1, input=0.0, weight=0.1, saved=10, received=5)
+HEAD = Module(forward=1.0, input=1.0, weight=1.0, saved=200, received=50)
+
+
+def model(layers: int, losses: float = 1.0) -> Profile:
+    ends = Module(losses, losses, losses, 300, 50)
+    return Profile(EMBEDDING, (LAYER,) * layers, HEAD, ends, 0.05, loss_lengths=(0.5, 1.5))
+
+
+def makespan(one: Profile, split: Split, devices: int, microbatches: int) -> float:
+    costs = stage_costs(one, split, microbatches)
+    return simulate(v_half(devices, microbatches), ir.v_placement(devices), costs).makespan
+
+
+@pytest.mark.parametrize("losses", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("alike", [True, False])
+def test_where_splits_are_few_the_best_is_found(losses: float, alike: bool) -> None:
+    one = model(6, losses)
+    if not alike:
+        factors = (0.5, 2.0, 1.0, 3.0, 0.7, 1.1)
+        one = replace(one, layers=tuple(Module(f, 1.1 * f, 0.9 * f, 900, 50) for f in factors))
+    every = [
+        Split((*counts, *[0] * (3 - head)), head)
+        for head in (2, 3)
+        for counts in itertools.product(range(7), repeat=head + 1)
+        if sum(counts) == 6
+    ]
+    best = min(makespan(one, split, 2, 6) for split in every)
+    found = place(one, 2, 6)
+    assert found.makespan == pytest.approx(best, rel=1e-12) == pytest.approx(makespan(one, found.split, 2, 6))
+    assert found.lower_bound <= best and found.gap >= 0
+
+
+def test_where_splits_are_many_the_bound_holds_and_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The descent, made to run where all splits can be looked at too."""
+    for losses in (1.0, 3.0, 6.0):
+        exact = place(model(9, losses), 2, 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(place_module, "SPLITS", 0)
+            found = place(model(9, losses), 2, 8)
+        assert found.lower_bound <= exact.makespan <= found.makespan <= 1.02 * exact.makespan
+
+
+def test_heavy_losses_leave_device_0_without_layers() -> None:
+    split = place(model(6, losses=8.0), 3, 6).split
+    assert split.layers[0] == split.layers[-1] == 0 and sum(split.layers) == 6
+
+
+@pytest.mark.parametrize(("p", "losses"), [(4, 2.0), (4, 5.0), (8, 3.0)])
+def test_devices_idle_little_more_than_the_schedule_makes_them(p: int, losses: float) -> None:
+    """At a granularity of an eighth of a stage: 8 layers a stage."""
+    m = 4 * p
+    found = place(model(16 * p, losses), p, m)
+    placement = ir.v_placement(p)
+    work = sum(map(found.costs.stage_work, range(2 * p)))
+    idle = 1 - work / (p * found.makespan)
+    assert idle <= bubble(found.makespan, placement, found.costs) + 0.03
+
+
+def test_stage_costs_are_sums_of_modules() -> None:
+    one = replace(model(3), lengths=(1.0, 2.0))
+    costs = stage_costs(one, Split((1, 2, 0, 0), 2), 3)
+    assert costs.forward[0] == pytest.approx((1.1, 2.2, 1.1)) and costs.forward[1] == pytest.approx((2, 4, 2))
+    assert costs.forward[2] == (1, 2, 1) and costs.forward[3] == (0.5, 1.5, 0.5)
+    assert costs.saved == ((910, 1820, 910), (1800, 3600, 1800), (200, 400, 200), (150, 450, 150))
+    assert costs.received == ((5, 10, 5), (50, 100, 50), (50, 100, 50), (50, 100, 50))
+
+
+def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    profile.save(model(2), tmp_path / "profile.json")
+    assert profile.load(tmp_path / "profile.json") == model(2)
+    for text in ("[", "{}", '{"transfer": 1, "layers": [{"forwards": 1}]}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=r"profile: .*bad.json must be a profile"):
+            profile.load(tmp_path / "bad.json")
+
+
+def test_impossible_placements_are_refused() -> None:
+    for layers, devices, microbatches in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
+        with pytest.raises(ValueError, match="place: there must be layers"):
+            place(model(layers), devices, microbatches)

@@ -1,0 +1,251 @@
+"""The runtime against one process: the same bits for every schedule, and nothing kept that the plan does not keep."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import small
+import torch
+from hypothesis import given, settings
+from hypothesis.strategies import data, integers, sampled_from
+from torch import Tensor
+
+from longcat_model.pipeline.costs import uniform
+from longcat_model.pipeline.ir import Action, Kind, Placement, Schedule, loop_placement, parse, v_placement, without
+from longcat_model.pipeline.lower import lower
+from longcat_model.pipeline.runtime import Runtime
+from longcat_model.pipeline.schedules.linear import interleaved_1f1b, one_f_one_b, zb_h1
+from longcat_model.pipeline.schedules.v import v_half, v_min, v_zb
+from longcat_model.pipeline.simulate import peak_bytes
+from longcat_model.pipeline.split import Microbatch, split
+from longcat_model.pipeline.stage import Border, Output
+from longcat_model.pipeline.transport import InProcess, PipelineError
+from longcat_model.pipeline.verify import verify
+
+SCHEDULES: dict[str, tuple[Callable[[int, int], Schedule], Callable[[int], Placement]]] = {
+    "1f1b": (one_f_one_b, loop_placement),
+    "interleaved_1f1b": (interleaved_1f1b, lambda devices: loop_placement(devices, 2)),
+    "zb_h1": (zb_h1, loop_placement),
+    "v_zb": (v_zb, v_placement),
+    "v_min": (v_min, v_placement),
+    "v_half": (v_half, v_placement),
+}
+
+
+@pytest.fixture(scope="module")
+def reference() -> Callable[[int], tuple[dict[str, Tensor], list[Tensor]]]:
+    """Gradients and losses of one process for a number of microbatches."""
+    known: dict[int, tuple[dict[str, Tensor], list[Tensor]]] = {}
+
+    def of(microbatches: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+        if microbatches not in known:
+            whole = small.model()
+            losses = small.one_process(whole, small.batches(microbatches))
+            known[microbatches] = small.gradients([whole]), losses
+        return known[microbatches]
+
+    return of
+
+
+@pytest.mark.parametrize(("devices", "microbatches"), [(1, 3), (2, 6), (3, 2), (4, 7)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_losses_and_gradients_are_those_of_one_process(
+    name: str, devices: int, microbatches: int, reference: Any
+) -> None:
+    make, place = SCHEDULES[name]
+    schedule, placement, parts = make(devices, microbatches), place(devices), small.batches(microbatches)
+    schedule = lower(schedule, placement, microbatches)
+    models, results = small.piped(small.model(), schedule, placement, parts)
+    want, losses = reference(microbatches)
+    found = small.gradients(models)
+    assert found.keys() == want.keys()
+    for weight, grad in found.items():
+        # The table's two uses are on two devices, so each is summed over the microbatches first.
+        is_apart = weight == "embed_tokens.weight" and placement[0] != placement[-1]
+        compare = (lambda a, b: torch.allclose(a, b, rtol=1e-6, atol=1e-7)) if is_apart else torch.equal
+        assert compare(grad, want[weight]), weight
+    assert all(map(torch.equal, small.losses(results, placement, parts), losses))
+    planned = peak_bytes(schedule, uniform(len(placement), microbatches, saved=1))
+    assert tuple(result.peak_live for result in results) == planned
+
+
+def test_a_forward_that_is_done_again_gives_the_same_bits(reference: Any) -> None:
+    again = lower(v_half(2, 5), v_placement(2), 5, recomputed=range(4))
+    assert sum(action.kind is Kind.R for row in again for action in row) == 20
+    models, results = small.piped(small.model(), again, v_placement(2), small.batches(5))
+    want, losses = reference(5)
+    for name, grad in small.gradients(models).items():
+        assert torch.equal(grad, want[name]), name
+    assert all(map(torch.equal, small.losses(results, v_placement(2), small.batches(5)), losses))
+
+
+def test_forwards_alone_keep_nothing(reference: Any) -> None:
+    placement = v_placement(2)
+    rows = lower(without(v_half(2, 4), {Kind.I, Kind.W, Kind.B}), placement, 4)
+    models, results = small.piped(small.model(), rows, placement, small.batches(4))
+    assert not small.gradients(models) and [result.peak_live for result in results] == [0, 0]
+    assert all(map(torch.equal, small.losses(results, placement, small.batches(4)), reference(4)[1]))
+
+
+def test_gradients_add_up_over_steps() -> None:
+    placement, parts = v_placement(2), small.batches(3)
+    whole, want = small.model(), small.model()
+    (end,) = InProcess.connect(1)
+    own = small.runtime(whole, lower(v_half(1, 3), v_placement(1), 3), v_placement(1), end)
+    for _ in range(2):
+        own.step(Microbatch.of(parts))
+        small.one_process(want, parts)
+    found, wanted = small.gradients([whole]), small.gradients([want])
+    assert placement and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def _matrices() -> list[Tensor]:
+    """Every one that is alive."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and thing.dim() == 2]
+
+
+def test_no_logits_live_between_forward_and_backward() -> None:
+    """Heads leave the gradient of their input, which is as large as the hidden state, and no more."""
+    whole = small.model()
+    (part,) = Microbatch.of(small.batches(1))
+    stages = split(whole, (1, 2, 4), small.WEIGHTS)
+    hidden: Tensor | None = None
+    kept = []
+    before = _matrices()  # of other tests
+    for stage in stages:
+        output = stage(hidden, part)
+        kept.append(output)
+        hidden = None if output.hidden is None else output.hidden.detach().requires_grad_()
+    classes = {whole.ids.text_rows, *(size + 1 for size in whole.ids.visual_sizes + whole.ids.audio_sizes)}
+    known = {id(tensor) for tensor in before}
+    shapes = {tuple(tensor.shape) for tensor in _matrices() if id(tensor) not in known}
+    weights = {tuple(p.shape) for p in whole.parameters()}
+    positions = part.batch.inputs.text.numel()
+    assert not [shape for shape in shapes - weights if shape[1] in classes and shape[0] <= positions and shape[0] > 1]
+
+
+class Toy:
+    """A stage of one product; `trouble` is called before each forward."""
+
+    def __init__(self, is_last: bool, trouble: Callable[[int], None] = lambda microbatch: None) -> None:
+        self.weight, self.is_last, self.trouble = torch.nn.Parameter(torch.eye(2)), is_last, trouble
+
+    def __call__(self, hidden: Tensor | None, microbatch: int) -> Output:
+        self.trouble(microbatch)
+        out = torch.nn.functional.linear(torch.ones(1, 2) if hidden is None else hidden, self.weight)
+        return Output(None, out.sum()) if self.is_last else Output(out)
+
+    def takes(self, microbatch: int) -> Border:
+        return Border((1, 2), torch.float32, torch.device("cpu"))
+
+    gives = takes
+
+
+def toys(schedule: Schedule, placement: Placement, timeout_s: float, **trouble: Callable[[int], None]) -> list[str]:
+    """Runs a step of toys; gives what each device raised."""
+    ends, messages = InProcess.connect(len(schedule), timeout_s), [""] * len(schedule)
+
+    def work(device: int) -> None:
+        own = {
+            s: Toy(s == len(placement) - 1, trouble.get(f"stage{s}", lambda microbatch: None))
+            for s, home in enumerate(placement)
+            if home == device
+        }
+        try:
+            Runtime(schedule, placement, own, ends[device]).step(range(4))
+        except (PipelineError, RuntimeError) as error:
+            messages[device] = str(error)
+
+    small.in_threads(work, len(schedule))
+    return messages
+
+
+def test_who_waits_in_vain_names_action_peer_and_microbatch() -> None:
+    schedule = parse("0F0 0SEND_F0 0RECV_B0 0B0\n\n")
+    first, second = toys(schedule, (0, 1), 0.2)
+    assert first == "pipeline: device 0, 0RECV_B0 (microbatch 0) from device 1 stopped: nothing came for 0.2 s"
+    assert not second
+
+
+def test_a_failing_stage_stops_all_devices_with_its_reason() -> None:
+    def trouble(microbatch: int) -> None:
+        if microbatch == 2:
+            raise RuntimeError("out of luck")
+
+    messages = toys(lower(v_half(3, 4), v_placement(3), 4), v_placement(3), 30.0, stage4=trouble)
+    assert messages[1] == "out of luck"
+    assert all("device 1 failed: out of luck" in messages[device] for device in (0, 2))
+
+
+def runs(schedule: Schedule, placement: Placement, microbatches: int) -> bool:
+    """Whether devices get to the end of their rows, where sends and receives wait for each other."""
+    ends, well = InProcess.connect(len(schedule), 10.0, rendezvous=True), [False] * len(schedule)
+
+    def work(device: int) -> None:
+        own = {s: Toy(s == len(placement) - 1) for s, home in enumerate(placement) if home == device}
+        try:
+            Runtime(schedule, placement, own, ends[device]).step(range(microbatches))
+            well[device] = True
+        except (KeyError, AssertionError, PipelineError, RuntimeError) as error:
+            ends[device].fail(error)
+
+    small.in_threads(work, len(schedule))
+    return all(well)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data())
+def test_the_verifier_accepts_what_the_runtime_can_run(data: Any) -> None:
+    """Valid schedules in which some actions are swapped, in a row, or dropped."""
+    make, place = SCHEDULES[data.draw(sampled_from(sorted(SCHEDULES)))]
+    placement = place(2)
+    rows = [list(row) for row in without(lower(make(2, 2), placement, 2), {Kind.REDUCE_GRAD, Kind.FREE})]
+    for _ in range(data.draw(integers(0, 3))):
+        row = rows[data.draw(integers(0, 1))]
+        i = data.draw(integers(0, len(row) - 2))
+        if data.draw(integers(0, 9)) == 0:
+            del row[i]
+        else:
+            row[i], row[i + 1] = row[i + 1], row[i]
+    schedule = tuple(map(tuple, rows))
+    try:
+        verify(schedule, placement, 2)
+        is_valid = True
+    except ValueError:
+        is_valid = False
+    assert runs(schedule, placement, 2) == is_valid
+
+
+def test_refuses_what_it_cannot_run() -> None:
+    (end,) = InProcess.connect(1)
+    schedule = parse("0UNSHARD 0F0 0B0\n")
+    with pytest.raises(ValueError, match=r"actions must be among those it runs, got UNSHARD"):
+        Runtime(schedule, (0,), {0: Toy(True)}, end)
+    with pytest.raises(ValueError, match=r"stages must be \[0\] on device 0, got \[1\]"):
+        Runtime(parse("0F0 0B0\n"), (0,), {1: Toy(True)}, end)
+
+
+def test_a_stage_is_reduced_when_its_last_gradient_is_there() -> None:
+    (end,) = InProcess.connect(1)
+    stages, seen = {0: Toy(False), 1: Toy(True)}, []
+
+    def reduce(stage: int) -> None:
+        grad = stages[stage].weight.grad
+        assert grad is not None
+        seen.append((stage, grad.sum().item()))
+
+    Runtime(lower(v_half(1, 3), v_placement(1), 3), v_placement(1), stages, end, reduce=reduce).step(range(3))
+    assert sorted(seen) == [(stage, stages[stage].weight.grad.sum().item()) for stage in (0, 1)]  # type: ignore[union-attr]
+
+
+def test_the_timeline_has_every_action_in_order() -> None:
+    (end,) = InProcess.connect(1)
+    schedule = lower(v_half(1, 3), v_placement(1), 3)
+    result = Runtime(schedule, v_placement(1), {0: Toy(False), 1: Toy(True)}, end).step(range(3))
+    assert tuple(ran.action for ran in result.timeline) == schedule[0]
+    times = [moment for ran in result.timeline for moment in (ran.start_s, ran.end_s)]
+    assert times == sorted(times) and Action(0, Kind.F, 0) in schedule[0]
