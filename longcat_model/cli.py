@@ -168,12 +168,16 @@ class Schedule:
         from longcat_model.pipeline import report
         from longcat_model.pipeline.schedules.searched import Effort
 
-        if self.devices < 1 or self.microbatches < 1 or self.moves < 0:
-            raise ValueError("schedule: devices and microbatches must be at least 1, moves at least 0")
+        for name, least in (("devices", 1), ("microbatches", 1), ("moves", 0), ("memory", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < 2**62:
+                raise ValueError(f"schedule: --{name} must be at least {least} and below 2^62, got {value}")
+        report.ready(self.out)
         costs, placed = report.costs_of(self.profile, self.devices, self.microbatches)
         limits = None if self.memory is None else [self.memory] * self.devices
         found = report.compare(costs, limits, Effort(moves=self.moves, seed=self.seed))
-        print(placed, report.table(found), *report.write(found, self.out), sep="\n")
+        print(placed, report.table(found), sep="\n")
+        print(*report.write(found, self.out), sep="\n")
 
 
 @dataclass(frozen=True)

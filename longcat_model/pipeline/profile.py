@@ -14,6 +14,7 @@ Times are in one unit, whichever, for a microbatch of length 1.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,21 +63,56 @@ def load(file: Path) -> Profile:
     """Reads a profile.
 
     Raises:
-        ValueError: the file is not a profile; says which part.
+        ValueError: the file is not a profile; names the part, the rule and what was found.
     """
     try:
         data = json.loads(file.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"profile: {file} must be a readable JSON file: {error}") from None
+    try:
+        _check_keys("the file", data, {"layers", "transfer", *_MODULES}, {"lengths", "loss_lengths"})
         return Profile(
-            layers=tuple(Module(**layer) for layer in data["layers"]),
-            transfer=float(data["transfer"]),
-            lengths=tuple(data.get("lengths", ())),
-            loss_lengths=tuple(data.get("loss_lengths", ())),
-            **{name: Module(**data[name]) for name in ("embedding", "text_head", "modality_losses")},
+            layers=tuple(_module(f"layers[{i}]", layer) for i, layer in enumerate(_list("layers", data["layers"]))),
+            transfer=_number("transfer", data["transfer"]),
+            lengths=_numbers("lengths", data.get("lengths", [])),
+            loss_lengths=_numbers("loss_lengths", data.get("loss_lengths", [])),
+            **{name: _module(name, data[name]) for name in _MODULES},
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"profile: {file} must be a profile as longcat_model/pipeline/profile.py shows: {error}"
-        ) from None
+    except ValueError as error:
+        raise ValueError(f"profile: {file}: {error}; longcat_model/pipeline/profile.py shows one") from None
+
+
+_MODULES = ("embedding", "text_head", "modality_losses")
+
+
+def _check_keys(name: str, data: Any, needed: set[str], optional: set[str]) -> None:
+    if not isinstance(data, dict) or needed - set(data) or set(data) - needed - optional:
+        found = sorted(data) if isinstance(data, dict) else type(data).__name__
+        more = f" and may have {sorted(optional)}" if optional else ""
+        raise ValueError(f"{name} must be an object with {sorted(needed)}{more}, got {found}")
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a list, got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return value
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    return tuple(_number(f"{name}[{i}]", value) for i, value in enumerate(_list(name, values)))
+
+
+def _module(name: str, data: Any) -> Module:
+    _check_keys(name, data, {"forward", "input", "weight"}, {"saved", "received"})
+    numbers: dict[str, float] = {field: _number(f"{name}.{field}", value) for field, value in data.items()}
+    sizes = (round(numbers.get(field, 0)) for field in ("saved", "received"))
+    return Module(numbers["forward"], numbers["input"], numbers["weight"], *sizes)
 
 
 def save(profile: Profile, file: Path) -> None:

@@ -11,11 +11,12 @@ from longcat_model.pipeline.ir import COMPUTE, Action, Kind, Placement, Row, Sch
 from longcat_model.pipeline.simulate import Timeline, live_bytes, simulate
 
 COLOURS = {Kind.F: "#4c72b0", Kind.I: "#dd8452", Kind.W: "#55a868", Kind.B: "#c44e52", Kind.R: "#8172b3"}
+MOST_SLOTS = 10_000  # of a grid: shortest actions beside very long ones would need billions
 MEANINGS = {Kind.F: "F", Kind.I: "I: input grad", Kind.W: "W: weight grad", Kind.B: "B: I and W", Kind.R: "R: F again"}
 
 
 def grid(schedule: Schedule, placement: Placement, costs: Costs, columns: int | None = None) -> str:
-    """One line a device, one column a slot as long as the shortest action; idle slots are dots.
+    """One line a device, one column a slot; idle slots are dots. A slot is the shortest action, or 1 / MOST_SLOTS of all.
 
     An action is written once, in its first slot, and `-` in its others; times are rounded to slots, so one of nearly no
     duration may be left out. Of long schedules, the first `columns` slots.
@@ -23,6 +24,7 @@ def grid(schedule: Schedule, placement: Placement, costs: Costs, columns: int | 
     timeline = simulate(schedule, placement, costs)
     durations = [costs.of(action) for row in schedule for action in row if action.kind in COMPUTE]
     slot = min((duration for duration in durations if duration > 0), default=1.0)
+    slot = max(slot, timeline.makespan / MOST_SLOTS)
     width = max((len(str(action)) for row in schedule for action in row if action.kind in COMPUTE), default=1)
     count = round(timeline.makespan / slot)
     lines = []

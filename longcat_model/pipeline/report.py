@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,17 +122,41 @@ def costs_of(profile: Path | None, devices: int, microbatches: int) -> tuple[Cos
     return placed.costs, "\n".join(said)
 
 
+def ready(out: Path) -> None:
+    """Makes sure that `write` can write, before a search that takes long.
+
+    Raises:
+        ValueError: the directory cannot be made or written to.
+        ModuleNotFoundError: matplotlib is not there.
+    """
+    import matplotlib  # noqa: F401
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"schedule: out must be a directory that can be written to, got {out}: {error}") from None
+
+
 def write(found: Sequence[Line], out: Path) -> list[Path]:
-    """Writes a picture of V-Half and the searched schedule; of the latter a grid of text, a trace and CSV."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Writes a picture of V-Half and the searched schedule; of the latter a grid of text, a trace and CSV.
+
+    All files or none: they are made beside their places and then renamed.
+    """
     best = found[-1]
     shown = [(f"{one.name}: bubble {100 * one.bubble:.1f} %", one.schedule, one.placement, one.costs) for one in found]
-    names = ("timeline.png", "timeline.svg", "grid.txt", "trace.json", "compute_only.csv", "lowered.csv")
-    files = [out / name for name in names]
-    for file in files[:2]:
-        render.picture(shown[-2:], file)
-    files[2].write_text(render.grid(best.schedule, best.placement, best.costs))
-    files[3].write_text(json.dumps(render.chrome_trace(best.schedule, best.placement, best.costs)))
-    files[4].write_text(to_csv(compute_only(best.schedule)))
-    files[5].write_text(to_csv(lower(best.schedule, best.placement, best.costs.microbatches, best.costs)))
-    return files
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        made = Path(folder)
+        for name in ("timeline.png", "timeline.svg"):
+            render.picture(shown[-2:], made / name)
+        lowered = lower(best.schedule, best.placement, best.costs.microbatches, best.costs)
+        texts = {
+            "grid.txt": render.grid(best.schedule, best.placement, best.costs),
+            "trace.json": json.dumps(render.chrome_trace(best.schedule, best.placement, best.costs)),
+            "compute_only.csv": to_csv(compute_only(best.schedule)),
+            "lowered.csv": to_csv(lowered),
+        }
+        for name, text in texts.items():
+            (made / name).write_text(text)
+        return [file.replace(out / file.name) for file in sorted(made.iterdir())]

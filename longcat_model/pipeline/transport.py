@@ -22,7 +22,7 @@ from longcat_model.pipeline.ir import Action, counterpart
 from longcat_model.pipeline.stage import Border
 
 
-class PipelineError(RuntimeError):
+class PipelineError(ConnectionError):
     """A transfer did not happen: a device was lost, hangs or failed."""
 
 

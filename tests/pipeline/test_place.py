@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,10 +89,42 @@ def test_stage_costs_are_sums_of_modules() -> None:
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
     profile.save(model(2), tmp_path / "profile.json")
     assert profile.load(tmp_path / "profile.json") == model(2)
-    for text in ("[", "{}", '{"transfer": 1, "layers": [{"forwards": 1}]}'):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(ValueError, match=r"profile: .*bad.json must be a profile"):
-            profile.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.pop("layers"), "the file must be an object with .*'layers'"),
+        (lambda p: p.update(lenghts=[1.0]), "may have .*, got .*'lenghts'"),
+        (lambda p: p.update(layers={}), r"layers must be a list, got \{\}"),
+        (lambda p: p["layers"].append({"forwards": 1}), r"layers\[2\] must be an object with"),
+        (
+            lambda p: p["embedding"].update(forward="x"),
+            "embedding.forward must be a finite number of at least 0, got 'x'",
+        ),
+        (lambda p: p["text_head"].update(saved=-1), "text_head.saved must be a finite number of at least 0, got -1"),
+        (lambda p: p.update(transfer=float("nan")), "transfer must be a finite number of at least 0, got nan"),
+        (lambda p: p.update(lengths="abc"), "lengths must be a list, got 'abc'"),
+        (lambda p: p.update(lengths=[1.0, True]), r"lengths\[1\] must be a finite number"),
+    ],
+)
+def test_a_bad_profile_is_refused_by_file_and_field(change: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.json"
+    profile.save(model(2), file)
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"profile: .*bad.json: .*{message}"):
+        profile.load(file)
+
+
+@pytest.mark.parametrize("content", [b"[", b"\xff\xfe", None])
+def test_a_file_that_is_no_json_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "bad.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"profile: .*bad.json must be a readable JSON file"):
+        profile.load(file)
 
 
 def test_impossible_placements_are_refused() -> None:

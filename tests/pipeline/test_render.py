@@ -58,4 +58,30 @@ def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path, capsys:
         assert all(str(_Action.from_str(cell)) == cell for cell in row.split(","))
     assert cli.main(["schedule", "--devices", "0", "--microbatches", "4"]) == 2
     assert cli.main([*arguments, "--memory", "1"]) == 2
-    assert "limits must be at least" in capsys.readouterr().err
+    assert "memory of the devices must be at least" in capsys.readouterr().err
+    assert not list(out.glob("tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--devices", "0"), "--devices must be at least 1 and below 2^62, got 0"),
+        (("--memory", str(10**20)), "--memory must be at least 0 and below 2^62"),
+        (("--out", "{file}"), "out must be a directory that can be written to, got"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_search(
+    more: tuple[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    more = (more[0], more[1].format(file=tmp_path / "file"))
+    arguments = {"--devices": "2", "--microbatches": "2", "--out": str(tmp_path / "out"), **dict([more])}
+    assert cli.main(["schedule", *(word for pair in arguments.items() for word in pair)]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_a_grid_of_actions_that_differ_by_a_billion_stays_readable() -> None:
+    costs = uniform(4, 2, stage_scales=[1e9, 1, 1, 1])
+    text = render.grid(v_half(2, 2), ir.v_placement(2), costs)
+    assert len(text) < 2 * 5 * render.MOST_SLOTS

@@ -58,7 +58,7 @@ def searched(
     starts = _best(problem, found, len(found))
     if not starts:
         least = peak_bytes(one_at_a_time(placement, microbatches), costs)
-        raise ValueError(f"schedule: limits must be at least {list(least)} bytes, got {list(limits)}")
+        raise ValueError(f"schedule: memory of the devices must be at least {list(least)} bytes, got {list(limits)}")
     results = [*starts, *_walks(problem, starts, effort)]
     schedules = [decode(orders, placement) for orders in _best(problem, results, 3)]
     return min(schedules, key=lambda schedule: simulate(schedule, placement, costs).makespan)
