@@ -16,10 +16,11 @@ MEANINGS = {Kind.F: "F", Kind.I: "I: input grad", Kind.W: "W: weight grad", Kind
 
 
 def grid(schedule: Schedule, placement: Placement, costs: Costs, columns: int | None = None) -> str:
-    """One line a device, one column a slot; idle slots are dots. A slot is the shortest action, or 1 / MOST_SLOTS of all.
+    """One line a device, one column a slot; idle slots are dots.
 
-    An action is written once, in its first slot, and `-` in its others; times are rounded to slots, so one of nearly no
-    duration may be left out. Of long schedules, the first `columns` slots.
+    A slot is as long as the shortest action, or 1 / MOST_SLOTS of the makespan. An action is written once, in its first
+    slot, and `-` in its others; times are rounded to slots, so one of nearly no duration may be left out. Of long
+    schedules, the first `columns` slots.
     """
     timeline = simulate(schedule, placement, costs)
     durations = [costs.of(action) for row in schedule for action in row if action.kind in COMPUTE]
