@@ -64,7 +64,8 @@ def describe_plan(subject: str, memory: Sequence[float], *, rows: int, positions
         places.append((place, f"{found.used(place):,}", f"{gpus[place]:,}" if place in gpus else ""))
     notes = [
         f"A position takes {cache_bytes(backbone):,} bytes of cache.",
-        f"It reads {table_bytes(backbone):,} bytes of n-gram tables and {expert_bytes(backbone):,} of a layer's experts.",
+        f"It reads {table_bytes(backbone):,} bytes of n-gram tables",
+        f"and, on average, {expert_bytes(backbone):,} bytes of each layer's experts.",
         "Tables in their file take no memory but the operating system's cache.",
     ]
     for gpu, size in found.lacking().items():

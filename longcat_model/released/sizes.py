@@ -23,12 +23,14 @@ class Flow:
     decoder_positions: int = 3000
     prenet_mlp: int = 2048
     prenet_width: int = 512
+    prenet_heads: int = 8
     prenet_depth: int = 12
     prenet_positions: int = 5000  # fitted to the released total, not stated anywhere
     channels: int = 256
     mid_blocks: int = 12
     blocks: int = 4  # transformer blocks of a group
-    inner: int = 512  # all heads of such a block
+    heads: int = 8  # of such a block
+    inner: int = 512  # all its heads together
 
 
 @dataclass(frozen=True, kw_only=True)
