@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -114,10 +116,15 @@ def save(released: Released, directory: Path, *, shard_bytes: int = 10_000_000_0
 
 
 def synthesize(sizes: Sizes, directory: Path, *, seed: int = 0, shard_bytes: int = 10_000_000_000) -> None:
-    """Writes a checkpoint of random weights (deviation 0.02, norms around 1) with every tensor; see `write`."""
-    generator, table = torch.Generator().manual_seed(seed), entries(sizes)
+    """Writes a checkpoint of random weights (deviation 0.02, norms around 1) with every tensor; see `write`.
+
+    The copies of the shared codebook are equal.
+    """
+    generator, table = torch.Generator(), entries(sizes)
 
     def draw(name: str) -> Tensor:
+        first = re.sub(r"\.codebooks\.\d+\.", ".codebooks.0.", name)
+        generator.manual_seed(zlib.crc32(first.encode(), seed))
         values = torch.randn(table[name].shape, generator=generator) * 0.02
         scale = name.endswith("norm.weight") or ("layernorm" in name and name.endswith("weight"))
         return (values + 1 if scale else values).to(table[name].dtype)

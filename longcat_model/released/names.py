@@ -1,0 +1,143 @@
+"""Where the released tokenizers' tensors live in this project's modules.
+
+    released, under model.visual_tokenizer.             module                    names
+    --------------------------------------------------  ------------------------  --------------------------------------
+    visual_model.{patch_embed,blocks}                   encoder                   public
+    visual_bridge_model.bridge.{ln_q,mlp}               encoder, its merger       public
+    visual_bridge_model.quantizer.quant_conv            quantizer.quant_conv      public
+    visual_bridge_model.quantizer.quantize.codebooks    quantizer.quantize        public; eight copies of one codebook
+    visual_embedding_layer.pre_buffer                   the language model's      public
+    (image_decoder/image_decoder.safetensors)           decoder, refiner          not public: this project's
+
+    released, under model.audio_tokenizer.              module                    names
+    --------------------------------------------------  ------------------------  --------------------------------------
+    audio_model                                         encoder                   public, as Whisper's
+    audio_bridge_model.{gate,up,down}_proj, layer_norm  pool                      public
+    audio_bridge_model.vq_list                          quantizer                 public
+    audio_bridge_model.proj_decoder                     proj_decoder              public
+    audio_decoder                                       decoder                   public at the top, else module paths
+    audio_flow_matching_decoder.prenet                  prenet                    module paths of the public code
+    audio_flow_matching_decoder.conditional_decoder     refiner                   module paths of the public code
+    (cosy24k_vocoder/hift.pt)                           vocoder                   CosyVoice's
+
+What lies in parentheses is in files of its own and not among the 13,450 tensors. Names that are module paths were not
+read in a checkpoint; counts and sizes close exactly over all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from longcat_model.released.audio import ReleasedAudioTokenizer
+from longcat_model.released.quirks import Quirks
+from longcat_model.released.sizes import Sizes
+from longcat_model.released.tensors import dtype
+from longcat_model.tokenizers.audio.frontend import LogMel
+from longcat_model.tokenizers.audio.vocoder import Vocoder
+from longcat_model.tokenizers.vision import VisionTokenizer
+
+_BRIDGE, _QUANTIZER = "visual_bridge_model.bridge", "visual_bridge_model.quantizer"
+_VISION = (
+    (r"encoder\.visual_model\.merger\.(.*)", rf"{_BRIDGE}.\1"),
+    (r"encoder\.visual_model\.(.*)", r"visual_model.\1"),
+    (r"quantizer\.quant_conv\.(.*)", rf"{_QUANTIZER}.quant_conv.\1"),
+    (r"quantizer\.quantize\.codebooks\.(.*)", rf"{_QUANTIZER}.quantize.codebooks.\1"),
+)
+_AUDIO = (
+    (r"encoder\.whisper\.embed_positions\.weight", "audio_model.positional_embedding"),
+    (r"encoder\.whisper\.(.*)", r"audio_model.\1"),
+    (r"pool\.(.*)", r"audio_bridge_model.\1"),
+    (r"quantizer\.codebooks\.(\d+)\.embed", r"audio_bridge_model.vq_list.\1.codebook.embed"),
+    (r"quantizer\.codebooks\.(\d+)\.embed_ema", r"audio_bridge_model.vq_list.\1.codebook.embed_avg"),
+    (r"quantizer\.codebooks\.(\d+)\.cluster_size_ema", r"audio_bridge_model.vq_list.\1.codebook.cluster_size"),
+    (r"(proj_decoder\..*)", r"audio_bridge_model.\1"),
+    (r"decoder\.(.*)", r"audio_decoder.\1"),
+    (r"prenet\.(.*)", r"audio_flow_matching_decoder.prenet.\1"),
+    (r"refiner\.(.*)", r"audio_flow_matching_decoder.conditional_decoder.\1"),
+)
+
+
+def slots(tokenizer: VisionTokenizer | ReleasedAudioTokenizer) -> dict[str, Tensor]:
+    """Where each released tensor lives in a tokenizer: views, as `tensors.slots` gives for the language model.
+
+    What is not in the released checkpoint's shards (decoders of images, this project's own parts) is left out.
+    """
+    is_vision = isinstance(tokenizer, VisionTokenizer)
+    prefix, table = ("model.visual_tokenizer.", _VISION) if is_vision else ("model.audio_tokenizer.", _AUDIO)
+    found = {}
+    for own, tensor in tokenizer.state_dict().items():
+        for pattern, name in table:
+            if match := re.fullmatch(pattern, own):
+                # The last row of an audio codebook here is the one that code -1 reads; theirs has none.
+                found[prefix + match.expand(name)] = tensor[:-1] if name.endswith("codebook.embed") else tensor
+                break
+    return found
+
+
+def load_vision(
+    sizes: Sizes, tensors: Mapping[str, Tensor], *, decoder: nn.Module | None = None, refiner: nn.Module | None = None
+) -> VisionTokenizer:
+    """The vision tokenizer of a checkpoint's tensors (`Released.tokenizers`), in their types.
+
+    Args:
+        decoder: `released.pixel_decoder.PixelDecoder` with weights, for `decode`.
+        refiner: `released.refiner.Refiner` with weights, for `decode` with `refine`.
+
+    Raises:
+        ValueError: the copies of the shared codebook differ.
+    """
+    for name, tensor in tensors.items():
+        first = re.sub(r"\.codebooks\.\d+\.", ".codebooks.0.", name)
+        if not torch.equal(tensor, tensors[first]):
+            raise ValueError(f"released: {name} must equal {first}, the codebook is shared")
+    with torch.device("meta"):
+        tokenizer = VisionTokenizer(sizes.model.vision)
+    tokenizer.decoder = decoder or _Absent("decoder")  # type: ignore[assignment]
+    tokenizer.refiner = refiner or _Absent("refiner")  # type: ignore[assignment]
+    tokenizer.quantizer.semantic_decoder = nn.Identity()  # type: ignore[assignment]
+    return _filled(tokenizer, tensors)
+
+
+def load_audio(
+    sizes: Sizes, tensors: Mapping[str, Tensor], *, vocoder: Vocoder | None = None, quirks: Quirks = "released"
+) -> ReleasedAudioTokenizer:
+    """The audio tokenizer of a checkpoint's tensors (`Released.tokenizers`), in their types."""
+    with torch.device("meta"):
+        tokenizer = ReleasedAudioTokenizer(sizes, vocoder, quirks=quirks)
+    _filled(tokenizer, tensors)
+    tokenizer.front_end = LogMel(sizes.model.audio.encoder).to(tokenizer.proj_decoder.weight.device)
+    return tokenizer
+
+
+_Tokenizer = TypeVar("_Tokenizer", VisionTokenizer, ReleasedAudioTokenizer)
+
+
+def _filled(tokenizer: _Tokenizer, tensors: Mapping[str, Tensor]) -> _Tokenizer:
+    """Gives the parts on the meta device memory where the tensors are, in their types, and their values."""
+    device = next(iter(tensors.values())).device
+    for own, part in tokenizer.named_children():
+        if any(tensor.is_meta for tensor in part.state_dict().values()):
+            part.to_empty(device=device)
+            for name, module in part.named_modules(prefix=own):
+                module.to(dtype(f".{name}."))
+    for name, slot in slots(tokenizer).items():
+        slot.copy_(tensors[name])
+    return tokenizer.eval().requires_grad_(False)
+
+
+class _Absent(nn.Module):
+    """Stands for a part whose weights are in a file of its own that was not given."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *_: object) -> Tensor:
+        raise ValueError(f"released: {self.name} must be given to load_vision: its weights are in another file")
+
+    sample = forward
