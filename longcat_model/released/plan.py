@@ -11,10 +11,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from longcat_model import config
 from longcat_model.backbone import Cache
 from longcat_model.released.sizes import Sizes
 from longcat_model.released.tensors import TABLES, entries
+from longcat_model.released.tokenizers import image_decoders
+from longcat_model.released.vocoder import Vocoder
 
 FILE = "file"  # the place of tensors that are mapped from their file
 HOST = "cpu"
@@ -71,7 +75,7 @@ class Plan:
 
 
 def plan(sizes: Sizes, memory: Mapping[str, int] = H200, *, rows: int = 2, positions: int = 8192) -> Plan:
-    """Places a model: the first GPU is the main one; experts and then tokenizers go where room is left.
+    """Places a model: the first GPU is the main one; experts, tokenizers and decoders go where room is left.
 
     What no GPU has room for goes to the host, whose memory is not limited here. The main parts cannot: `Plan.lacking`
     says by how much they exceed the first GPU.
@@ -90,7 +94,7 @@ def plan(sizes: Sizes, memory: Mapping[str, int] = H200, *, rows: int = 2, posit
     backbone, weights = sizes.model.backbone, _weights(sizes)
     main = next(iter(memory), HOST)
     experts = [_EXPERTS.format(i) for i in range(backbone.layers)]
-    movable = {name: weights.pop(name) for name in (*experts, _VISION, _AUDIO)}
+    movable = {name: weights.pop(name) for name in (*experts, _VISION, _AUDIO)} | decoder_bytes(sizes)
     parts = [Part(_TABLES, FILE, weights.pop(_TABLES))]
     parts += [Part(name, main, size) for name, size in weights.items()]
     parts.append(Part(f"cache, {rows} x {positions:,} positions", main, rows * positions * cache_bytes(backbone)))
@@ -139,6 +143,19 @@ def activation_bytes(sizes: config.Backbone, positions: int) -> int:
     router = 6 * (experts.real + experts.zero)  # float32 logits, probabilities and their order
     networks = experts.top_k * (3 * experts.width + 2 * sizes.hidden) + 3 * sizes.ffn_width + router
     return positions * (max(attention, networks) + 8 * sizes.hidden) * BF16 + positions**2 * MASK
+
+
+def decoder_bytes(sizes: Sizes) -> dict[str, int]:
+    """Bytes of the decoders in files of their own: float32, but bfloat16 for the refiner's transformer."""
+    with torch.device("meta"):
+        decoders, vocoder = image_decoders(sizes), Vocoder(sizes.vocoder)
+    decoders["image_refiner"].base_transformer.bfloat16()
+    modules = {
+        "pixel decoder": decoders["image_decoder"],
+        "image refiner": decoders["image_refiner"],
+        "vocoder": vocoder,
+    }
+    return {name: sum(p.nbytes for p in module.parameters()) for name, module in modules.items()}
 
 
 def _weights(sizes: Sizes) -> dict[str, int]:

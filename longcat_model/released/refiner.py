@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from longcat_model.released.quirks import Quirks, has_quirks
-from longcat_model.released.refiner_transformer import Transformer, TransformerSizes
-from longcat_model.released.vae import VAE, VAESizes
+from longcat_model.released.refiner_transformer import Transformer
+from longcat_model.released.sizes import TransformerSizes, VAESizes
+from longcat_model.released.vae import VAE
 from longcat_model.tokenizers.vision.packing import Layout, patchify, unpatchify
 
 STEPS = 28

@@ -11,34 +11,14 @@ Dimension key
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from longcat_model.released.sizes import TransformerSizes
+
 EPS = 1e-5
 FREQUENCIES, TIME_SCALE = 256, 1000.0  # of the sinusoid of a time in [0, 1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerSizes:
-    width: int = 2520
-    layers: int = 32
-    refiners: int = 2  # layers each kind of token has for itself before
-    heads: int = 21
-    kv_heads: int = 7
-    axes: tuple[int, int, int] = (40, 40, 40)  # channels of a head that turn with sequence, row and column
-    rope_theta: float = 1e4
-    mlp_multiple: int = 256  # the MLP's width is 4 times the model's, rounded up to a multiple of this
-    time_width: int = 1024
-    condition: int = 2048
-    latent: int = 16
-    patch: int = 2
-
-    @property
-    def mlp_width(self) -> int:
-        return -(-4 * self.width // self.mlp_multiple) * self.mlp_multiple
 
 
 class Transformer(nn.Module):

@@ -9,27 +9,13 @@ Dimension key
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 
+from longcat_model.released.sizes import VAESizes
+
 EPS = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAESizes:
-    widths: tuple[int, ...] = (128, 256, 512, 512)  # of each resolution, the finest first
-    latent: int = 16
-    groups: int = 32
-    scale: float = 0.3611
-    shift: float = 0.1159
-
-    @property
-    def factor(self) -> int:
-        """Pixels a side of a latent."""
-        return 2 ** (len(self.widths) - 1)
 
 
 class VAE(nn.Module):

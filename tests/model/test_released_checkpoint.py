@@ -116,6 +116,18 @@ def test_every_tensor_lands_where_its_name_says(original: Path) -> None:
         assert got.float().abs().max() > 0
 
 
+def test_the_depth_heads_stored_biases_are_read_by_nobody(original: Path) -> None:
+    released = checkpoint.load(original, progress=False)
+    before = _run(released.model)
+    stored = [
+        f"{m}_head.transformer_layers.{i}.linear{n}.bias" for m in ("visual", "audio") for i in (0, 1) for n in (1, 2)
+    ]
+    for name in stored:
+        released.tensors()[name].fill_(7.0)
+    for got, expected in zip(_run(released.model), before, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_all_faults_are_listed_at_once_before_anything_is_allocated(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,8 +24,19 @@ from longcat_model.backbone import Backbone, Cache
 from longcat_model.cli import main
 from longcat_model.model import LongcatNext
 from longcat_model.released import checkpoint
+from longcat_model.released import plan as planning
 from longcat_model.released.place import empty, visit
-from longcat_model.released.plan import FILE, HOST, RESERVE, Placement, activation_bytes, cache_bytes, plan, table_bytes
+from longcat_model.released.plan import (
+    FILE,
+    HOST,
+    RESERVE,
+    Placement,
+    activation_bytes,
+    cache_bytes,
+    decoder_bytes,
+    plan,
+    table_bytes,
+)
 from longcat_model.released.sizes import Sizes, shrunk, to_json
 from longcat_model.released.tensors import entries
 from longcat_model.sequence import Inputs
@@ -41,8 +52,11 @@ def test_one_gpu_holds_all_but_the_tables() -> None:
         main="cuda:0", tables=FILE, experts=("cuda:0",) * 14, vision="cuda:0", audio="cuda:0"
     )
     working = sum(part.bytes for part in found.parts if part.name.startswith(("cache", "activations", "reserve")))
+    decoders = sum(decoder_bytes(RELEASED).values())
     assert (found.used(FILE), found.used(HOST)) == (TABLES, 0)
-    assert found.used("cuda:0") == TOTAL - TABLES + working < 141 * GB
+    assert found.used("cuda:0") == TOTAL - TABLES + decoders + working < 141 * GB
+    # The two files hold 10.33 GB; about 0.2 GB of the image decoder's are not accounted for by its public sizes.
+    assert decoders == pytest.approx(10.1e9, rel=0.005)
     assert not found.lacking()
     backbone = RELEASED.model.backbone
     assert table_bytes(backbone) == 6144
@@ -65,19 +79,29 @@ def test_what_does_not_fit_is_said_in_bytes() -> None:
     assert found.lacking() == {"cuda:0": found.used("cuda:0") - 16 * GB} and found.lacking()["cuda:0"] > 0
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[str, Any]:
+    """What takes longer to count than to plan."""
+    return {"entries": entries(shrunk()), "decoder_bytes": decoder_bytes(shrunk())}
+
+
 @given(
     memory=st.lists(st.integers(RESERVE, RESERVE + 2_000_000), max_size=3),
     rows=st.integers(1, 4),
     positions=st.integers(1, 200),
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=100)
 def test_a_plan_places_every_tensor_once_and_overfills_nothing_by_choice(
-    memory: list[int], rows: int, positions: int
+    made: dict[str, Any], memory: list[int], rows: int, positions: int
 ) -> None:
     gpus = {f"cuda:{i}": size for i, size in enumerate(memory)}
-    found = plan(shrunk(), gpus, rows=rows, positions=positions)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in made.items():
+            patch.setattr(planning, name, lambda _, value=value: value)
+        found = plan(shrunk(), gpus, rows=rows, positions=positions)
     weights = [p for p in found.parts if not p.name.startswith(("cache", "activations", "reserve"))]
-    assert sum(p.bytes for p in weights) == sum(entry.bytes for entry in entries(shrunk()).values())
+    stored = sum(entry.bytes for entry in made["entries"].values()) + sum(made["decoder_bytes"].values())
+    assert sum(p.bytes for p in weights) == stored
     assert len({part.name for part in weights}) == len(weights)
     assert set(found.lacking()) <= {"cuda:0"}
     if found.lacking():

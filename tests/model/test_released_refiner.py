@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longcat_model.released.refiner import Refiner
-from longcat_model.released.refiner_transformer import Transformer, TransformerSizes, patchify, places, unpatchify
-from longcat_model.released.vae import VAE, VAESizes
+from longcat_model.released.refiner_transformer import Transformer, patchify, places, unpatchify
+from longcat_model.released.sizes import TransformerSizes, VAESizes
+from longcat_model.released.vae import VAE
 from longcat_model.tokenizers.vision.packing import Layout
 
 SIZES = TransformerSizes(

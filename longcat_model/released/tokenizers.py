@@ -7,7 +7,7 @@
     visual_bridge_model.quantizer.quant_conv            quantizer.quant_conv      public
     visual_bridge_model.quantizer.quantize.codebooks    quantizer.quantize        public; eight copies of one codebook
     visual_embedding_layer.pre_buffer                   the language model's      public
-    (image_decoder/image_decoder.safetensors)           decoder, refiner          not public: this project's
+    (image_decoder/image_decoder.safetensors)           decoder, refiner          not public below the prefixes
 
     released, under model.audio_tokenizer.              module                    names
     --------------------------------------------------  ------------------------  --------------------------------------
@@ -34,7 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from longcat_model.released.audio import ReleasedAudioTokenizer
+from longcat_model.released.pixel_decoder import PixelDecoder
 from longcat_model.released.quirks import Quirks
+from longcat_model.released.refiner import Refiner
 from longcat_model.released.sizes import Sizes
 from longcat_model.released.tensors import dtype
 from longcat_model.tokenizers.audio.frontend import LogMel
@@ -79,14 +81,20 @@ def slots(tokenizer: VisionTokenizer | ReleasedAudioTokenizer) -> dict[str, Tens
     return found
 
 
-def load_vision(
-    sizes: Sizes, tensors: Mapping[str, Tensor], *, decoder: nn.Module | None = None, refiner: nn.Module | None = None
-) -> VisionTokenizer:
+def image_decoders(sizes: Sizes, *, quirks: Quirks = "released") -> nn.ModuleDict:
+    """The two modules whose weights are in `image_decoder/image_decoder.safetensors`, by that file's prefixes."""
+    encoder, codeword = sizes.model.vision.encoder, sizes.model.vision.quantizer.dim
+    patch, merge = encoder.patch, encoder.merge
+    decoder = PixelDecoder(sizes.model.vision.decoder, codeword=codeword, patch=patch, merge=merge, quirks=quirks)
+    refiner = Refiner(sizes.refiner, sizes.vae, codeword=codeword, patch=patch, merge=merge, quirks=quirks)
+    return nn.ModuleDict({"image_decoder": decoder, "image_refiner": refiner})
+
+
+def load_vision(sizes: Sizes, tensors: Mapping[str, Tensor], decoders: nn.ModuleDict | None = None) -> VisionTokenizer:
     """The vision tokenizer of a checkpoint's tensors (`Released.tokenizers`), in their types.
 
     Args:
-        decoder: `released.pixel_decoder.PixelDecoder` with weights, for `decode`.
-        refiner: `released.refiner.Refiner` with weights, for `decode` with `refine`.
+        decoders: `image_decoders` with weights, without which it only encodes.
 
     Raises:
         ValueError: the copies of the shared codebook differ.
@@ -97,8 +105,9 @@ def load_vision(
             raise ValueError(f"released: {name} must equal {first}, the codebook is shared")
     with torch.device("meta"):
         tokenizer = VisionTokenizer(sizes.model.vision)
-    tokenizer.decoder = decoder or _Absent("decoder")  # type: ignore[assignment]
-    tokenizer.refiner = refiner or _Absent("refiner")  # type: ignore[assignment]
+    absent = _Absent()
+    tokenizer.decoder = absent if decoders is None else decoders["image_decoder"]  # type: ignore[assignment]
+    tokenizer.refiner = absent if decoders is None else decoders["image_refiner"]  # type: ignore[assignment]
     tokenizer.quantizer.semantic_decoder = nn.Identity()  # type: ignore[assignment]
     return _filled(tokenizer, tensors)
 
@@ -131,13 +140,7 @@ def _filled(tokenizer: _Tokenizer, tensors: Mapping[str, Tensor]) -> _Tokenizer:
 
 
 class _Absent(nn.Module):
-    """Stands for a part whose weights are in a file of its own that was not given."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
+    """Stands for the decoders where their weights were not given."""
 
     def forward(self, *_: object) -> Tensor:
-        raise ValueError(f"released: {self.name} must be given to load_vision: its weights are in another file")
-
-    sample = forward
+        raise ValueError("released: decoders must be given to load_vision to decode: their weights are in another file")

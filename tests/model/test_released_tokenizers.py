@@ -10,10 +10,10 @@ from longcat_model import presets
 from longcat_model.released import checkpoint
 from longcat_model.released.audio import ReleasedAudioTokenizer
 from longcat_model.released.checkpoint import Released
-from longcat_model.released.names import load_audio, load_vision, slots
-from longcat_model.released.pixel_decoder import PixelDecoder
 from longcat_model.released.sizes import Sizes, shrunk
 from longcat_model.released.tensors import entries
+from longcat_model.released.tokenizers import image_decoders, load_audio, load_vision, slots
+from longcat_model.released.vocoder import Vocoder
 from longcat_model.tokenizers.vision import VisionTokenizer
 
 
@@ -112,13 +112,19 @@ def test_speech_is_decoded_through_the_parts(released: Released, quirks: str, fr
 def test_parts_in_files_of_their_own_are_named_when_they_lack(released: Released) -> None:
     vision, audio = load_vision(released.sizes, released.tokenizers), load_audio(released.sizes, released.tokenizers)
     codes = vision.encode([torch.rand(3, 16, 8)])
-    with pytest.raises(ValueError, match="decoder must be given to load_vision"):
+    with pytest.raises(ValueError, match="decoders must be given to load_vision"):
         vision.decode(codes)
     with pytest.raises(ValueError, match="vocoder must be given"):
         audio.decode([torch.zeros(2, 4, dtype=torch.int64)])
-    sizes = released.sizes.model.vision
-    decoder = PixelDecoder(presets.tiny().vision.decoder, codeword=sizes.quantizer.dim, patch=4, merge=2)
-    vision = load_vision(released.sizes, released.tokenizers, decoder=decoder)
-    assert vision.decode(codes, refine=False)[0].shape == (3, 16, 8)
-    with pytest.raises(ValueError, match="refiner must be given to load_vision"):
-        vision.decode(codes)
+
+
+def test_images_and_speech_go_to_codes_and_back_through_all_released_parts(released: Released) -> None:
+    sizes = released.sizes
+    decoders, vocoder = image_decoders(sizes), Vocoder(sizes.vocoder)
+    assert {name.split(".")[0] for name in decoders.state_dict()} == {"image_decoder", "image_refiner"}
+    vision = load_vision(sizes, released.tokenizers, decoders)
+    image = vision.decode(vision.encode([torch.rand(3, 16, 8)]))[0]
+    assert image.shape == (3, 16, 8) and 0 <= image.min() <= image.max() <= 1
+    audio = load_audio(sizes, released.tokenizers, vocoder=vocoder)
+    (waveform,) = audio.decode([torch.zeros(2, 4, dtype=torch.int64)])
+    assert waveform.shape == ((4 * 2 - 1) * 480,)
