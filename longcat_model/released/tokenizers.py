@@ -32,13 +32,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from longcat_model.released.audio import ReleasedAudioTokenizer
 from longcat_model.released.pixel_decoder import PixelDecoder
 from longcat_model.released.quirks import Quirks
 from longcat_model.released.refiner import Refiner
 from longcat_model.released.sizes import Sizes
-from longcat_model.released.tensors import dtype
 from longcat_model.tokenizers.audio.frontend import LogMel
 from longcat_model.tokenizers.audio.vocoder import Vocoder
 from longcat_model.tokenizers.vision import VisionTokenizer
@@ -64,20 +64,15 @@ _AUDIO = (
 )
 
 
-def slots(tokenizer: VisionTokenizer | ReleasedAudioTokenizer) -> dict[str, Tensor]:
-    """Where each released tensor lives in a tokenizer: views, as `tensors.slots` gives for the language model.
-
-    What is not in the released checkpoint's shards (decoders of images, this project's own parts) is left out.
-    """
+def names(tokenizer: VisionTokenizer | ReleasedAudioTokenizer) -> dict[str, str]:
+    """The released name of each entry of a tokenizer's state dict that has one in the checkpoint's shards."""
     is_vision = isinstance(tokenizer, VisionTokenizer)
     prefix, table = ("model.visual_tokenizer.", _VISION) if is_vision else ("model.audio_tokenizer.", _AUDIO)
     found = {}
-    for own, tensor in tokenizer.state_dict().items():
-        for pattern, name in table:
-            if match := re.fullmatch(pattern, own):
-                # The last row of an audio codebook here is the one that code -1 reads; theirs has none.
-                found[prefix + match.expand(name)] = tensor[:-1] if name.endswith("codebook.embed") else tensor
-                break
+    for own in tokenizer.state_dict():
+        match, name = next(((m, name) for pattern, name in table if (m := re.fullmatch(pattern, own))), (None, ""))
+        if match is not None:
+            found[own] = prefix + match.expand(name)
     return found
 
 
@@ -91,7 +86,7 @@ def image_decoders(sizes: Sizes, *, quirks: Quirks = "released") -> nn.ModuleDic
 
 
 def load_vision(sizes: Sizes, tensors: Mapping[str, Tensor], decoders: nn.ModuleDict | None = None) -> VisionTokenizer:
-    """The vision tokenizer of a checkpoint's tensors (`Released.tokenizers`), in their types.
+    """The vision tokenizer of a checkpoint's tensors (`Released.tokenizers`): their own memory, not a copy.
 
     Args:
         decoders: `image_decoders` with weights, without which it only encodes.
@@ -101,7 +96,7 @@ def load_vision(sizes: Sizes, tensors: Mapping[str, Tensor], decoders: nn.Module
     """
     for name, tensor in tensors.items():
         first = re.sub(r"\.codebooks\.\d+\.", ".codebooks.0.", name)
-        if not torch.equal(tensor, tensors[first]):
+        if first != name and not torch.equal(tensor, tensors[first]):
             raise ValueError(f"released: {name} must equal {first}, the codebook is shared")
     with torch.device("meta"):
         tokenizer = VisionTokenizer(sizes.model.vision)
@@ -115,7 +110,7 @@ def load_vision(sizes: Sizes, tensors: Mapping[str, Tensor], decoders: nn.Module
 def load_audio(
     sizes: Sizes, tensors: Mapping[str, Tensor], *, vocoder: Vocoder | None = None, quirks: Quirks = "released"
 ) -> ReleasedAudioTokenizer:
-    """The audio tokenizer of a checkpoint's tensors (`Released.tokenizers`), in their types."""
+    """The audio tokenizer of a checkpoint's tensors (`Released.tokenizers`): their own memory, but for codebooks."""
     with torch.device("meta"):
         tokenizer = ReleasedAudioTokenizer(sizes, vocoder, quirks=quirks)
     _filled(tokenizer, tensors)
@@ -127,15 +122,17 @@ _Tokenizer = TypeVar("_Tokenizer", VisionTokenizer, ReleasedAudioTokenizer)
 
 
 def _filled(tokenizer: _Tokenizer, tensors: Mapping[str, Tensor]) -> _Tokenizer:
-    """Gives the parts on the meta device memory where the tensors are, in their types, and their values."""
+    """Puts the tensors in the place of those on the meta device."""
+    state = {own: tensors[name] for own, name in names(tokenizer).items()}
+    for own, tensor in state.items():
+        if own.endswith(".embed") and len(tensor) == len(state[f"{own}_ema"]):
+            state[own] = pad(tensor, (0, 0, 0, 1))  # the row that code -1 reads, which audio codebooks come without
+    tokenizer.load_state_dict(state, strict=False, assign=True)
     device = next(iter(tensors.values())).device
-    for own, part in tokenizer.named_children():
-        if any(tensor.is_meta for tensor in part.state_dict().values()):
-            part.to_empty(device=device)
-            for name, module in part.named_modules(prefix=own):
-                module.to(dtype(f".{name}."))
-    for name, slot in slots(tokenizer).items():
-        slot.copy_(tensors[name])
+    for module in tokenizer.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:  # transformers' tables of angles, which nothing here reads
+                module.register_buffer(name, torch.zeros_like(buffer, device=device), persistent=False)
     return tokenizer.eval().requires_grad_(False)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from longcat_model import presets
 from longcat_model.model import LongcatNext
 from longcat_model.released import checkpoint
-from longcat_model.released.plan import FILE, Placement
+from longcat_model.released.plan import plan
 from longcat_model.released.sizes import Sizes, from_json, shrunk, to_json
 from longcat_model.released.tensors import entries
 from longcat_model.sequence import Inputs
@@ -116,18 +116,6 @@ def test_every_tensor_lands_where_its_name_says(original: Path) -> None:
         assert got.float().abs().max() > 0
 
 
-def test_the_depth_heads_stored_biases_are_read_by_nobody(original: Path) -> None:
-    released = checkpoint.load(original, progress=False)
-    before = _run(released.model)
-    stored = [
-        f"{m}_head.transformer_layers.{i}.linear{n}.bias" for m in ("visual", "audio") for i in (0, 1) for n in (1, 2)
-    ]
-    for name in stored:
-        released.tensors()[name].fill_(7.0)
-    for got, expected in zip(_run(released.model), before, strict=True):
-        assert torch.equal(got, expected)
-
-
 def test_all_faults_are_listed_at_once_before_anything_is_allocated(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,8 +182,9 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_mapped_tables_give_the_same_bits(original: Path, tmp_path: Path) -> None:
-    mapped = checkpoint.load(original, Placement(tables=FILE), progress=False)
+def test_a_model_loaded_by_a_plan_gives_the_same_bits(original: Path, tmp_path: Path) -> None:
+    """Its tables are mapped from their files."""
+    mapped = checkpoint.load(original, plan(checkpoint.check(original)[0], {}).placement, progress=False)
     for got, expected in zip(_run(mapped.model), _run(checkpoint.load(original, progress=False).model), strict=True):
         assert torch.equal(got, expected)
     checkpoint.save(mapped, tmp_path / "again", shard_bytes=SHARD_BYTES, progress=False)

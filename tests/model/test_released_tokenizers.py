@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from longcat_model.released.audio import ReleasedAudioTokenizer
 from longcat_model.released.checkpoint import Released
 from longcat_model.released.sizes import Sizes, shrunk
 from longcat_model.released.tensors import entries
-from longcat_model.released.tokenizers import image_decoders, load_audio, load_vision, slots
+from longcat_model.released.tokenizers import image_decoders, load_audio, load_vision, names
 from longcat_model.released.vocoder import Vocoder
 from longcat_model.tokenizers.vision import VisionTokenizer
 
@@ -24,28 +26,40 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
     return checkpoint.load(directory, progress=False)
 
 
+def places(tokenizer: VisionTokenizer | ReleasedAudioTokenizer) -> dict[str, Tensor]:
+    """What a tokenizer holds, by released name; audio codebooks without the row that theirs do not have."""
+    state = tokenizer.state_dict()
+    return {name: state[own][:-1] if "vq_list" in name and own.endswith(".embed") else state[own]
+            for own, name in names(tokenizer).items()}  # fmt: skip
+
+
 def test_every_released_tensor_of_the_tokenizers_has_a_place() -> None:
     """Of the released sizes, without memory: 425 and 1,740 names, less the five of the language model's pre-buffer."""
     sizes = Sizes(model=presets.longcat_next())
     with torch.device("meta"):
-        found = slots(VisionTokenizer(sizes.model.vision)) | slots(ReleasedAudioTokenizer(sizes))
+        found = places(VisionTokenizer(sizes.model.vision)) | places(ReleasedAudioTokenizer(sizes))
     wanted = {
         name: entry.shape
         for name, entry in entries(sizes).items()
         if "_tokenizer." in name and "visual_embedding_layer" not in name
     }
     assert len(wanted) == 425 - 5 + 1740
-    assert {name: tuple(slot.shape) for name, slot in found.items()} == wanted
+    assert {name: tuple(place.shape) for name, place in found.items()} == wanted
 
 
 def test_tokenizers_hold_what_the_checkpoint_holds(released: Released) -> None:
     vision, audio = load_vision(released.sizes, released.tokenizers), load_audio(released.sizes, released.tokenizers)
-    found = slots(vision) | slots(audio)
+    found = places(vision) | places(audio)
     assert found.keys() == released.tokenizers.keys()
-    for name, slot in found.items():
-        assert slot.dtype == released.tokenizers[name].dtype and torch.equal(slot, released.tokenizers[name]), name
-    for tensor in (*vision.state_dict().values(), *audio.state_dict().values()):
-        assert not tensor.is_meta
+    for name, place in found.items():
+        stored = released.tokenizers[name]
+        assert place.dtype == stored.dtype and torch.equal(place, stored), name
+        is_own = name.endswith("codebook.embed") or re.search(r"codebooks\.[0-6]\.", name)
+        assert is_own or place.data_ptr() == stored.data_ptr(), name
+    for module in (vision, audio):
+        module.to("cpu")  # nothing is left on the meta device
+        assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+        assert all(bool(x) for name, x in module.state_dict().items() if name.endswith("initialized"))
 
 
 def test_the_copies_of_the_shared_codebook_must_agree(released: Released) -> None:
