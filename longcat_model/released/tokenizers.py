@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from longcat_model.released.audio import ReleasedAudioTokenizer
+from longcat_model.released.differences import rounded
 from longcat_model.released.pixel_decoder import PixelDecoder
 from longcat_model.released.quirks import Quirks
 from longcat_model.released.refiner import Refiner
@@ -85,11 +86,18 @@ def image_decoders(sizes: Sizes, *, quirks: Quirks = "released") -> nn.ModuleDic
     return nn.ModuleDict({"image_decoder": decoder, "image_refiner": refiner})
 
 
-def load_vision(sizes: Sizes, tensors: Mapping[str, Tensor], decoders: nn.ModuleDict | None = None) -> VisionTokenizer:
+def load_vision(
+    sizes: Sizes,
+    tensors: Mapping[str, Tensor],
+    *,
+    decoders: nn.ModuleDict | None = None,
+    round_codebooks: bool = False,
+) -> VisionTokenizer:
     """The vision tokenizer of a checkpoint's tensors (`Released.tokenizers`): their own memory, not a copy.
 
     Args:
         decoders: `image_decoders` with weights, without which it only encodes.
+        round_codebooks: search and sum bfloat16 values, as the official runtimes do; see `differences`.
 
     Raises:
         ValueError: the copies of the shared codebook differ.
@@ -104,16 +112,27 @@ def load_vision(sizes: Sizes, tensors: Mapping[str, Tensor], decoders: nn.Module
     tokenizer.decoder = absent if decoders is None else decoders["image_decoder"]  # type: ignore[assignment]
     tokenizer.refiner = absent if decoders is None else decoders["image_refiner"]  # type: ignore[assignment]
     tokenizer.quantizer.semantic_decoder = nn.Identity()  # type: ignore[assignment]
-    return _filled(tokenizer, tensors)
+    return _filled(tokenizer, tensors, round_codebooks)
 
 
 def load_audio(
-    sizes: Sizes, tensors: Mapping[str, Tensor], *, vocoder: Vocoder | None = None, quirks: Quirks = "released"
+    sizes: Sizes,
+    tensors: Mapping[str, Tensor],
+    *,
+    vocoder: Vocoder | None = None,
+    round_codebooks: bool = False,
+    quirks: Quirks = "released",
 ) -> ReleasedAudioTokenizer:
-    """The audio tokenizer of a checkpoint's tensors (`Released.tokenizers`): their own memory, but for codebooks."""
+    """The audio tokenizer of a checkpoint's tensors (`Released.tokenizers`): their own memory, but for codebooks.
+
+    Args:
+        vocoder: `vocoder.Vocoder` with weights, without which it makes no waveforms.
+        round_codebooks: see `load_vision`.
+        quirks: see `quirks`.
+    """
     with torch.device("meta"):
         tokenizer = ReleasedAudioTokenizer(sizes, vocoder, quirks=quirks)
-    _filled(tokenizer, tensors)
+    _filled(tokenizer, tensors, round_codebooks)
     tokenizer.front_end = LogMel(sizes.model.audio.encoder).to(tokenizer.proj_decoder.weight.device)
     return tokenizer
 
@@ -121,12 +140,14 @@ def load_audio(
 _Tokenizer = TypeVar("_Tokenizer", VisionTokenizer, ReleasedAudioTokenizer)
 
 
-def _filled(tokenizer: _Tokenizer, tensors: Mapping[str, Tensor]) -> _Tokenizer:
+def _filled(tokenizer: _Tokenizer, tensors: Mapping[str, Tensor], round_codebooks: bool) -> _Tokenizer:
     """Puts the tensors in the place of those on the meta device."""
     state = {own: tensors[name] for own, name in names(tokenizer).items()}
     for own, tensor in state.items():
-        if own.endswith(".embed") and len(tensor) == len(state[f"{own}_ema"]):
-            state[own] = pad(tensor, (0, 0, 0, 1))  # the row that code -1 reads, which audio codebooks come without
+        if own.endswith(".embed"):
+            state[own] = rounded(tensor) if round_codebooks else tensor
+            if len(tensor) == len(state[f"{own}_ema"]):
+                state[own] = pad(state[own], (0, 0, 0, 1))  # the row that code -1 reads; audio codebooks have none
     tokenizer.load_state_dict(state, strict=False, assign=True)
     device = next(iter(tensors.values())).device
     for module in tokenizer.modules():

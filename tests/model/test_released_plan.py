@@ -234,8 +234,14 @@ def test_refuses_a_placement_that_no_model_can_have(placement: Placement, messag
 # Memory, as the operating system counts it
 
 
+measured = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory: measured through /proc")
+
+
 def growth(run: Callable[[], object]) -> int:
-    """By how many bytes the process was larger at its largest during the call than before; mapped files count."""
+    """By how many bytes the process was larger at its largest during the call than before; mapped files count.
+
+    Tensors should be above 32 MB: then malloc maps each one afresh, whatever was freed before.
+    """
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status("VmRSS")
     kept = run()
@@ -296,6 +302,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> None:
     _run(checkpoint.load(directory, progress=False).model)
 
 
+@measured
 @pytest.mark.usefixtures("warm")
 def test_memory_does_not_grow_with_mapped_tables(tmp_path: Path) -> None:
     def run(placement: Placement) -> Callable[[], object]:
@@ -310,15 +317,17 @@ def test_memory_does_not_grow_with_mapped_tables(tmp_path: Path) -> None:
     assert growth(run(Placement())) > 480 * MB  # what would be seen
 
 
+@measured
 @pytest.mark.usefixtures("warm")
 def test_loading_holds_one_shard_besides_the_model(tmp_path: Path) -> None:
     write_sparse(large(480 * MB), tmp_path)  # 40 MB a shard
     assert 480 * MB < growth(lambda: checkpoint.load(tmp_path, progress=False)) < (480 + 40 + 20) * MB
 
 
+@measured
 @pytest.mark.usefixtures("warm")
 def test_writing_holds_one_shard(tmp_path: Path) -> None:
-    sizes, shard = large(240 * MB), 40 * MB  # two tables a shard
+    sizes, shard = large(432 * MB), 72 * MB  # two tables a shard
     table = entries(sizes)
 
     def tensor_of(name: str) -> Tensor:

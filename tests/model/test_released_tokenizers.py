@@ -69,6 +69,14 @@ def test_the_copies_of_the_shared_codebook_must_agree(released: Released) -> Non
         load_vision(released.sizes, changed)
 
 
+def test_codebooks_may_be_rounded_as_the_official_runtimes_do(released: Released) -> None:
+    sizes, tensors = released.sizes, released.tokenizers
+    vision, audio = load_vision(sizes, tensors, round_codebooks=True), load_audio(sizes, tensors, round_codebooks=True)
+    for name, place in (places(vision) | places(audio)).items():
+        expected = tensors[name].bfloat16().float() if name.endswith(".embed") else tensors[name]
+        assert torch.equal(place, expected), name
+
+
 def test_images_are_encoded_by_the_tower_the_bridge_and_the_quantizer(released: Released) -> None:
     """Codes are the nearest entries to what the parts give, with one codebook for all levels."""
     vision = load_vision(released.sizes, released.tokenizers)
@@ -136,7 +144,7 @@ def test_images_and_speech_go_to_codes_and_back_through_all_released_parts(relea
     sizes = released.sizes
     decoders, vocoder = image_decoders(sizes), Vocoder(sizes.vocoder)
     assert {name.split(".")[0] for name in decoders.state_dict()} == {"image_decoder", "image_refiner"}
-    vision = load_vision(sizes, released.tokenizers, decoders)
+    vision = load_vision(sizes, released.tokenizers, decoders=decoders)
     image = vision.decode(vision.encode([torch.rand(3, 16, 8)]))[0]
     assert image.shape == (3, 16, 8) and 0 <= image.min() <= image.max() <= 1
     audio = load_audio(sizes, released.tokenizers, vocoder=vocoder)
