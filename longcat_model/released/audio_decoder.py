@@ -35,16 +35,16 @@ class CodecDecoder(nn.Module):
     def __init__(self, sizes: config.AudioDecoder, flow: Flow, *, quirks: Quirks = "released") -> None:
         super().__init__()
         width, mels, post = sizes.width, flow.mels, flow.post_width
-        self.output_padding = 0 if has_quirks(quirks) else STRIDE - KERNEL
-        self.dconv1 = _Normed(nn.ConvTranspose1d(width, width, KERNEL, STRIDE), width)
+        self.left_out = STRIDE - KERNEL if has_quirks(quirks) else 0  # frames at the end that no position reaches
+        padding = STRIDE - KERNEL - self.left_out
+        self.dconv1 = _Normed(nn.ConvTranspose1d(width, width, KERNEL, STRIDE, output_padding=padding), width)
         self.register_buffer("positional_embedding", sinusoids(flow.decoder_positions, width))
         self.layers = transformer_layers(width, sizes.heads, sizes.mlp_width, sizes.depth)
         self.layer_norm = nn.LayerNorm(width)
         self.dconv2 = _Normed(nn.ConvTranspose1d(width, mels, 3, 2), mels)
-        self.post_net = nn.Module()
         inputs = (mels, *[post] * (POST_LAYERS - 1))
-        self.post_net.layers = nn.ModuleList(_Normed(nn.Conv1d(n, post, 5, padding=2), post) for n in inputs)
-        self.post_net.layers.append(nn.Conv1d(post, mels, 1))
+        convolutions = [_Normed(nn.Conv1d(n, post, 5, padding=2), post) for n in inputs]
+        self.post_net = nn.ModuleDict({"layers": nn.ModuleList([*convolutions, nn.Conv1d(post, mels, 1)])})
 
     def forward(self, quantized: Tensor) -> Tensor:
         """Hidden states of one clip.
@@ -58,18 +58,11 @@ class CodecDecoder(nn.Module):
         Raises:
             ValueError: more frames than the table of positions has (60 s in the released model).
         """
-        frames = STRIDE * len(quantized) - STRIDE + KERNEL + self.output_padding
+        frames = STRIDE * len(quantized) - self.left_out
         if frames > len(self.positional_embedding):
-            most = (len(self.positional_embedding) + 1) // STRIDE
+            most = (len(self.positional_embedding) + self.left_out) // STRIDE
             raise ValueError(f"CodecDecoder: quantized must have at most {most} positions, got {len(quantized)}")
-        convolved_1DS = nn.functional.conv_transpose1d(
-            quantized.T[None],
-            self.dconv1.conv.weight,
-            self.dconv1.conv.bias,
-            STRIDE,
-            output_padding=self.output_padding,
-        )
-        hidden_SD = self.dconv1.norm(convolved_1DS)[0].T + self.positional_embedding[:frames]
+        hidden_SD = self.dconv1(quantized.T[None])[0].T + self.positional_embedding[:frames]
         return self.layer_norm(causal(self.layers, hidden_SD))
 
 
@@ -79,25 +72,33 @@ class Prenet(nn.Module):
     def __init__(self, width: int, flow: Flow, *, quirks: Quirks = "released") -> None:
         super().__init__()
         inner, mlp = flow.prenet_width, flow.prenet_mlp
-        self.has_positions = not has_quirks(quirks)
         self.in_mlp = nn.Sequential(nn.Linear(width, mlp), nn.SiLU(), nn.Linear(mlp, inner))
-        self.transformer = nn.Module()
-        self.transformer.register_buffer("positional_embedding", sinusoids(flow.prenet_positions, inner))
-        layers = transformer_layers(inner, flow.prenet_heads, mlp, flow.prenet_depth)
-        for layer in layers:
-            layer.self_attn_layer_norm = nn.RMSNorm(inner, eps=EPS)
-            layer.final_layer_norm = nn.RMSNorm(inner, eps=EPS)
-        self.transformer.layers = layers
-        self.transformer.layer_norm = nn.RMSNorm(inner, eps=EPS)
+        self.transformer = _PrenetTransformer(flow, has_positions=not has_quirks(quirks))
         self.out_proj = nn.Linear(inner, flow.mels, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [S, D] of one clip; returns [S, M]. Rates are equal, so nothing is interpolated."""
-        hidden_SW = self.in_mlp(hidden)
+        return self.out_proj(self.transformer(self.in_mlp(hidden)))
+
+
+class _PrenetTransformer(nn.Module):
+    positional_embedding: Tensor
+
+    def __init__(self, flow: Flow, *, has_positions: bool) -> None:
+        super().__init__()
+        width = flow.prenet_width
+        self.has_positions = has_positions
+        self.register_buffer("positional_embedding", sinusoids(flow.prenet_positions, width))
+        self.layers = transformer_layers(width, flow.prenet_heads, flow.prenet_mlp, flow.prenet_depth)
+        for layer in self.layers:
+            layer.self_attn_layer_norm = nn.RMSNorm(width, eps=EPS)
+            layer.final_layer_norm = nn.RMSNorm(width, eps=EPS)
+        self.layer_norm = nn.RMSNorm(width, eps=EPS)
+
+    def forward(self, hidden_SW: Tensor) -> Tensor:
         if self.has_positions:
-            hidden_SW = hidden_SW + self.transformer.get_buffer("positional_embedding")[: len(hidden)]
-        hidden_SW = causal(self.transformer.get_submodule("layers"), hidden_SW)
-        return self.out_proj(self.transformer.get_submodule("layer_norm")(hidden_SW))
+            hidden_SW = hidden_SW + self.positional_embedding[: len(hidden_SW)]
+        return self.layer_norm(causal(self.layers, hidden_SW))
 
 
 class _Normed(nn.Module):
@@ -107,13 +108,16 @@ class _Normed(nn.Module):
         super().__init__()
         self.conv, self.norm = conv, nn.GroupNorm(1, channels)
 
+    def forward(self, x_1DS: Tensor) -> Tensor:
+        return self.norm(self.conv(x_1DS))
 
-def causal(layers: nn.Module, hidden_SD: Tensor) -> Tensor:
+
+def causal(layers: nn.ModuleList, hidden_SD: Tensor) -> Tensor:
     """Whisper layers in which a frame sees itself and earlier ones."""
     size = len(hidden_SD)
     later_SS = torch.ones(size, size, dtype=torch.bool, device=hidden_SD.device).triu(1)
     bias = torch.zeros_like(later_SS, dtype=hidden_SD.dtype).masked_fill(later_SS, float("-inf"))
     hidden_1SD = hidden_SD[None]
-    for layer in layers.children():
+    for layer in layers:
         hidden_1SD = layer(hidden_1SD, bias[None, None])
     return hidden_1SD[0]

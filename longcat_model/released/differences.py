@@ -1,8 +1,8 @@
 """Where the two official runtimes differ from each other, and what this project does.
 
 The Hugging Face code (HF) and the serving runtime (`LongCat-Next-inference` on SGLang-FluentLLM) define different
-distributions for the same settings. Each difference is decided here once; those with a parameter named
-in the last column can be chosen. `TRANSFORMERS` and `SERVING` are each runtime's choices together.
+distributions for the same settings. Each difference is decided here once; those with a parameter named in the last
+column can be chosen. `TRANSFORMERS` and `SERVING` are each runtime's choices together.
 
     difference             HF                              serving runtime             here
     ---------------------  ------------------------------  --------------------------  ---------------------------------

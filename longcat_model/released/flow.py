@@ -32,9 +32,8 @@ class Estimator(nn.Module):
         super().__init__()
         width, inputs = sizes.channels, 2 * sizes.mels
         self.time_channels = inputs
-        self.time_mlp = nn.Module()
-        self.time_mlp.linear_1 = nn.Linear(inputs, 4 * width)
-        self.time_mlp.linear_2 = nn.Linear(4 * width, 4 * width)
+        time = {"linear_1": nn.Linear(inputs, 4 * width), "linear_2": nn.Linear(4 * width, 4 * width)}
+        self.time_mlp = nn.ModuleDict(time)
         self.down_blocks = nn.ModuleList([_Group(inputs, sizes, tail=True)])
         self.mid_blocks = nn.ModuleList(_Group(width, sizes) for _ in range(sizes.mid_blocks))
         self.up_blocks = nn.ModuleList([_Group(2 * width, sizes, tail=True)])
@@ -52,8 +51,8 @@ class Estimator(nn.Module):
         Returns:
             [B, M, S].
         """
-        time_BT = self.time_mlp.linear_1(sinusoids(time, self.time_channels).to(x.dtype))  # type: ignore[operator]
-        time_BT = self.time_mlp.linear_2(silu(time_BT))  # type: ignore[operator]
+        time_BT = self.time_mlp["linear_1"](sinusoids(time, self.time_channels).to(x.dtype))
+        time_BT = self.time_mlp["linear_2"](silu(time_BT))
         mask_SS = chunk_mask(x.shape[2], x.device)
         (down,), (up,) = self.down_blocks, self.up_blocks
         skipped_BWS = down(torch.cat([x, condition], 1), time_BT, mask_SS)
@@ -146,9 +145,8 @@ class _Transformer(nn.Module):
         width = sizes.channels
         self.norm1, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn1 = _Attention(width, sizes.heads, sizes.inner)
-        self.ff = nn.Module()
-        self.ff.net = nn.ModuleDict({"0": nn.Module(), "2": nn.Linear(4 * width, width)})
-        self.ff.net["0"].proj = nn.Linear(width, 4 * width)
+        widen, narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.ff = nn.ModuleDict({"net": nn.ModuleDict({"0": nn.ModuleDict({"proj": widen}), "2": narrow})})
 
     def forward(self, x_BSW: Tensor, mask_SS: Tensor) -> Tensor:
         x_BSW = x_BSW + self.attn1(self.norm1(x_BSW), mask_SS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -64,7 +64,7 @@ class Plan:
 
     placement: Placement
     parts: tuple[Part, ...]  # weights, cache, activations and reserve
-    memory: Mapping[str, int] = field(default_factory=dict)  # bytes of each GPU
+    memory: Mapping[str, int]  # bytes of each GPU
 
     def used(self, place: str) -> int:
         return sum(part.bytes for part in self.parts if part.place == place)

@@ -96,12 +96,12 @@ def test_the_table_of_positions_bounds_a_segment() -> None:
 def test_the_prenet_follows_its_formula(quirks: str) -> None:
     """With the quirk its table of positions is not read."""
     prenet = Prenet(32, FLOW, quirks=quirks)  # type: ignore[arg-type]
-    table = prenet.transformer.get_buffer("positional_embedding").normal_()
+    table = prenet.transformer.positional_embedding.normal_()
     x_SD, state = torch.randn(7, 32), prenet.state_dict()
     hidden = F.linear(x_SD, state["in_mlp.0.weight"], state["in_mlp.0.bias"])
     hidden = F.linear(hidden * hidden.sigmoid(), state["in_mlp.2.weight"], state["in_mlp.2.bias"])
     hidden = hidden + table[:7] * (quirks == "none")
-    for layer in prenet.transformer.get_submodule("layers").children():
+    for layer in prenet.transformer.layers:
         hidden = whisper_layer(hidden, layer, FLOW.prenet_heads, rms_norm)
     expected = rms_norm(hidden, state, "transformer.layer_norm") @ state["out_proj.weight"].T
     torch.testing.assert_close(prenet(x_SD), expected, rtol=1e-4, atol=1e-5)
