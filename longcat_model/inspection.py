@@ -26,10 +26,9 @@ def describe(subject: str) -> str:
         ValueError: `subject` is neither a preset's name nor a directory with a trained system or a whole checkpoint.
     """
     if subject in PRESETS or _is_released(subject):
+        sizes = PRESETS[subject]() if subject in PRESETS else checkpoint.check(Path(subject))[0].model
         with torch.device("meta"):  # sizes without memory: the released model would need 300 GB
-            system = System.create(
-                PRESETS[subject]() if subject in PRESETS else checkpoint.check(Path(subject))[0].model
-            )
+            system = System.create(sizes)
     elif Path(subject).is_dir():
         system = System.load(Path(subject))
     else:

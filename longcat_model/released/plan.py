@@ -146,10 +146,11 @@ def activation_bytes(sizes: config.Backbone, positions: int) -> int:
 
 
 def decoder_bytes(sizes: Sizes) -> dict[str, int]:
-    """Bytes of the decoders in files of their own: float32, but bfloat16 for the refiner's transformer."""
+    """Bytes of the decoders in files of their own: float32, but bfloat16 for the refiner apart from its autoencoder."""
     with torch.device("meta"):
         decoders, vocoder = image_decoders(sizes), Vocoder(sizes.vocoder)
-    decoders["image_refiner"].base_transformer.bfloat16()
+    for name in ("base_transformer", "cond_proj"):
+        decoders["image_refiner"].get_submodule(name).bfloat16()
     modules = {
         "pixel decoder": decoders["image_decoder"],
         "image refiner": decoders["image_refiner"],

@@ -77,16 +77,18 @@ class Refiner(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         reference = self.vae.encode(first, generator)[0]
         noise = torch.randn(reference.shape, generator=generator).to(reference)
-        latents = self._flow(noise, reference, self.cond_proj(codewords))
+        latents = self._flow(noise, reference, self.cond_proj(codewords.to(self.cond_proj.weight.dtype)))
         decoded = self.vae.decode(latents[None])
         return (interpolate(decoded, size=list(size), mode="bilinear", align_corners=False)[0] + 1) / 2
 
     def _flow(self, x: Tensor, reference: Tensor, condition: Tensor) -> Tensor:
-        nothing = torch.zeros_like(condition)
+        """Latents [channels, height, width] from noise, in its type; the transformer computes in the condition's."""
+        nothing, reference = torch.zeros_like(condition), reference.to(condition.dtype)
         for start, end in pairwise(self.times(x.shape[1] * x.shape[2])):
-            both = self.base_transformer(x, reference, condition, start)
-            image = self.base_transformer(x, reference, nothing, start)
-            free = self.base_transformer(x, None, nothing, start)
+            noisy = x.to(condition.dtype)
+            both = self.base_transformer(noisy, reference, condition, start)
+            image = self.base_transformer(noisy, reference, nothing, start)
+            free = self.base_transformer(noisy, None, nothing, start)
             x = x + (end - start) * (free + IMAGE_GUIDANCE * (image - free) + TEXT_GUIDANCE * (both - image))
         return x
 

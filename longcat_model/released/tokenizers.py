@@ -1,27 +1,28 @@
 """Where the released tokenizers' tensors live in this project's modules.
 
     released, under model.visual_tokenizer.             module                    names
-    --------------------------------------------------  ------------------------  --------------------------------------
-    visual_model.{patch_embed,blocks}                   encoder                   public
-    visual_bridge_model.bridge.{ln_q,mlp}               encoder, its merger       public
-    visual_bridge_model.quantizer.quant_conv            quantizer.quant_conv      public
-    visual_bridge_model.quantizer.quantize.codebooks    quantizer.quantize        public; eight copies of one codebook
-    visual_embedding_layer.pre_buffer                   the language model's      public
-    (image_decoder/image_decoder.safetensors)           decoder, refiner          not public below the prefixes
+    --------------------------------------------------  ------------------------  -----------------------------
+    visual_model.{patch_embed,blocks}                   encoder                   known, as Qwen2.5-VL's
+    visual_bridge_model.bridge.{ln_q,mlp}               encoder, its merger       known
+    visual_bridge_model.quantizer.quant_conv            quantizer.quant_conv      known
+    visual_bridge_model.quantizer.quantize.codebooks    quantizer.quantize        known; eight copies of a codebook
+    visual_embedding_layer.pre_buffer                   the language model's      known
+    (image_decoder/image_decoder.safetensors)           decoder, refiner          below the two prefixes not public
 
     released, under model.audio_tokenizer.              module                    names
-    --------------------------------------------------  ------------------------  --------------------------------------
-    audio_model                                         encoder                   public, as Whisper's
-    audio_bridge_model.{gate,up,down}_proj, layer_norm  pool                      public
-    audio_bridge_model.vq_list                          quantizer                 public
-    audio_bridge_model.proj_decoder                     proj_decoder              public
-    audio_decoder                                       decoder                   public at the top, else module paths
-    audio_flow_matching_decoder.prenet                  prenet                    module paths of the public code
-    audio_flow_matching_decoder.conditional_decoder     refiner                   module paths of the public code
-    (cosy24k_vocoder/hift.pt)                           vocoder                   CosyVoice's
+    --------------------------------------------------  ------------------------  -----------------------------
+    audio_model                                         encoder                   known, as Whisper's
+    audio_bridge_model.{gate,up,down}_proj, layer_norm  pool                      known
+    audio_bridge_model.vq_list                          quantizer                 known
+    audio_bridge_model.proj_decoder                     proj_decoder              known
+    audio_decoder                                       decoder                   known
+    audio_flow_matching_decoder.prenet                  prenet                    implied below this
+    audio_flow_matching_decoder.conditional_decoder     refiner                   implied below its blocks
+    (cosy24k_vocoder/hift.pt)                           vocoder                   as CosyVoice's
 
-What lies in parentheses is in files of its own and not among the 13,450 tensors. Names that are module paths were not
-read in a checkpoint; counts and sizes close exactly over all of them.
+Known: written down publicly, as quotations of the checkpoint's index or as attributes of the public inference code.
+Implied: attributes of classes that the public code derives from. Counts and sizes close exactly over all of them. What
+lies in parentheses is in files of its own, not among the 13,450 tensors.
 """
 
 from __future__ import annotations

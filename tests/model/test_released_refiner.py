@@ -177,6 +177,18 @@ def test_images_of_any_size_are_refined_by_themselves() -> None:
 
 
 @torch.no_grad()
+def test_the_transformer_may_be_bfloat16() -> None:
+    refiner, layout = small(), Layout.of(((2, 2),), 2)
+    coarse, codewords = torch.rand(16, 48), torch.randn(4, 24)
+    expected = refiner.sample(coarse, codewords, layout, seed=3)
+    refiner.base_transformer.bfloat16()
+    refiner.cond_proj.bfloat16()
+    got = refiner.sample(coarse, codewords, layout, seed=3)
+    assert got.dtype is torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=0.05)
+
+
+@torch.no_grad()
 def test_latents_are_the_posterior_scaled() -> None:
     vae, image = VAE(LATENTS), torch.rand(1, 3, 16, 24)
     mean, log_variance = vae.encoder(image).chunk(2, 1)
