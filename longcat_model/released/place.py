@@ -20,14 +20,11 @@ def empty(sizes: Sizes, placement: Placement) -> LongcatNext:
     Mapped tables have no memory.
 
     Raises:
-        ValueError: the experts' places are not one a layer, or the tables are neither mapped, on the host nor on main.
+        ValueError: the experts' places are not one a layer, the tables are neither mapped, on the host nor on main, or
+            this machine lacks a device.
     """
-    main, experts, layers = placement.main, placement.experts, sizes.model.backbone.layers
-    tables = placement.tables or main
-    if experts and len(experts) != layers:
-        raise ValueError(f"released: placement.experts must be one place a layer ({layers}), got {len(experts)}")
-    if tables not in (FILE, "cpu", main):
-        raise ValueError(f"released: placement.tables must be {FILE!r}, 'cpu' or main {main!r}, got {tables!r}")
+    _check(placement, sizes.model.backbone.layers)
+    main, experts, tables = placement.main, placement.experts, placement.tables or placement.main
     with torch.device("meta"):
         model = LongcatNext(sizes.model, tables_on_host=tables != main)
     model.bfloat16()
@@ -43,6 +40,21 @@ def empty(sizes: Sizes, placement: Placement) -> LongcatNext:
         places[model.ngram.embedders] = "meta" if tables == FILE else tables
     _to_empty(model, main, places)
     return model.eval().requires_grad_(False)
+
+
+def _check(placement: Placement, layers: int) -> None:
+    main, experts, tables = placement.main, placement.experts, placement.tables or placement.main
+    if experts and len(experts) != layers:
+        raise ValueError(f"released: placement.experts must be one place a layer ({layers}), got {len(experts)}")
+    if tables not in (FILE, "cpu", main):
+        raise ValueError(f"released: placement.tables must be {FILE!r}, 'cpu' or main {main!r}, got {tables!r}")
+    for place in {main, *experts, placement.vision or main, placement.audio or main}:
+        try:
+            torch.empty(0, device=place)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"released: placement must name devices of this machine, got {place!r}: {error}"
+            ) from error
 
 
 def visit(moe: MoE, place: str, main: str) -> None:
