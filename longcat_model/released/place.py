@@ -52,9 +52,8 @@ def _check(placement: Placement, layers: int) -> None:
         try:
             torch.empty(0, device=place)
         except (AssertionError, RuntimeError) as error:
-            raise ValueError(
-                f"released: placement must name devices of this machine, got {place!r}: {error}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"released: placement must name devices here, got {place!r}: {reason}") from error
 
 
 def visit(moe: MoE, place: str, main: str) -> None:

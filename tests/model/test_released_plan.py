@@ -223,8 +223,8 @@ def test_a_model_is_made_where_its_placement_says() -> None:
     ("placement", "message"),
     [
         (Placement(experts=("cpu",)), r"placement\.experts must be one place a layer \(2\), got 1"),
-        (Placement(vision="cuda:77"), "placement must name devices of this machine, got 'cuda:77'"),
-        (Placement(main="gpu"), "placement must name devices of this machine, got 'gpu'"),
+        (Placement(vision="cuda:77"), "placement must name devices here, got 'cuda:77'"),
+        (Placement(main="gpu"), "placement must name devices here, got 'gpu'"),
         (Placement(tables="cuda:1"), r"placement\.tables must be 'file', 'cpu' or main 'cpu', got 'cuda:1'"),
     ],
 )
