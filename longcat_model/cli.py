@@ -182,15 +182,29 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Print what a trained system or a preset consists of: parameters by part, ids, codebooks."""
+    """Print what a trained system, a released checkpoint or a preset consists of: parameters by part, ids, codebooks.
+
+    A released checkpoint is checked first; every tensor that is missing or wrong is listed.
+    """
 
     subject: tyro.conf.Positional[str] = str(RUN)
-    """Directory of a trained system, or a preset: longcat_next, demo, tiny."""
+    """Directory of a trained system or of a released checkpoint, or a preset: longcat_next, demo, tiny."""
+    plan: bool = False
+    """Print what of a released checkpoint (or longcat_next) goes where: GPU, host, file."""
+    memory: tuple[float, ...] = (141e9,)
+    """--plan: bytes of each GPU, as in 80e9 80e9; 0: no GPU."""
+    rows: int = 2
+    """--plan: decoded together; classifier-free guidance takes two an image."""
+    positions: int = 8192
+    """--plan: of a row, prompt and answer together."""
 
     def __call__(self) -> None:
         from longcat_model import inspection
 
-        print(inspection.describe(self.subject))
+        if self.plan:
+            print(inspection.describe_plan(self.subject, self.memory, rows=self.rows, positions=self.positions))
+        else:
+            print(inspection.describe(self.subject))
 
 
 Command = (
