@@ -18,7 +18,7 @@ UNFINISHED = "�"  # what a tokenizer gives for the first bytes of a character
 class Event:
     """A piece of an answer: some text (of kind text or transcript), or the codes of a cell or a frame."""
 
-    conversation: int  # number of the answer's conversation
+    conversation: int  # number of the answer's conversation, from 0
     kind: str  # text, transcript, cell, frame
     text: str = ""
     codes: Codes = ()  # one a level

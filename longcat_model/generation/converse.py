@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -63,14 +64,19 @@ def generate(
     Raises:
         ValueError: messages, a file in them, a length, or the memory needed; before anything is computed.
     """
-    if isinstance(messages, str | Mapping):
-        raise ValueError(f"generate: messages must be a list of messages or of such lists, got {messages!r:.80}")
-    is_one = bool(messages) and isinstance(messages[0], Mapping)
-    conversations = [messages] if is_one else messages
-    job = prepare(conversations, system, settings, seed=seed, roles=roles, directory=directory)  # type: ignore[arg-type]
+    conversations, is_one = conversations_of(messages)
+    job = prepare(conversations, system, settings, seed=seed, roles=roles, directory=directory)
     job.check_memory(max_memory)
     answers = job.run(listen=listen, prefixes=prefixes)
     return answers[0] if is_one else answers
+
+
+def conversations_of(messages: Any) -> tuple[Sequence[Messages], bool]:
+    """Conversations, and whether there was just the one, not in a list."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError(f"generate: messages must be a list of messages or of such lists, got {messages!r:.80}")
+    is_one = bool(messages) and isinstance(messages[0], Mapping)
+    return [messages] if is_one else messages, is_one
 
 
 @dataclass(frozen=True)

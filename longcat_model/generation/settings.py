@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from longcat_model.generation.machine import ImageState, Position, ReplyState, SpeechState, State, TextState
@@ -12,6 +12,7 @@ from longcat_model.messages import Audio, Image, Part, StartImage, StartSpeech
 from longcat_model.released.differences import HERE, Unconditional
 from longcat_model.vocabulary import Vocabulary
 
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 RECOMMENDED_SPEECH = replace(SPEECH, repetition_penalty=1.3)
 RECOMMENDED_TRANSCRIPT = replace(TRANSCRIPT, repetition_penalty=1.1)
 
@@ -31,7 +32,8 @@ class Settings:
     image: Sampling = IMAGE
     speech: Sampling = RECOMMENDED_SPEECH  # of the codes
     transcript: Sampling = RECOMMENDED_TRANSCRIPT
-    truncation: str | None = None  # "sequential" or "joint", for all of the above: `Sampling.order`
+    numbers: Mapping[str, float] = field(default_factory=dict)  # of all of the above alike, such as {"top_k": 5}
+    truncation: str | None = None  # "sequential" or "joint", of all of the above: `Sampling.order`
     guidance: float | None = HERE.guidance  # classifier-free, of images; None: none
     cfg_uncond: Unconditional = HERE.cfg_uncond  # what it compares with: `released.differences.unconditional`
     height: int = 37  # cells of an image whose size the last message does not say
@@ -59,20 +61,23 @@ class Settings:
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"generate: {name} must be one of {known}, got {getattr(self, name)!r}")
+        if unknown := sorted({*self.numbers} - {*NUMBERS}):
+            raise ValueError(f"generate: numbers must be of {', '.join(NUMBERS)}, got {', '.join(unknown)}")
+        self._adjusted(GREEDY)  # refuses what is out of range
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"generate: stop must be a tuple of strings that are not empty, got {self.stop!r}")
 
     def state(self, ids: Vocabulary, parts: Sequence[Part], opening: Sequence[Position]) -> State:
         """What answers a conversation; `opening` begins an image in mid-text."""
-        text = TextState(limit=self.max_tokens, sampling=self._ordered(self.text or _recommended(parts)))
+        text = TextState(limit=self.max_tokens, sampling=self._adjusted(self.text or _recommended(parts)))
         height, width = self.size(parts)
         image = ImageState(
-            ids=ids, height=height, width=width, sampling=self._ordered(self.image), guidance=self.guidance
+            ids=ids, height=height, width=width, sampling=self._adjusted(self.image), guidance=self.guidance
         )
         speech = SpeechState(
             ids=ids,
-            sampling=self._ordered(self.speech),
-            text_sampling=self._ordered(self.transcript),
+            sampling=self._adjusted(self.speech),
+            text_sampling=self._adjusted(self.transcript),
             delay=1 if self.mode == "parallel" else None,
             max_text=self.max_text,
             max_frames=self.max_frames,
@@ -91,8 +96,9 @@ class Settings:
         start = parts[-1]
         return start.size if isinstance(start, StartImage) and start.size else (self.height, self.width)
 
-    def _ordered(self, sampling: Sampling) -> Sampling:
-        return sampling if self.truncation is None else replace(sampling, order=self.truncation)
+    def _adjusted(self, sampling: Sampling) -> Sampling:
+        order = {} if self.truncation is None else {"order": self.truncation}
+        return replace(sampling, **self.numbers, **order)  # type: ignore[arg-type]
 
 
 def _recommended(parts: Sequence[Part]) -> Sampling:
