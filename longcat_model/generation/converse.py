@@ -218,6 +218,8 @@ def prepare(
     for name, given in (("settings", each), ("seeds", seeds)):
         if len(given) != count:
             raise ValueError(f"generate: {name} must be one a conversation ({count}), got {len(given)}")
+    if not all(0 <= one < 2**62 for one in seeds):
+        raise ValueError(f"generate: seeds must be in [0, 2^62), got {seeds}")
     parsed = []
     for number, messages in enumerate(conversations, 1):
         with _named(number, count):

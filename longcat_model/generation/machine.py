@@ -238,8 +238,7 @@ class ReplyState:
     def advance(self, answer: Answer) -> tuple[ReplyState | None, tuple[Position, ...]]:
         if self.inside is not None:
             inside, positions = self.inside.advance(answer)
-            ends = inside is None and not self.text.longest
-            return None if ends else replace(self, inside=inside), positions
+            return replace(self, inside=inside), positions
         if answer.text == self.ids.image_start:
             return replace(self, inside=self.image, media=self.media - 1), self.opening
         if answer.text == self.ids.audiogen_start:

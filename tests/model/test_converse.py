@@ -423,6 +423,7 @@ def test_chat_turns_share_what_was_read(system: System, media: Path, monkeypatch
         ("hello", {}, "messages must be a list of messages or of such lists, got 'hello'"),
         ([user("a")], {"settings": [SMALL] * 2}, r"settings must be one a conversation (1), got 2"),
         ([user("a")], {"seed": [1, 2]}, r"seeds must be one a conversation (1), got 2"),
+        (user("a"), {"seed": -1}, r"seeds must be in [0, 2^62), got [-1]"),
         (user("a" * 200), {}, "a conversation and its longest answer must have at most 150 positions, got"),
         (user("a"), {"settings": replace(SMALL, max_tokens=150)}, "must have at most 150 positions"),
         (user("a"), {"system": "nowhere"}, "nowhere must hold a trained system"),
@@ -447,6 +448,7 @@ def test_refusals(
     [
         *((name, 0) for name in ("height", "width", "max_tokens", "max_text", "max_frames")),
         ("media", -1),
+        ("numbers", {"order": "joint"}),
         ("guidance", -1.0),
         ("guidance", float("nan")),
         ("truncation", "both"),

@@ -20,7 +20,16 @@ from longcat_model.generation import (
     generate_speech,
     generate_text,
 )
-from longcat_model.generation.machine import Answer, ImageState, Position, SpeechState, State, TextState, stack
+from longcat_model.generation.machine import (
+    Answer,
+    ImageState,
+    Position,
+    ReplyState,
+    SpeechState,
+    State,
+    TextState,
+    stack,
+)
 from longcat_model.model import LongcatNext
 from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Layout, drop_condition, join, pack
 from longcat_model.tokenizers.text import ByteTokenizer
@@ -87,6 +96,47 @@ def test_speech_states_write_speech_documents(length: int, frames: int, delay: i
     state = replace(SPEAKING, delay=delay, transcript=tuple(transcript) if given_text else None)
     written = drive(state, text=[*transcript, IDS.audiotext_end], audio=lambda: next(answers))
     assert_same(written, LAYOUT.speak(transcript, codes, delay=delay), skip=1)
+
+
+@given(
+    media=st.lists(st.sampled_from(["image", "speech"]), max_size=3), forced=st.sampled_from([None, "image", "speech"])
+)
+@settings(deadline=None)
+def test_reply_states_write_text_and_media_in_turn(media: list[str], forced: str | None) -> None:
+    image, frames = torch.arange(12).view(2, 2, 3) % 8, torch.tensor([[1, 2, 3, 0], [7, 5, 3, 3]])
+    prefix = LAYOUT.image_prefix(2, 2)
+    inside = {"image": ImageState(ids=IDS, height=2, width=2, sampling=GREEDY), "speech": SPEAKING}
+    state = ReplyState(
+        ids=IDS,
+        text=TextState(limit=9, sampling=GREEDY),
+        **inside,  # type: ignore[arg-type]
+        opening=tuple(Position(text=i) for i in prefix.inputs.text.tolist()),
+        media=len(media),
+        inside=None if forced is None else inside[forced],  # type: ignore[arg-type]
+    )
+    order = [kind for kind in (forced, *media) if kind is not None]
+    documents = {"image": LAYOUT.generate_image(image), "speech": LAYOUT.speak([40], frames)}
+    begun = {"image": [IDS.image_start], "speech": [IDS.audiogen_start, 40, IDS.audiotext_end]}
+    said, pieces = [], []
+    for place, kind in enumerate(order):
+        is_forced = place == 0 and forced is not None
+        said += [*([] if is_forced else [10 + place]), *begun[kind][int(is_forced) :]]
+        pieces += [*([] if is_forced else [LAYOUT.text([10 + place])]), documents[kind]]
+    cells = iter(image.flatten(0, 1).repeat(3, 1).repeat(2, 1))
+    heard = iter([*frames, torch.tensor([8, 0, 0, 0])] * 4)
+    written = drive(state, text=[*said, EOS], visual=lambda: next(cells), audio=lambda: next(heard))
+    skipped = {None: 0, "image": len(prefix), "speech": 1}[forced]
+    assert_same(written, join(*pieces, LAYOUT.text([EOS])), skip=skipped)
+
+
+def test_a_reply_begins_no_more_media_than_it_may() -> None:
+    text = TextState(limit=9, sampling=GREEDY)
+    image = ImageState(ids=IDS, height=1, width=1, sampling=GREEDY)
+    state = ReplyState(ids=IDS, text=text, image=image, speech=SPEAKING, opening=(), media=1)
+    assert state.ask().allowed == "reply"
+    state, _ = state.advance(Answer(text=IDS.image_start))  # type: ignore[assignment]
+    assert state.media == 0 and state.ask().visual is not None
+    assert replace(state, inside=None).ask().allowed == "text"
 
 
 def test_limits_end_a_transcript_and_its_audio_as_their_ends_would() -> None:
