@@ -16,7 +16,8 @@ from longcat_model.generation.decode import Request, decode
 from longcat_model.generation.machine import ImageState, Position, SpeechState, State, TextState
 from longcat_model.generation.sampling import GREEDY, IMAGE, SPEECH, TRANSCRIPT, Sampling
 from longcat_model.model import LongcatNext
-from longcat_model.sequence import Document, Layout, drop_condition, join
+from longcat_model.released.differences import Unconditional, unconditional
+from longcat_model.sequence import Document, Layout, join
 from longcat_model.vocabulary import EOS, Vocabulary
 
 
@@ -50,19 +51,20 @@ def generate_image(
     width: int,
     sampling: Sampling = IMAGE,
     guidance: float | None = None,
+    cfg_uncond: Unconditional = "null",
 ) -> Tensor:
     """An image of height x width cells for each prompt; its size and start are appended here.
 
     Args:
         guidance: scale s of classifier-free guidance, logits = s * (conditional - unconditional) + unconditional at
-            every level; None runs the conditional model alone. The unconditional prompt is `drop_condition(prompt)`:
-            as long, text id 0 everywhere, then the same size and start.
+            every level; None runs the conditional model alone.
+        cfg_uncond: what stands in for the prompt then: see `released.differences.unconditional`.
 
     Returns:
         codes: int64 [prompts, height, width, L].
 
     Raises:
-        ValueError: height or width below 1.
+        ValueError: height or width below 1, or an unknown `cfg_uncond`.
     """
     _at_least_one("generate_image", height=height, width=width)
     prefix = layout.image_prefix(height, width)
@@ -72,7 +74,7 @@ def generate_image(
             prompt=join(prompt, prefix).inputs,
             state=state,
             seed=i,
-            partner=None if guidance is None else join(drop_condition(prompt), prefix).inputs,
+            partner=None if guidance is None else unconditional(prompt, prefix, cfg_uncond).inputs,
         )
         for i, prompt in enumerate(prompts)
     ]

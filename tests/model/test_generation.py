@@ -31,7 +31,8 @@ from longcat_model.generation.machine import (
     stack,
 )
 from longcat_model.model import LongcatNext
-from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Layout, drop_condition, join, pack
+from longcat_model.released.differences import Unconditional, unconditional
+from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Layout, Targets, join, pack
 from longcat_model.tokenizers.text import ByteTokenizer
 from longcat_model.training.loss import loss
 from longcat_model.vocabulary import BOS, EOS, PAD, Vocabulary
@@ -185,20 +186,23 @@ def test_text_stops_at_its_end(model: LongcatNext, prompts: list[Document]) -> N
     assert min(map(len, texts)) < max(map(len, texts)) <= 40
 
 
-@pytest.mark.parametrize(("guidance", "penalty"), [(None, 1.0), (2.5, 1.0), (None, 3.0), (2.5, 3.0)])
+@pytest.mark.parametrize(
+    ("guidance", "penalty", "kind"),
+    [(None, 1.0, "null"), (2.5, 1.0, "null"), (None, 3.0, "null"), (2.5, 3.0, "bare"), (2.5, 1.0, "all_null")],
+)
 def test_images_equal_full_recomputation(
-    model: LongcatNext, prompts: list[Document], guidance: float | None, penalty: float
+    model: LongcatNext, prompts: list[Document], guidance: float | None, penalty: float, kind: Unconditional
 ) -> None:
     height, width, sampling = 2, 3, replace(GREEDY, repetition_penalty=penalty)
-    images = generate_image(
-        model, prompts, layout=LAYOUT, height=height, width=width, sampling=sampling, guidance=guidance
-    )
+    how = {"height": height, "width": width, "sampling": sampling, "guidance": guidance, "cfg_uncond": kind}
+    images = generate_image(model, prompts, layout=LAYOUT, **how)  # type: ignore[arg-type]
     assert images.shape == (4, height, width, 3)
     for prompt, codes in zip(prompts, images, strict=True):
         body = LAYOUT.generate_image(codes)
         logits = depth_logits(model, join(prompt, body))
         if guidance is not None:
-            bare = depth_logits(model, join(drop_condition(prompt), body))
+            prefix = LAYOUT.image_prefix(height, width)
+            bare = depth_logits(model, join(unconditional(prompt, prefix, kind), without(body, len(prefix))))
             logits = [guidance * (c - u) + u for c, u in zip(logits, bare, strict=True)]
         for level in range(3):
             scores = penalised(logits[level][:-1], codes[..., level].flatten(), penalty)
@@ -341,6 +345,12 @@ def assert_same(written: Inputs, document: Document, *, skip: int = 0) -> None:
         assert getattr(written, field).tolist() == getattr(document.inputs, field)[skip:].tolist(), field
 
 
+def without(document: Document, positions: int) -> Document:
+    """The document after its first positions."""
+    labels = (getattr(document.labels, name)[positions:] for name in ("text", "visual", "audio"))
+    return Document(document.inputs.map(lambda field: field[positions:]), Targets(*labels))
+
+
 def penalised(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
     """Logits [n, classes] of n positions, each after the repetition penalty of what was written before it."""
     rows = []
@@ -354,7 +364,7 @@ def penalised(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
 @torch.no_grad()
 def read(model: LongcatNext, document: Document) -> Tensor:
     """Hidden states [T, D] of a document read at once, without a cache."""
-    hidden: Tensor = model(pack([document], len(document)).inputs).hidden[0]
+    hidden: Tensor = model(document.inputs.map(lambda field: field[None])).hidden[0]
     return hidden
 
 
