@@ -103,11 +103,14 @@ class Chooser:
         leaders = [i - i_copy for i, i_copy in enumerate(copy for n in copies for copy in range(n))]
         every = [a for a, n in zip(asking, copies, strict=True) for _ in range(n)]
         drawing = [sampling for sampling, n in zip(samplings, copies, strict=True) for _ in range(n)]
-        guidance = torch.tensor([[a.ask.guidance or 1.0] for a in every], device=hidden_MD.device)
+        scales = [[1.0 if a.ask.guidance is None else a.ask.guidance] for a in every]
         decoding = depth_decode(
             hidden_MD[rows],
             self.visual,
-            DepthSampling(**_columns(drawing, hidden_MD.device, levels=True), guidance=guidance),
+            DepthSampling(
+                **_columns(drawing, hidden_MD.device, levels=True),
+                guidance=torch.tensor(scales, device=hidden_MD.device),
+            ),
             pairs=None if len(rows) == len(asking) else torch.tensor(leaders, device=hidden_MD.device),
             history=_history(drawing, [a.written.visual for a in every], self.visual_levels, hidden_MD.device),
             seed=_seeds(every, drawing, hidden_MD.device),

@@ -188,7 +188,14 @@ def test_text_stops_at_its_end(model: LongcatNext, prompts: list[Document]) -> N
 
 @pytest.mark.parametrize(
     ("guidance", "penalty", "kind"),
-    [(None, 1.0, "null"), (2.5, 1.0, "null"), (None, 3.0, "null"), (2.5, 3.0, "bare"), (2.5, 1.0, "all_null")],
+    [
+        (None, 1.0, "null"),
+        (2.5, 1.0, "null"),
+        (None, 3.0, "null"),
+        (2.5, 3.0, "bare"),
+        (2.5, 1.0, "all_null"),
+        (0.0, 1.0, "null"),
+    ],
 )
 def test_images_equal_full_recomputation(
     model: LongcatNext, prompts: list[Document], guidance: float | None, penalty: float, kind: Unconditional
