@@ -82,10 +82,11 @@ class TextStream:
             return ""
         self._held += text[self._taken :]
         self._taken = len(text)
-        found = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := self._held.find(stop)) >= 0]
         self.stopped = bool(found)
         if found:
-            sure, self._held = self._held[: min(found)], ""
+            _, at = min(found)  # the one complete first, however the text came
+            sure, self._held = self._held[:at], ""
         else:
             at = len(self._held) - self._beginning_of_stop()
             sure, self._held = self._held[:at], self._held[at:]

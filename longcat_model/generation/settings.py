@@ -42,7 +42,7 @@ class Settings:
     max_tokens: int = 1024  # of text
     max_text: int = 512  # ids of a transcript
     max_frames: int = 1000  # of an utterance: 80 s
-    stop: tuple[str, ...] = ()  # the first of these in the text ends the answer before it
+    stop: tuple[str, ...] = ()  # the first of these to be complete ends the answer before it
     media: int = 0  # images and utterances that the text may begin
 
     def __post_init__(self) -> None:

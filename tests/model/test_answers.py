@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longcat_model import presets
@@ -22,8 +22,9 @@ TEXTS = st.text(st.sampled_from(list("ab €é猫🙂")), max_size=12)
     stops=st.lists(st.one_of(TEXTS.filter(bool), st.sampled_from(["�", "a�"])), max_size=3),
 )
 @settings(deadline=None)
+@example(text=TOKENIZER.encode(" aa"), stops=["a", " aa"])
 def test_pieces_are_the_text_up_to_the_first_stop(text: list[int], stops: list[str]) -> None:
-    """Whole characters and bytes of none alike."""
+    """Whole characters and bytes of none alike; of two stop strings the one that is complete first."""
     stream = TextStream(TOKENIZER.decode, stops)
     pieces = []
     for token in text:
@@ -32,8 +33,8 @@ def test_pieces_are_the_text_up_to_the_first_stop(text: list[int], stops: list[s
             break
     pieces.append(stream.finish())
     whole = TOKENIZER.decode(text)
-    ends = [at for stop in stops if (at := whole.find(stop)) >= 0]
-    assert "".join(pieces) == whole[: min(ends, default=len(whole))]
+    ends = [(at + len(stop), at) for stop in stops if (at := whole.find(stop)) >= 0]
+    assert "".join(pieces) == whole[: min(ends)[1] if ends else len(whole)]
     assert stream.stopped == bool(ends)
 
 
