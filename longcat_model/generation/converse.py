@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class Job:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cache, which is allocated at once."""
-        return cache_bytes(self.system.model, [self.request(p, self._blank(p)) for p in self.prompts])
+        return cache_bytes(self.system.model, self._sketches)
 
     def check_memory(self, max_memory: int | None) -> None:
         """Raises ValueError where the cache would take more."""
@@ -114,9 +115,9 @@ class Job:
 
     def check_lengths(self) -> None:
         """Raises ValueError where a prompt and its longest answer have too many positions."""
-        for number, prompt in enumerate(self.prompts, 1):
+        for number, sketch in enumerate(self._sketches, 1):
             with _named(number, len(self.prompts)):
-                found = self.request(prompt, self._blank(prompt)).capacity
+                found = sketch.capacity
                 if found > LONGEST:
                     raise ValueError(
                         f"generate: a conversation and its longest answer must have at most {LONGEST} positions, got "
@@ -126,8 +127,9 @@ class Job:
     def run(self, *, listen: Callable[[Event], None] | None = None, prefixes: Prefixes | None = None) -> list[Answer]:
         """Encodes the files, generates, and decodes images and speech."""
         requests, listeners = [], []
+        codes: dict[Path, Tensor] = {}
         for number, prompt in enumerate(self.prompts):
-            codes = {path: encode(media, self.system) for path, media in prompt.files.items()}
+            codes |= {path: encode(media, self.system) for path, media in prompt.files.items() if path not in codes}
             requests.append(self.request(prompt, codes))
             listeners.append(
                 Listener(
@@ -148,10 +150,18 @@ class Job:
             listener.finish()
         return [self._answer(*found) for found in zip(self.prompts, listeners, traces, strict=True)]
 
-    def _blank(self, prompt: Prompt) -> Files:
-        return {path: blank(media, self.system) for path, media in prompt.files.items()}
+    @cached_property
+    def _sketches(self) -> list[Request]:
+        """Requests of the right lengths, before any file is encoded."""
+        sketches = []
+        for number, prompt in enumerate(self.prompts, 1):
+            with _named(number, len(self.prompts)):
+                codes = {path: blank(media, self.system) for path, media in prompt.files.items()}
+                sketches.append(self.request(prompt, codes))
+        return sketches
 
     def request(self, prompt: Prompt, codes: Files) -> Request:
+        """What the loop of generation is asked for, with the codes of the prompt's files."""
         settings, start = prompt.settings, prompt.parts[-1]
         before = context(prompt.parts, codes, self.layout, roles=self.roles, mode=settings.mode)
         prefix = self.layout.image_prefix(*settings.size(prompt.parts))

@@ -297,10 +297,10 @@ def test_answers_end_for_a_reason(system: System, media: Path) -> None:
         return {answer.ended for answer in answers}
 
     hot = Sampling(temperature=30.0)
-    assert reasons("go", replace(SMALL, text=hot, max_tokens=150)) == {"end", "length"}
+    assert reasons("go", replace(SMALL, text=hot, max_tokens=90)) == {"end", "length"}
     assert reasons(f"a{IMAGE}", SMALL) == {"end"}
     assert reasons(f"a{SPEECH}", replace(SMALL, max_frames=2)) == {"length"}
-    assert "end" in reasons(f"a{SPEECH}", replace(SMALL, speech=hot, transcript=hot, max_text=200, max_frames=40))
+    assert "end" in reasons(f"a{SPEECH}", replace(SMALL, speech=hot, transcript=hot, max_text=90, max_frames=30))
 
 
 def test_an_answer_stops_before_the_first_stop_string(system: System, media: Path) -> None:
