@@ -102,7 +102,7 @@ def parse(messages: Sequence[Mapping[str, str]], directory: Path = Path()) -> tu
         ValueError: no messages, another key or role, an unknown or unbalanced tag, or a missing file; the message
             names the message's number, from 1, and the tag.
     """
-    if isinstance(messages, str | Mapping) or not messages:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages: messages must be a list with at least one message, got {messages!r}")
     parts: list[Part] = []
     for number, message in enumerate(messages, 1):

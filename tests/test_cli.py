@@ -121,7 +121,7 @@ def test_generate_answers_conversations(system: Path, media: Path, capsys: pytes
     answers = media / "answers"
     assert sorted(path.name for path in answers.iterdir()) == ["2-1.png", "4-1.wav"]
     assert read_image(answers / "2-1.png", 1).shape == (3, 16, 24)
-    assert "bytes for 4 conversations" in captured.err
+    assert "bytes; conversations: 4" in captured.err
     first = [path.read_bytes() for path in sorted(answers.iterdir())]
     assert main(arguments) == 0
     assert capsys.readouterr().out == captured.out

@@ -110,7 +110,7 @@ class Job:
         if max_memory is not None and self.cache_bytes > max_memory:
             raise ValueError(
                 f"generate: the cache must fit max_memory = {max_memory} bytes, got {self.cache_bytes} for "
-                f"{len(self.prompts)} conversations (fewer at once, or smaller limits of their lengths, need less)"
+                f"conversations: {len(self.prompts)} (fewer at once, or smaller limits of their lengths, need less)"
             )
 
     def check_lengths(self) -> None:

@@ -387,7 +387,7 @@ def test_too_much_memory_is_refused_before_any_work(
     for part in (system.model, system.vision, system.audio):
         monkeypatch.setattr(part, "forward", work)
         monkeypatch.setattr(part, "encode", work, raising=False)
-    refusal = rf"must fit max_memory = {needed - 1} bytes, got {needed} for 8 conversations"
+    refusal = rf"must fit max_memory = {needed - 1} bytes, got {needed} for conversations: 8"
     with pytest.raises(ValueError, match=refusal):
         longcat_model.generate(CONVERSATIONS, system=system, settings=SMALL, directory=media, max_memory=needed - 1)
 

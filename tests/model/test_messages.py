@@ -147,6 +147,7 @@ def test_only_the_last_message_starts_an_answer(tag: str) -> None:
     [
         ([], "must be a list with at least one message"),
         ("text", "must be a list with at least one message"),
+        (3, "must be a list with at least one message, got 3"),
         (user("a"), "must be a list with at least one message"),
         (["text"], "message 1: must have role and content and nothing else, got 'text'"),
         ([user("a"), {"role": "user"}], "message 2: must have role and content"),
