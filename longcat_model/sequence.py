@@ -37,8 +37,12 @@ class Inputs:
     audio: Tensor  # [B, S, L] local codes of a frame, whose embedding is added to the text's; -1: none
     documents: Tensor  # [B, S] number of the document in its row; -1: padding
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same function of every field."""
+        return Inputs(*map(function, _tensors(self)))
+
     def to(self, device: torch.device | str) -> Inputs:
-        return Inputs(*(field.to(device) for field in _tensors(self)))
+        return self.map(lambda field: field.to(device))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from longcat_model import presets
 from longcat_model.cli import main
-from longcat_model.files import png, wav, write
+from longcat_model.files import png, read_image, wav, write
 from longcat_model.system import System
 from longcat_model.tokenizers.vision import VisionTokenizer
 from longcat_model.training import finetune
@@ -85,9 +86,84 @@ def test_a_picture_is_read_at_the_height_of_the_demos(
     assert shapes == [(3, 16, 48)]
 
 
+def ask(system: Path, media: Path, conversations: object, *options: str) -> list[str]:
+    """Arguments that answer conversations; small limits."""
+    (media / "chat.json").write_text(json.dumps(conversations))
+    small = {"height": 2, "width": 3, "max-tokens": 6, "max-text": 4, "max-frames": 3}
+    limits = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    out = ["--run", str(system), "--out", str(media / "answers")]
+    return ["generate", "--messages", str(media / "chat.json"), *out, *limits, *options]
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": content}]
+    for content in (
+        "what is <longcat_img_start>a.png<longcat_img_end>",
+        "paint<longcat_img_start>",
+        'hear <longcat_audio_start>{"path": "a.wav"}<longcat_audio_end>',
+        "say<longcat_audiogen_start>",
+    )
+]
+
+
+def test_generate_answers_conversations(system: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ask(system, media, CONVERSATIONS, "--temperature", "1")
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [line["conversation"] for line in lines] == [1, 2, 3, 4]
+    assert [sorted(part) for line in lines for part in line["parts"]] == [
+        ["text"],
+        ["image"],
+        ["text"],
+        ["speech", "text"],
+    ]
+    answers = media / "answers"
+    assert sorted(path.name for path in answers.iterdir()) == ["2-1.png", "4-1.wav"]
+    assert read_image(answers / "2-1.png", 1).shape == (3, 16, 24)
+    assert "bytes; conversations: 4" in captured.err
+    first = [path.read_bytes() for path in sorted(answers.iterdir())]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == captured.out
+    assert [path.read_bytes() for path in sorted(answers.iterdir())] == first
+
+
+def test_generate_streams_what_it_answers(
+    system: Path, media: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From standard input, one conversation, with paths relative to here."""
+    arguments = ask(system, media, [], "--stream", "--no-roles", "--media", "1", "--temperature", "1")
+    arguments[2] = "-"
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps([{"role": "user", "content": "paint<longcat_img_start>"}])))
+    assert main(arguments) == 0
+    *pieces, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(piece["cell"]) for piece in pieces if "cell" in piece] == [3] * 6
+    assert "".join(piece.get("text", "") for piece in pieces) == last["parts"][1]["text"]
+
+
+def test_bad_conversations_write_nothing(system: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = [{"role": "user", "content": "<longcat_img_start>a.wav<longcat_img_end>"}]
+    for conversations, options, message in (
+        ([*CONVERSATIONS, bad], [], "conversation 5: image: path must name a readable image"),
+        (CONVERSATIONS, ["--max-memory", "1000"], "the cache must fit max_memory = 1000 bytes, got"),
+        (CONVERSATIONS, ["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (CONVERSATIONS, ["--stop", ""], "stop must be a tuple of strings that are not empty"),
+        ({"role": "user"}, [], "messages must be a list of messages or of such lists"),
+    ):
+        assert main(ask(system, media, conversations, *options)) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert message in error and error.startswith("longcat: ")
+        assert not (media / "answers").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["generate"], "a task and its subject, or --messages, must be given, and not both"),
+        (["generate", "see"], "a task and its subject, or --messages, must be given, and not both"),
+        (["generate", "see", "a.png", "--messages", "-"], "must be given, and not both"),
+        (["generate", "--messages", "none.json"], "messages must be a readable file, got none.json"),
+        (["generate", "--messages", "MEDIA/a.png"], "messages must be a readable file"),
         (["inspect", "nowhere"], "subject must be a directory or one of longcat_next, demo, tiny"),
         (["generate", "paint", "4", "--run", "nowhere"], "must hold a trained system"),
         (["generate", "paint", "four", "--run", "SYSTEM"], "must be a number of 1 to 3 digits, got 'four'"),

@@ -20,13 +20,15 @@ column can be chosen. `TRANSFORMERS` and `SERVING` are each runtime's choices to
     its history            whole                           last 2048 frames            whole
     end of an image        counted                         max_new_tokens: the test    counted
                                                            for an end cannot be true
-    after an image         forced end of text              nothing                     the call returns
+    after an image         forced end of text              nothing                     Settings.media: the answer ends,
+                                                                                       or text goes on
+    media begun by text    breaks                          not seen                    Settings.media: so many may be
     frame with code 0 at   embedded                        embedded as nothing         embedded: 0 is a code like others
     level 0
     n-grams across EOS     no                              yes, in the prefill         no
     n-gram hash 0          adds nothing                    row 0, in the prefill       adds nothing
     depth placeholders     text row 0                      code 0 of the level         none: no row reads later ones
-    several utterances     no                              yes                         one a call
+    several utterances     no                              yes                         Settings.media
     codebooks in search    as loaded: bfloat16 values      bfloat16 values             float32 as stored; `rounded` has
                                                                                        the others'
 
