@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from longcat_model.model import LongcatNext
-from longcat_model.pipeline.ir import Placement, v_placement
 from longcat_model.pipeline.launch import Rank, launch
-from longcat_model.pipeline.lower import lower
-from longcat_model.pipeline.measure import measure
-from longcat_model.pipeline.place import place
-from longcat_model.pipeline.profile import Split
 from longcat_model.pipeline.runtime import Runtime, StepResult
-from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.split import Microbatch, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
-from longcat_model.sequence import Batch, Inputs, Targets
+from longcat_model.sequence import Batch
 from longcat_model.training.balance import Balancer
 from longcat_model.training.loop import Row, Stage, train
 from longcat_model.training.loss import LossWeights, Metrics, Terms, join, means, merge, regularizer_metrics
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a model is spread over devices."""
-
-    placement: Placement  # the device of every stage
-    cuts: tuple[int, ...]  # where the model's units are cut into stages: see `split`
-    microbatches: int  # of a step, at most; a step has as many rows at least
-
-
-def v_half_plan(model: LongcatNext, devices: int, batch: Batch, microbatches: int | None = None) -> Plan:
-    """V-Half, with the model cut where it is fastest by a measurement of its modules on a microbatch of `batch`.
-
-    Args:
-        microbatches: None: four a device.
-    """
-    most = microbatches or 4 * devices
-    parts = Microbatch.of(cut(batch.to(model.embed_tokens.weight.device), most))
-    longest = max(parts, key=lambda part: part.batch.inputs.text.numel())
-    training = model.training
-    split = place(measure(model.train(), longest), devices, len(parts)).split
-    model.train(training)
-    return Plan(placement=v_placement(devices), cuts=unit_cuts(split), microbatches=most)
-
-
-def unit_cuts(split: Split) -> tuple[int, ...]:
-    """A placement's split as cuts between the model's units.
-
-    Example: layers (0, 1, 1, 0), the head in stage 2: embedding | layer 0 | layer 1 and text head | depth heads.
-
-        >>> unit_cuts(Split((0, 1, 1, 0), 2))
-        (1, 2, 4)
-    """
-    ends = accumulate(split.layers[:-1])
-    return tuple(1 + layers + (stage >= split.head) for stage, layers in enumerate(ends))
+from longcat_model.training.microbatches import cut
+from longcat_model.training.plan import Order, Plan, measured_plan
 
 
 class Pipelined:
@@ -80,14 +38,15 @@ class Pipelined:
     """
 
     def __init__(self, stage: Stage, plan: Plan, transport: Transport, weights: LossWeights | None = None) -> None:
-        if plans := {theirs for theirs in transport.gather(plan) if theirs != plan}:
-            raise ValueError(f"Pipelined: all ranks must have the plan {plan}, got {plans}")
+        others = [device for device, digest in enumerate(transport.gather(plan.digest)) if digest != plan.digest]
+        if others:
+            raise ValueError(f"Pipelined: all devices must have one plan, got others on {others} than on this one")
         self.model, self.parameters, self.plan = _language_model(stage), stage.parameters, plan
         self.transport, self.weights = transport, weights or LossWeights()
         stages = split(self.model, plan.cuts, self.weights)
         self.stages = {s: stages[s] for s, device in enumerate(plan.placement) if device == transport.device}
         self.balancer = None if stage.after_step is None else Balancer(self.model, self.model.sizes.backbone.experts)
-        self._runtimes: dict[int, Runtime] = {}
+        self._runtimes: dict[int, tuple[Runtime, Order]] = {}
 
     @property
     def leads(self) -> bool:
@@ -108,22 +67,21 @@ class Pipelined:
     def backward(self, batch: Batch) -> Row:
         began = time.perf_counter()
         microbatches = Microbatch.of(cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches))
-        runtime = self._runtime(len(microbatches))
+        runtime, order = self._runtime(len(microbatches))
         result = runtime.step(microbatches)
         runtime.share_tied(len(microbatches))
         if self.balancer is not None:
             for report in result.reports.values():
                 for layer, counts in report.choices.items():
                     self.balancer.add(layer, counts)
-        row = self._row(microbatches, result)
+        row = self._row(microbatches, result) | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
         return row | {"tokens_per_s": microbatches[0].totals.positions / (time.perf_counter() - began)}
 
-    def _runtime(self, microbatches: int) -> Runtime:
+    def _runtime(self, microbatches: int) -> tuple[Runtime, Order]:
         if microbatches not in self._runtimes:
-            table = tied(self.model, len(self.plan.placement))
-            placement = self.plan.placement
-            schedule = lower(v_half(self.transport.devices, microbatches), placement, microbatches)
-            self._runtimes[microbatches] = Runtime(schedule, placement, self.stages, self.transport, table)
+            table, order = tied(self.model, len(self.plan.placement)), self.plan.order(microbatches)
+            runtime = Runtime(order.schedule, self.plan.placement, self.stages, self.transport, table)
+            self._runtimes[microbatches] = runtime, order
         return self._runtimes[microbatches]
 
     def _row(self, microbatches: list[Microbatch], result: StepResult) -> Row:
@@ -208,7 +166,7 @@ def _train_rank(
     transport = Distributed.connect(2 * rank.ranks, store=rank.store)
     assert transport is not None  # every rank is in the one pipeline
     # Times differ from rank to rank: the first one's are everybody's.
-    mine = v_half_plan(_language_model(stage), rank.ranks, stage.batch(0), microbatches) if rank.rank == 0 else None
+    mine = measured_plan(_language_model(stage), rank.ranks, stage.batch(0), microbatches) if rank.rank == 0 else None
     engine = Pipelined(stage, transport.gather(mine)[0], transport, weights)
     train(stage, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
@@ -218,23 +176,6 @@ def _language_model(stage: Stage) -> LongcatNext:
     if not isinstance(stage.module, LongcatNext):
         raise ValueError(f"Pipelined: stage.module must be a LongcatNext, got {type(stage.module).__name__}")
     return stage.module
-
-
-def cut(batch: Batch, most: int) -> list[Batch]:
-    """Rows in at most `most` microbatches of nearly as many rows, each as long as its longest row."""
-    rows = len(batch.inputs.documents)
-    count = min(most, rows)
-    return [_rows(batch, slice(rows * i // count, rows * (i + 1) // count)) for i in range(count)]
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    used_S = (batch.inputs.documents[rows] >= 0).any(0)
-    length = int(used_S.nonzero().max()) + 1 if used_S.any() else 1
-    inputs, targets = (
-        {field.name: getattr(part, field.name)[rows, :length] for field in fields(part)}
-        for part in (batch.inputs, batch.targets)
-    )
-    return Batch(Inputs(**inputs), Targets(**targets))
 
 
 def _total(terms: Terms, weights: LossWeights, microbatch: Microbatch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from torch import nn
 
 from longcat_model.model import LongcatNext
-from longcat_model.pipeline.ir import v_placement
+from longcat_model.pipeline.costs import permuted, uniform
+from longcat_model.pipeline.schedules.searched import Effort
+from longcat_model.pipeline.schedules.v import v_half
+from longcat_model.pipeline.simulate import peak_bytes, simulate
 from longcat_model.pipeline.split import split
 from longcat_model.pipeline.transport import InProcess
 from longcat_model.sequence import Batch, pack
@@ -20,11 +24,14 @@ from longcat_model.training import checkpoint
 from longcat_model.training.balance import Balancer
 from longcat_model.training.loop import CLIP_NORM, Row, Stage, train
 from longcat_model.training.loss import Totals, loss
+from longcat_model.training.microbatches import cut
 from longcat_model.training.model_stages import joint, pre_align
 from longcat_model.training.optim import adamw, learning_rate
-from longcat_model.training.pipelined import Pipelined, Plan, cut, train_pipelined, v_half_plan
+from longcat_model.training.pipelined import Pipelined, train_pipelined
+from longcat_model.training.plan import Plan, measured_plan
 
 STEPS, RATE = 4, 1e-2
+LITTLE = Effort(moves=20_000, tries=100, blocks=1, starts=2)
 
 
 def batch(step: int) -> Batch:
@@ -36,8 +43,8 @@ def make(model: LongcatNext, steps: int = STEPS) -> Stage:
     return joint(model, batch, steps=steps, learning_rate=RATE, weights=small.WEIGHTS)
 
 
-def piped(directory: Path, devices: int, stage: Stage, steps: int = STEPS, save_every: int = 200) -> list[list[Row]]:
-    """Trains with devices that are threads, up to `steps`; every device begins with a copy of its own."""
+def piped(directory: Path, devices: int, stage: Stage, save_every: int = 200) -> list[list[Row]]:
+    """Trains with devices that are threads; every device begins with a copy of its own."""
     ends = InProcess.connect(devices)
     (directory / "weights.pt").parent.mkdir(parents=True, exist_ok=True)
     torch.save(stage.module.state_dict(), directory / "weights.pt")
@@ -45,16 +52,16 @@ def piped(directory: Path, devices: int, stage: Stage, steps: int = STEPS, save_
     def work(device: int) -> list[Row]:
         model = LongcatNext(stage.module.sizes)  # type: ignore[arg-type]
         model.load_state_dict(torch.load(directory / "weights.pt"))
-        own = Stage(**{**make(model).__dict__, "batch": stage.batch})
+        own = dataclasses.replace(make(model, stage.steps), batch=stage.batch)
         engine = Pipelined(own, plan(model, devices), ends[device], small.WEIGHTS)
         return train(own, directory, save_every=save_every, quiet=True, engine=engine)
 
     return small.in_threads(work, devices)
 
 
-def plan(model: LongcatNext, devices: int) -> Plan:
+def plan(model: LongcatNext, devices: int, microbatches: int = 3) -> Plan:
     cuts = small.cuts(len(model.backbone.layers), 2 * devices)
-    return Plan(placement=v_placement(devices), cuts=cuts, microbatches=3)
+    return Plan.of(cuts, uniform(2 * devices, microbatches, 3.0, 4.0, 2.0), LITTLE)
 
 
 def accumulated(stage: Stage) -> list[float]:
@@ -121,7 +128,7 @@ def test_other_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
             piped(
                 tmp_path / "cut",
                 devices,
-                Stage(**{**make(small.model()).__dict__, "batch": partial(until, last)}),
+                dataclasses.replace(make(small.model()), batch=partial(until, last)),
                 save_every=1,
             )
     (rows, *_) = piped(tmp_path / "cut", 2, make(small.model()))
@@ -168,7 +175,7 @@ def test_processes_train_as_threads_do(tmp_path: Path) -> None:
     assert train_pipelined(stage, tmp_path / "two", 2, microbatches=3, weights=small.WEIGHTS)
     (rows, *_) = piped(tmp_path / "one", 2, make(small.model(), steps=2))
     found = train(stage(), tmp_path / "two", quiet=True)
-    assert [row["loss"] for row in found] == [row["loss"] for row in rows][:2]
+    assert [row["loss"] for row in found] == [row["loss"] for row in rows]
     assert all(0 <= row["bubble"] < 1 and row["tokens_per_s"] > 0 for row in found)
 
 
@@ -184,19 +191,57 @@ def test_microbatches_are_rows_without_their_common_padding() -> None:
 
 def test_the_plan_cuts_the_model_by_a_measurement_of_it() -> None:
     model = small.model()
-    found = v_half_plan(model, 2, batch(0))
+    found = measured_plan(model, 2, batch(0), effort=LITTLE)
     stages = split(model, found.cuts)
     assert len(stages) == 4 == len(found.placement) and found.microbatches == 8
     assert [unit for stage in stages for unit in stage.units] == list(range(len(model.backbone.layers) + 3))
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert found.costs.forward[0][0] > 0 and found.costs.saved[0][0] > 0
+
+
+def test_the_plan_is_shorter_than_v_half_within_its_memory() -> None:
+    """Costs of scenario U3 of the reference results; with one microbatch there is nothing to gain, and V-Half stays."""
+    costs = uniform(8, 8, 10.0, 16.0, 5.0, 1.0)
+    found, half = Plan.of((1, 2, 3, 4, 5, 6, 7), costs, LITTLE), v_half(4, 8)
+    assert (
+        simulate(found.schedule, found.placement, costs).makespan
+        < 0.98 * simulate(half, found.placement, costs).makespan
+    )
+    assert max(peak_bytes(found.schedule, costs)) <= max(peak_bytes(half, costs))
+    alone = Plan.of((1, 2, 3), permuted(uniform(4, 8), [0]), LITTLE)
+    assert alone.schedule == v_half(2, 1)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 5, 8])
+def test_a_plan_serves_steps_of_fewer_microbatches(microbatches: int) -> None:
+    found = Plan.of((1, 2, 3), uniform(4, 8, 10.0, 16.0, 5.0), LITTLE)
+    order = found.order(microbatches)
+    costs = permuted(found.costs, range(microbatches))
+    half = simulate(v_half(2, microbatches), found.placement, costs).makespan
+    assert order.makespan_s <= half
+    assert order.bubble == pytest.approx(1 - 4 * microbatches * 31 / (2 * order.makespan_s))
+    assert max(peak_bytes(order.schedule, costs)) <= max(peak_bytes(found.schedule, found.costs))
+
+
+def test_batches_of_any_size_train_alike(tmp_path: Path) -> None:
+    """Steps of 1, 2 and 3 microbatches, by a plan for 3."""
+
+    def shrinking(step: int) -> Batch:
+        documents = small.documents()
+        return pack([documents[(step + i) % 5] for i in range(6 - 2 * step)], 30)
+
+    stage = make(small.model(), steps=3)
+    stage = dataclasses.replace(stage, batch=shrinking)
+    rows, *_ = piped(tmp_path, 2, stage)
+    assert [row["gradient_norm"] for row in rows] == accumulated(stage)
+    assert len({row["planned_s"] for row in rows}) > 1 and all(0 <= row["planned_bubble"] < 1 for row in rows)
 
 
 def test_ranks_with_other_plans_do_not_begin() -> None:
     ends, models = InProcess.connect(2), [small.model(), small.model()]
 
     def work(device: int) -> None:
-        own = Plan(**{**plan(models[device], 2).__dict__, "microbatches": 3 + device})
-        Pipelined(make(models[device]), own, ends[device])
+        Pipelined(make(models[device]), plan(models[device], 2, 3 + device), ends[device])
 
-    with pytest.raises(ValueError, match="all ranks must have the plan"):
+    with pytest.raises(ValueError, match=r"all devices must have one plan, got others on \[1\]"):
         small.in_threads(work, 2)
