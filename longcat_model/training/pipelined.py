@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.launch import Rank, launch
+from longcat_model.pipeline.parts import Parts, Saved
 from longcat_model.pipeline.runtime import Runtime, StepResult
-from longcat_model.pipeline.split import Microbatch, split, tied
+from longcat_model.pipeline.split import Microbatch, ModelStage, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
 from longcat_model.sequence import Batch
 from longcat_model.training.balance import Balancer
@@ -32,19 +33,26 @@ class Pipelined:
     """The `Engine` of one rank.
 
     Args:
-        stage: its module is a `LongcatNext`, whole until training begins; `stage.loss` is not called.
+        stage: its module is a `LongcatNext`, which has this rank's stages at least; `stage.loss` is not called.
         transport: this rank's end.
         weights: of the loss.
+        group: of all ranks, for their checkpoints alone; None: the leader writes everything.
     """
 
-    def __init__(self, stage: Stage, plan: Plan, transport: Transport, weights: LossWeights | None = None) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        plan: Plan,
+        transport: Transport,
+        weights: LossWeights | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         others = [device for device, digest in enumerate(transport.gather(plan.digest)) if digest != plan.digest]
         if others:
             raise ValueError(f"Pipelined: all devices must have one plan, got others on {others} than on this one")
-        self.model, self.parameters, self.plan = _language_model(stage), stage.parameters, plan
-        self.transport, self.weights = transport, weights or LossWeights()
-        stages = split(self.model, plan.cuts, self.weights)
-        self.stages = {s: stages[s] for s, device in enumerate(plan.placement) if device == transport.device}
+        self.model, self.learning, self.plan = _language_model(stage), stage.parameters, plan
+        self.transport, self.weights, self.group = transport, weights or LossWeights(), group
+        self.stages = own_stages(self.model, plan, transport.device, self.weights)
         self.balancer = None if stage.after_step is None else Balancer(self.model, self.model.sizes.backbone.experts)
         self._runtimes: dict[int, tuple[Runtime, Order]] = {}
 
@@ -57,12 +65,16 @@ class Pipelined:
         """This rank's parameters by their names in the model."""
         return {name: weight for stage in self.stages.values() for name, weight in stage.named_parameters()}
 
-    def restored(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives back the memory of all that other ranks have."""
-        for name, weight in self.model.named_parameters():
-            if name not in self.own:
-                weight.data = weight.data.new_empty(0)
-                optimizer.state.pop(weight, None)
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{prefix}.{name}": tensor
+            for stage in self.stages.values()
+            for prefix, part in stage.modules()
+            for name, tensor in part.state_dict().items()
+        }
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.own
 
     def backward(self, batch: Batch) -> Row:
         began = time.perf_counter()
@@ -102,7 +114,7 @@ class Pipelined:
         norms = {name: torch.linalg.vector_norm(g).cpu() for name, w in self.own.items() if (g := w.grad) is not None}
         everyone = {name: norm for found in self.transport.gather(norms) for name, norm in found.items()}
         names = {weight: name for name, weight in self.model.named_parameters()}
-        ordered = [everyone[names[weight]] for weight in self.parameters if names[weight] in everyone]
+        ordered = [everyone[names[weight]] for weight in self.learning if names[weight] in everyone]
         norm = torch.linalg.vector_norm(torch.stack(ordered))  # the very sum that one process makes
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
         return float(norm)
@@ -111,24 +123,16 @@ class Pipelined:
         if self.balancer is not None:
             self.balancer.step(step)
 
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        module = {
-            f"{prefix}.{name}": tensor.cpu()
-            for stage in self.stages.values()
-            for prefix, part in stage.modules()
-            for name, tensor in part.state_dict().items()
-        }
-        found = optimizer.state_dict()
-        own = {i: {key: value.cpu() for key, value in state.items()} for i, state in found["state"].items()}
-        everyone = self.transport.collect((module, own))
-        modules = {name: tensor for module, _ in everyone for name, tensor in module.items()}
-        states = {index: state for _, states in everyone for index, state in states.items()}
-        ordered = {name: modules[name] for name in self.model.state_dict() if name in modules}
-        return {"module": ordered, "optimizer": found | {"state": dict(sorted(states.items()))}}
+    def written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.group is not None:
+            return tensors
+        everyone = self.transport.gather(tensors)
+        return {name: tensor for found in everyone for name, tensor in found.items()} if self.leads else {}
 
 
 def train_pipelined(
-    make: Callable[[], Stage],
+    make: Callable[[LongcatNext], Stage],
+    saved: Saved,
     directory: Path,
     ranks: int,
     *,
@@ -139,37 +143,53 @@ def train_pipelined(
 ) -> bool:
     """Trains a stage on the ranks of a pipeline, or goes on from its checkpoint; see `loop.train` and `launch`.
 
-    The trained module is in the checkpoint: `train(make(), directory)` then loads it and returns the metrics.
+    No rank ever has more of the model in memory than its own stages, or one module while rank 0 measures. The trained
+    module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics.
 
     Args:
-        make: gives the stage, on every rank alike; picklable.
+        make: gives the stage that trains a model, on every rank alike; picklable.
+        saved: the model before training.
         microbatches: of a step, at most; None: four a rank.
         weights: those of the stage's loss.
 
     Returns:
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
     """
-    return launch(ranks, _train_rank, make, directory, microbatches, weights, seed, save_every)
+    most = 4 * ranks if microbatches is None else microbatches
+    return launch(ranks, _train_rank, make, saved, directory, most, weights, seed, save_every)
 
 
 def _train_rank(
     rank: Rank,
-    make: Callable[[], Stage],
+    make: Callable[[LongcatNext], Stage],
+    saved: Saved,
     directory: Path,
-    microbatches: int | None,
+    microbatches: int,
     weights: LossWeights | None,
     seed: int,
     save_every: int,
 ) -> None:
-    stage = make()
-    stage.module.to(rank.device)
     transport = Distributed.connect(2 * rank.ranks, store=rank.store)
     assert transport is not None  # every rank is in the one pipeline
-    # Times differ from rank to rank: the first one's are everybody's.
-    mine = measured_plan(_language_model(stage), rank.ranks, stage.batch(0), microbatches) if rank.rank == 0 else None
-    engine = Pipelined(stage, transport.gather(mine)[0], transport, weights)
-    train(stage, directory, seed=seed, save_every=save_every, engine=engine)
+    parts, mine = Parts(saved, rank.device), None
+    if rank.rank == 0:  # times differ from rank to rank: the first one's are everybody's
+        batch = make(parts.model).batch(0).to(rank.device)
+        mine = measured_plan(parts.model, rank.ranks, batch, microbatches, lend=parts.lend)
+    plan = transport.gather(mine)[0]
+    for stage in own_stages(parts.model, plan, transport.device).values():
+        parts.bring(stage)
+    trained = make(parts.model)
+    engine = Pipelined(trained, plan, transport, weights, dist.new_group(backend="gloo"))
+    train(trained, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
+
+
+def own_stages(
+    model: LongcatNext, plan: Plan, device: int, weights: LossWeights | None = None
+) -> dict[int, ModelStage]:
+    """The stages of one device, by number."""
+    stages = split(model, plan.cuts, weights)
+    return {number: stages[number] for number, home in enumerate(plan.placement) if home == device}
 
 
 def _language_model(stage: Stage) -> LongcatNext:

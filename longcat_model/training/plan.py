@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.costs import Costs, permuted
@@ -18,7 +20,7 @@ from longcat_model.pipeline.schedules.searched import DEFAULT, Effort, searched
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.schedules.walk import is_compiled
 from longcat_model.pipeline.simulate import simulate
-from longcat_model.pipeline.split import Microbatch
+from longcat_model.pipeline.split import Microbatch, ModelStage
 from longcat_model.sequence import Batch
 from longcat_model.training.microbatches import cut
 
@@ -76,20 +78,27 @@ class Plan:
 
 
 def measured_plan(
-    model: LongcatNext, devices: int, batch: Batch, microbatches: int | None = None, effort: Effort = DEFAULT
+    model: LongcatNext,
+    devices: int,
+    batch: Batch,
+    microbatches: int,
+    effort: Effort = DEFAULT,
+    lend: Callable[[ModelStage], AbstractContextManager[Any]] = nullcontext,
 ) -> Plan:
     """The model cut where V-Half is fastest, and the schedule searched, by a measurement on a microbatch of `batch`.
 
     Args:
-        microbatches: None: four a device.
+        batch: where the model computes.
+        microbatches: of a step, at most.
+        lend: see `measure`.
     """
-    parts = Microbatch.of(cut(batch.to(model.embed_tokens.weight.device), microbatches or 4 * devices))
+    parts = Microbatch.of(cut(batch, microbatches))
     longest = max(parts, key=lambda part: part.batch.inputs.text.numel())
     training = model.training
-    profile = measure(model.train(), longest)
+    profile = measure(model.train(), longest, lend=lend)
     model.train(training)
     split = place(profile, devices, len(parts)).split
-    return Plan.of(unit_cuts(split), stage_costs(profile, split, microbatches or 4 * devices), effort)
+    return Plan.of(unit_cuts(split), stage_costs(profile, split, microbatches), effort)
 
 
 def unit_cuts(split: Split) -> tuple[int, ...]:
