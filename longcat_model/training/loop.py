@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from longcat_model import files
+from longcat_model.training.balance import Balancer
 from longcat_model.training.checkpoint import Checkpoints
 from longcat_model.training.optim import adamw, learning_rate
 
@@ -40,6 +41,7 @@ class Stage:
     learning_rate: float  # peak of a linear warm-up and a cosine to a tenth
     weight_decay: float = 0.01
     after_step: Callable[[int], None] | None = None  # updates outside the gradient, such as expert biases
+    balancer: Balancer | None = None  # of the module's experts, if it has any
 
 
 class Engine(Protocol):
@@ -55,8 +57,8 @@ class Engine(Protocol):
         """Those who write checkpoints together; None: this process alone, if it `leads`."""
         ...
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        """What this process has of the module's state dict."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What this process has of the module's state dict, as `module.<name>`, and of the stage's balancer."""
         ...
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -84,8 +86,11 @@ class InOneProcess:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.leads, self.group = stage, True, None
 
-    def tensors(self) -> Mapping[str, Tensor]:
-        return self.stage.module.state_dict()
+    def tensors(self) -> dict[str, Tensor]:
+        balancer = self.stage.balancer
+        return prefixed("module", self.stage.module.state_dict()) | prefixed(
+            "balancer", {} if balancer is None else balancer.tensors()
+        )
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
         return dict(self.stage.module.named_parameters())
@@ -158,6 +163,10 @@ def train(
     return rows
 
 
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
 def _step(stage: Stage, engine: Engine, optimizer: torch.optim.Optimizer, step: int, seed: int) -> Row:
     torch.manual_seed((seed << 32) + step)
     rate = learning_rate(step, stage.steps, stage.learning_rate)
@@ -182,7 +191,7 @@ def _set_trainable(stage: Stage) -> None:
 
 def _tensors(engine: Engine, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that this process needs to go on, by the names that it has in a checkpoint."""
-    found = {f"module.{name}": tensor for name, tensor in engine.tensors().items()}
+    found = engine.tensors()
     for name, parameter in engine.parameters().items():
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"optimizer.{name}.{key}"] = value

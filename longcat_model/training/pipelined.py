@@ -22,8 +22,7 @@ from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.split import Microbatch, ModelStage, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
 from longcat_model.sequence import Batch
-from longcat_model.training.balance import Balancer
-from longcat_model.training.loop import Row, Stage, train
+from longcat_model.training.loop import Row, Stage, prefixed, train
 from longcat_model.training.loss import LossWeights, Metrics, Terms, join, means, merge, regularizer_metrics
 from longcat_model.training.microbatches import cut
 from longcat_model.training.plan import Order, Plan, measured_plan
@@ -53,7 +52,7 @@ class Pipelined:
         self.model, self.learning, self.plan = _language_model(stage), stage.parameters, plan
         self.transport, self.weights, self.group = transport, weights or LossWeights(), group
         self.stages = own_stages(self.model, plan, transport.device, self.weights)
-        self.balancer = None if stage.after_step is None else Balancer(self.model, self.model.sizes.backbone.experts)
+        self.balancer = stage.balancer
         self._runtimes: dict[int, tuple[Runtime, Order]] = {}
 
     @property
@@ -66,19 +65,21 @@ class Pipelined:
         return {name: weight for stage in self.stages.values() for name, weight in stage.named_parameters()}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{prefix}.{name}": tensor
-            for stage in self.stages.values()
-            for prefix, part in stage.modules()
-            for name, tensor in part.state_dict().items()
-        }
+        module: dict[str, Tensor] = {}
+        for stage in self.stages.values():
+            for prefix, part in stage.modules():
+                module |= prefixed(prefix, part.state_dict())
+        layers = [layer for stage in self.stages.values() for layer in stage.own_layers]
+        balancer = {} if self.balancer is None else self.balancer.tensors(layers)
+        return prefixed("module", module) | prefixed("balancer", balancer)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.own
 
     def backward(self, batch: Batch) -> Row:
         began = time.perf_counter()
-        microbatches = Microbatch.of(cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches))
+        parts = cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches)
+        microbatches = Microbatch.of(parts, None if self.balancer is None else self.balancer.use())
         runtime, order = self._runtime(len(microbatches))
         result = runtime.step(microbatches)
         runtime.share_tied(len(microbatches))

@@ -99,6 +99,22 @@ def test_every_step_is_that_of_one_process(devices: int, tmp_path: Path) -> None
     assert [json.loads(line) for line in (tmp_path / "language_joint.jsonl").read_text().splitlines()] == rows
 
 
+def test_microbatches_train_as_their_batch_does(tmp_path: Path) -> None:
+    """Balance loss and biases count the global batch: three microbatches on two devices, or one in one process."""
+    rows, *_ = piped(tmp_path / "two", 2, make(small.model()))
+    whole = train(make(small.model()), tmp_path / "one", quiet=True)
+    for name in ("loss", "gradient_norm", "balance", "router_z", "hidden_z", "text_loss", "visual_loss"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in whole], rel=1e-5), name
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], rel=1e-6)
+    assert rows[0]["balance"] == 0 < rows[1]["balance"]
+    one, two = (small.saved(tmp_path / name / "language_joint") for name in ("one", "two"))
+    for name in one:
+        if name.startswith("balancer.") or name.endswith("correction_bias"):
+            assert torch.equal(one[name], two[name]), name
+        elif name.startswith("module."):  # Adam divides: where gradients are small, rounding is a part of an update
+            torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-2 * RATE)
+
+
 def test_the_checkpoint_is_one_that_a_single_process_writes(tmp_path: Path) -> None:
     piped(tmp_path / "two", 2, make(small.model()))
     train(make(small.model()), tmp_path / "one", quiet=True)
