@@ -21,7 +21,7 @@ from longcat_model.sequence import Batch, Document, Layout, draw_delay, pack
 from longcat_model.system import System
 from longcat_model.training.loop import Stage, train
 from longcat_model.training.model_stages import joint
-from longcat_model.training.pipelined import train_pipelined
+from longcat_model.training.pipelined import Mesh, train_pipelined
 
 SAVE_EVERY = 50  # steps
 
@@ -35,11 +35,11 @@ class Settings:
     seed: int
 
 
-def run(data: Path, system_directory: Path, out: Path, settings: Settings, *, ranks: int = 1) -> None:
+def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh: Mesh) -> None:
     """Trains and writes the new system to `out`, with checkpoints and metrics beside it; a rerun goes on.
 
     Args:
-        ranks: processes that the model is spread over as a pipeline; a rerun may have more or fewer.
+        mesh: processes that train together; a rerun may have more or fewer.
 
     Raises:
         ValueError: no system, a document that cannot be built (the message names the line), or an `out` that holds
@@ -47,14 +47,14 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, *, ra
     """
     if min(settings.steps, settings.rows, settings.row_length) < 1 or not settings.learning_rate > 0:
         raise ValueError(f"train: steps, rows, row_length and learning_rate must be positive, got {settings}")
-    system = System.load(system_directory, only_tokenizers=ranks > 1)
+    system = System.load(system_directory, only_tokenizers=mesh.ranks > 1)
     documents = read_documents(data, system, settings)
     _claim(out, asdict(settings) | {"documents": _digest(documents), "system": _digest_file(system_directory)})
     torch.manual_seed(settings.seed)
     make = partial(_stage, batches=batches(documents, settings), settings=settings)
-    if ranks > 1:
+    if mesh.ranks > 1:
         saved = Saved(system.sizes, system_directory / "model.safetensors")
-        if not train_pipelined(make, saved, out, ranks, seed=settings.seed, save_every=SAVE_EVERY):
+        if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
             return
         system = System.load(system_directory)
     rows = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)

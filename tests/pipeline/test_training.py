@@ -28,7 +28,7 @@ from longcat_model.training.loss import Totals, loss
 from longcat_model.training.microbatches import cut
 from longcat_model.training.model_stages import joint, pre_align
 from longcat_model.training.optim import adamw, learning_rate
-from longcat_model.training.pipelined import Pipelined, train_pipelined
+from longcat_model.training.pipelined import Mesh, Pipelined, train_pipelined
 from longcat_model.training.plan import Plan, measured_plan
 
 STEPS, RATE = 4, 1e-2
@@ -163,7 +163,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_everywhere(tmp_path: Path)
         if device == 1:
             model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
         rows = train(stage, tmp_path / str(device), quiet=True, engine=engine)
-        return rows, {name: tensor for name, tensor in model.state_dict().items() if name in engine.tensors()}
+        return rows, {name: tensor for name, tensor in model.state_dict().items() if f"module.{name}" in engine.tensors()}
 
     for rows, state in small.in_threads(work, 2):
         assert not torch.isfinite(torch.tensor(rows[0]["gradient_norm"])) and rows[0]["loss"] > 0
@@ -197,7 +197,7 @@ def test_processes_train_as_threads_do_and_have_only_their_parts(tmp_path: Path)
     model = small.model()
     saved = Saved.of(model, tmp_path / "before.safetensors")
     make_noting = partial(noting, tmp_path)
-    assert train_pipelined(make_noting, saved, tmp_path / "two", 2, microbatches=3, weights=small.WEIGHTS)
+    assert train_pipelined(make_noting, saved, tmp_path / "two", Mesh(2), microbatches=3, weights=small.WEIGHTS)
     sizes = [[int(line) for line in file.read_text().split()] for file in tmp_path.glob("bytes.*")]
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     assert len(sizes) == 2 and sum(size[-1] for size in sizes) == whole and all(size[-1] for size in sizes)
