@@ -161,11 +161,13 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _finish(partial: Path, complete: Path) -> None:
-    earlier = _steps(complete.parent)
-    partial.rename(complete)
+    earlier = [step for step in _steps(complete.parent) if step != int(complete.name)]
+    if complete.exists():  # a process of this run that was given up for dead was quicker: it wrote the same
+        shutil.rmtree(partial)
+    else:
+        partial.rename(complete)
     for step in earlier:
-        if step != int(complete.name):
-            shutil.rmtree(complete.parent / str(step))
+        shutil.rmtree(complete.parent / str(step))
 
 
 @contextmanager

@@ -65,6 +65,8 @@ class Pipelined:
         self.transport, self.weights, self.group, self.spread = transport, weights or LossWeights(), group, spread
         self.stages = own_stages(self.model, plan, transport.device, self.weights)
         self.balancer = stage.balancer
+        # A device of a long pipeline may have no part of a short model.
+        self._device = next((weight.device for weight in self.own.values()), torch.device("cpu"))
         self._tied = tied(self.model, len(plan.placement))
         self._runtimes: dict[int, tuple[Runtime, Order]] = {}
 
@@ -94,7 +96,7 @@ class Pipelined:
 
     def backward(self, batch: Batch) -> Row:
         began = time.perf_counter()
-        parts = cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches * self.replicas.count)
+        parts = cut(batch.to(self._device), self.plan.microbatches * self.replicas.count)
         used = None if self.balancer is None else self.balancer.use()
         totals, own = Totals.of(parts), self.replicas.share(parts)
         runtime, order = self._runtime(len(own))
@@ -196,7 +198,9 @@ def train_pipelined(
     """Trains a stage on a mesh of ranks, or goes on from its checkpoint; see `loop.train` and `launch`.
 
     No rank ever has more of the model in memory than its own stages, or one module while rank 0 measures. The trained
-    module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics.
+    module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics. Those of one
+    process are joined by `bubble`, the mean share of a step in which a rank does nothing; `planned_bubble` and
+    `planned_s`, what the simulator expects of that and of the step's time; and `tokens_per_s`.
 
     Args:
         make: gives the stage that trains a model, on every rank alike; picklable.
@@ -208,9 +212,11 @@ def train_pipelined(
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
 
     Raises:
-        ValueError: the mesh does not fit the model.
+        ValueError: the mesh does not divide the model's experts.
     """
-    mesh.check(saved.sizes.backbone.experts.real)
+    if saved.sizes.backbone.experts.real % mesh.experts:
+        experts = saved.sizes.backbone.experts.real
+        raise ValueError(f"train: expert-parallel must divide the {experts} experts of a layer, got {mesh.experts}")
     most = 4 * mesh.pipeline if microbatches is None else microbatches
     return launch(mesh.ranks, _train_rank, mesh, make, saved, directory, most, weights, seed, save_every)
 
