@@ -74,9 +74,14 @@ class Train:
     """Of the order of the documents."""
     pipeline: int = 1
     """Processes that train the model together, each with a part of it; torchrun may start them, on many machines."""
+    data_parallel: int = 1
+    """How many such pipelines train together, each on a part of every batch."""
+    expert_parallel: int = 1
+    """How many of those share their experts out, each having a part of them."""
 
     def __call__(self) -> None:
         from longcat_model.training import finetune
+        from longcat_model.training.mesh import Mesh
 
         finetune.run(
             self.data,
@@ -89,7 +94,7 @@ class Train:
                 learning_rate=self.learning_rate,
                 seed=self.seed,
             ),
-            ranks=self.pipeline,
+            Mesh(pipeline=self.pipeline, data=self.data_parallel, experts=self.expert_parallel),
         )
 
 

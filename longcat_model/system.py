@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -51,8 +53,11 @@ class System:
         files.write(directory / "config.json", (json.dumps(config.to_dict(self.sizes), indent=1) + "\n").encode())
 
     @classmethod
-    def load(cls, directory: Path) -> System:
+    def load(cls, directory: Path, *, only_tokenizers: bool = False) -> System:
         """Reads what `save` wrote, ready for inference.
+
+        Args:
+            only_tokenizers: the language model stays on the meta device, without weights.
 
         Raises:
             ValueError: a file is missing, damaged or does not fit the config.
@@ -66,8 +71,12 @@ class System:
             sizes = config.from_dict(config.Model, json.loads(path.read_text()))
         except json.JSONDecodeError as error:
             raise ValueError(f"system: {path} must be JSON, got: {error}") from error
-        system = cls.create(sizes)
+        with torch.device("meta") if only_tokenizers else nullcontext():
+            model = LongcatNext(sizes)
+        system = cls(sizes, model, VisionTokenizer(sizes.vision), AudioTokenizer(sizes.audio), ByteTokenizer())
         for name, module in system.parts().items():
+            if module is model and only_tokenizers:
+                continue
             try:
                 load_model(module, str(directory / f"{name}.safetensors"))
             except (FileNotFoundError, SafetensorError, RuntimeError) as error:

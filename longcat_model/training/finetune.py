@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from longcat_model.files import read_image, read_speech, write
 from longcat_model.model import LongcatNext
+from longcat_model.pipeline.parts import Saved
 from longcat_model.sequence import Batch, Document, Layout, draw_delay, pack
 from longcat_model.system import System
 from longcat_model.training.loop import Stage, train
+from longcat_model.training.mesh import Mesh
 from longcat_model.training.model_stages import joint
 from longcat_model.training.pipelined import train_pipelined
 
@@ -34,11 +36,11 @@ class Settings:
     seed: int
 
 
-def run(data: Path, system_directory: Path, out: Path, settings: Settings, *, ranks: int = 1) -> None:
+def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh: Mesh) -> None:
     """Trains and writes the new system to `out`, with checkpoints and metrics beside it; a rerun goes on.
 
     Args:
-        ranks: processes that the model is spread over as a pipeline; a rerun may have more or fewer.
+        mesh: processes that train together; a rerun may have more or fewer.
 
     Raises:
         ValueError: no system, a document that cannot be built (the message names the line), or an `out` that holds
@@ -46,16 +48,16 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, *, ra
     """
     if min(settings.steps, settings.rows, settings.row_length) < 1 or not settings.learning_rate > 0:
         raise ValueError(f"train: steps, rows, row_length and learning_rate must be positive, got {settings}")
-    system = System.load(system_directory)
+    system = System.load(system_directory, only_tokenizers=mesh.ranks > 1)
     documents = read_documents(data, system, settings)
     _claim(out, asdict(settings) | {"documents": _digest(documents), "system": _digest_file(system_directory)})
     torch.manual_seed(settings.seed)
     make = partial(_stage, batches=batches(documents, settings), settings=settings)
-    if ranks > 1:
-        whole = partial(make, system.model)
-        if not train_pipelined(whole, out, ranks, seed=settings.seed, save_every=SAVE_EVERY):
+    if mesh.ranks > 1:
+        saved = Saved(system.sizes, system_directory / "model.safetensors")
+        if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
             return
-        system = System.load(system_directory)  # a rank that torchrun started has only its part of the model left
+        system = System.load(system_directory)
     rows = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)
     system.save(out)
     print(f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f} over {len(rows)} steps; system: {out}")
@@ -85,7 +87,7 @@ def _batch(documents: Sequence[Document], settings: Settings, step: int) -> Batc
 def _claim(out: Path, training: dict[str, Any]) -> None:
     """Notes in `out` what is trained there, or checks that it is this."""
     path = out / "finetune.json"
-    if path.exists() or path.with_suffix(".pt").exists():
+    if path.exists() or path.with_suffix("").exists():
         found = json.loads(path.read_text()) if path.exists() else {}
         if changed := sorted(name for name, value in training.items() if found.get(name) != value):
             raise ValueError(
