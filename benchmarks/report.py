@@ -94,11 +94,11 @@ def summary(results: Path) -> str:
     return "\n".join([*parts, "A peer's column is its time by ours. All of it: `benchmarks/RESULTS.md`."])
 
 
-def insert(readme: str, table: str) -> str:
-    """The README with `table` in its place."""
-    before, _, rest = readme.partition("<!-- benchmarks -->\n")
-    after = rest.partition("<!-- end of benchmarks -->")[2]
-    return f"{before}<!-- benchmarks -->\n{table}\n<!-- end of benchmarks -->{after}"
+def insert(readme: str, place: str, table: str) -> str:
+    """The README with `table` between the marks of its place."""
+    first, last = f"<!-- {place} -->\n", f"<!-- end of {place} -->"
+    before, _, rest = readme.partition(first)
+    return f"{before}{first}{table}\n{last}{rest.partition(last)[2]}"
 
 
 def _summary_line(case: str, rows: dict[str, Document], peers: Iterable[str]) -> str:
@@ -125,10 +125,12 @@ def _section(file: Path, document: Document) -> str:
     return "\n".join(parts)
 
 
-def _by_case(rows: Iterable[Document]) -> dict[str, list[Document]]:
+def _by_case(rows: Sequence[Document]) -> dict[str, list[Document]]:
+    """By case, and by op too where there are several."""
+    several = len({row["op"] for row in rows}) > 1
     cases: dict[str, list[Document]] = {}
     for row in rows:
-        cases.setdefault(row["case"], []).append(row)
+        cases.setdefault(f"{row['op']}: {row['case']}" if several else row["case"], []).append(row)
     return cases
 
 
@@ -201,7 +203,11 @@ def _bars(panel: Any, case: str, rows: list[Document]) -> None:
 
 def _roofline(panel: Any, document: Document) -> None:
     """Achieved GFLOP/s of ours and of the fastest peer in each case over operations a byte, under the ceilings."""
-    ceilings, rows = document["ceilings"], document["rows"]
+    ceilings, rows = document["ceilings"], [row for row in document["rows"] if row["gflops"] > 0]
+    if not rows:
+        panel.set_axis_off()
+        panel.set_title("no roofline: it computes nothing, see GB/s", loc="left", fontsize=10)
+        return
     intensities = [row["gflops"] / row["gbytes_s"] for row in rows]
     low, high = min(intensities) / 4, max(intensities) * 4
     for name, top in ceilings.items():
@@ -218,5 +224,6 @@ def _roofline(panel: Any, document: Document) -> None:
         xs = [row["gflops"] / row["gbytes_s"] for row in chosen]
         panel.scatter(xs, [row["gflops"] for row in chosen], marker=marker, color=color, s=18, label=kind, zorder=3)
     panel.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="GFLOP/s")
-    panel.set_title("roofline of one thread", loc="left", fontsize=10)
+    whose = " of one thread" if rows[0]["device"] == "cpu" else ""
+    panel.set_title(f"roofline{whose}", loc="left", fontsize=10)
     panel.legend(fontsize=8)
