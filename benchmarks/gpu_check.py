@@ -86,8 +86,7 @@ def benchmarks() -> list[Step]:
     for op in OPS:
         needs = tuple(f"test {op.name} {name}" for name in ON_GPU if name in op.impls)
         arguments = ("run.py", op.name, "--device", "cuda", "--brief", "--tested")
-        if (HERE / f"bench_{op.name}.py").is_file():
-            made.append(_script(f"bench {op.name}", *arguments, seconds=60, needs=needs))
+        made.append(_script(f"bench {op.name}", *arguments, seconds=60, needs=needs))
     return made
 
 

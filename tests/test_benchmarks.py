@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from longcat_kernels import native
+from longcat_kernels.ops import OPS
 from longcat_kernels.spec import Cost
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -217,6 +218,10 @@ def test_red_tests_refuse_speed(
     assert ok or "rvq_decode: its tests fail, so its speed is not reported" in printed.err
 
 
+def test_every_op_has_a_benchmark() -> None:
+    assert [op.name for op in OPS if not (FOLDER / f"bench_{op.name}.py").is_file()] == []
+
+
 def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     run = script("run")
     assert run.main(run.Arguments(("rvq_encod",))) == 2
@@ -225,7 +230,15 @@ def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("op", "least"),
-    [("rvq_encode", 8), ("ema_update", 8), ("fused_moe", 8), ("grouped_mm", 5), ("ngram_embedding", 5)],
+    [
+        ("rvq_encode", 8),
+        ("ema_update", 8),
+        ("fused_moe", 8),
+        ("grouped_mm", 5),
+        ("ngram_embedding", 5),
+        ("moe_route", 3),
+        ("moe_plan", 3),
+    ],
 )
 def test_a_tiny_case_of_each_op_runs(op: str, least: int) -> None:
     run, bench = script("run"), script(f"bench_{op}")
