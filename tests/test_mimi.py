@@ -127,12 +127,17 @@ def test_decoding_has_the_gradients_of_the_projections() -> None:
     torch.testing.assert_close(gradients(), want)
 
 
-def test_a_whole_codec_gives_the_same_codes_and_sound() -> None:
+def codec() -> MimiModel:
     torch.manual_seed(0)
     small = {"num_filters": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     widths = {"head_dim": 10, "intermediate_size": 24, "upsample_groups": CHANNELS, "sliding_window": 8}
     model = MimiModel(config(**small, **widths)).eval()
     fill_all(model.quantizer)
+    return model
+
+
+def test_a_whole_codec_gives_the_same_codes_and_sound() -> None:
+    model = codec()
     sound = torch.randn(1, 1, 24_000) * 0.3
     with torch.no_grad():
         want = model.encode(sound).audio_codes
