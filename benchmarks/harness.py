@@ -157,7 +157,7 @@ def sampler(
     def sample(repeats: int) -> float:
         torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
-        if cold:
+        if cold and device == "cpu":  # a GPU's are emptied always
             torch.empty(FLUSHED_BYTES, dtype=torch.uint8).fill_(1)
         return clock(call, repeats)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -26,12 +27,25 @@ def check(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("gpu_check")
 
 
+def make(tmp_path: Path, python: str) -> subprocess.CompletedProcess[str]:
+    """`make gpu-check` in a folder that has no .venv."""
+    for name in ("Makefile", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = ["make", "gpu-check", f"PYTHON={python}"]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="gpu-check: it would run")
-def test_without_a_gpu_it_says_so_and_make_fails() -> None:
-    run = subprocess.run(["make", "gpu-check", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+def test_without_a_gpu_it_says_so_and_make_fails(tmp_path: Path) -> None:
+    run = make(tmp_path, sys.executable)
     assert run.returncode == 2
     assert "gpu-check: no GPU: torch" in run.stderr and "nothing was run" in run.stderr
-    assert not list((FOLDER / "results").glob("*/check.json.unfinished"))
+
+
+def test_without_torch_it_says_so(tmp_path: Path) -> None:
+    run = make(tmp_path, f"{sys.executable} -S")
+    assert run.returncode == 2 and "has no torch: make gpu-check PYTHON=..." in run.stderr
 
 
 def test_with_a_gpu_it_goes_through_its_steps(
@@ -115,10 +129,13 @@ def test_scripts_do_without_packages_that_such_a_machine_lacks() -> None:
     assert run.stdout == "True\n", run.stderr
 
 
-def test_a_short_training_run_learns(check: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_training_run_learns(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     training = importlib.import_module("gpu_training")
+    monkeypatch.setattr(training.presets, "demo", training.presets.tiny)
     settings = training.Settings(sae_steps=16, quantizer_steps=1, decoder_steps=1, refiner_steps=1, images=8)
-    assert training.run("cpu", settings=settings, steps=8) is None
+    assert training.run("cpu", settings=settings, steps=12) is None
     assert "language_joint: loss " in capsys.readouterr().out
     flat = [{"loss": 2.0}] * 20
     assert training.wrong(flat, "stage") == "stage: the loss must fall, got 2.000 -> 2.000"
