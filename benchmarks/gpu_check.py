@@ -52,7 +52,7 @@ SETTINGS = (("HF_HUB_OFFLINE", "1"), ("PYTHONPATH", IMPORTS))
 
 def steps(sanitizer: str) -> list[Step]:
     """All of them, in order: what others need comes first."""
-    build = Step("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 150)
+    build = Step("build", (sys.executable, "setup.py", "-q", "build_ext", "--inplace"), 150, always=True)
     load = _script("load", "gpu_kernels.py", "load", seconds=60, needs=("build",))
     return [build, load, *tests(), *sanitized(sanitizer), training(), *benchmarks()]
 

@@ -22,6 +22,7 @@ a contender's time by ours in the same round: above 1, ours is faster. "medium" 
 tells who did. "of ceiling" is the shortest time that the ceilings allow by the time
 taken; sizes that fit in a cache can exceed the ceiling of memory. "extra MB" is what one call adds to resident memory.
 "error" is relative, against float64 on the same inputs; "saved MB" is what forward keeps for backward besides weights.
+On a GPU the ceiling of arithmetic is a float16 product by cuBLAS, of the case's size where it has one.
 """
 
 
@@ -78,19 +79,23 @@ def summary(results: Path) -> str:
     """The README's tables: how ours fares in each case of the results files that has the peers of `SUMMARIES`."""
     parts = []
     for op, (start, peers) in SUMMARIES.items():
-        lines = [
-            f"| `{op}`, one thread | time | GFLOP/s | of the ceiling | {' | '.join(peers.values())} |",
-            "|---|" + "---:|" * (3 + len(peers)),
-        ]
         for file in sorted(results.glob(f"*/{op}.json")):
             document = json.loads(file.read_text())
-            for case, rows in _by_case(document["rows"]).items():
-                known = {label(row): row for row in rows}
-                if case.startswith(start) and set(peers) <= set(known):
-                    lines.append(_summary_line(case.removeprefix(start), known, peers))
+            cases = [(case, {label(row): row for row in rows}) for case, rows in _by_case(document["rows"]).items()]
+            lines = [
+                _summary_line(case.removeprefix(start), known, peers)
+                for case, known in cases
+                if case.startswith(start) and set(peers) <= set(known)
+            ]
+            if not lines:
+                continue
             environment = document["environment"]
-            lines.append(f"\nOn {environment['device']} at commit `{environment['commit']}`, {environment['date']}.\n")
-        parts += lines
+            parts += [
+                f"| `{op}`, one thread | time | GFLOP/s | of the ceiling | {' | '.join(peers.values())} |",
+                "|---|" + "---:|" * (3 + len(peers)),
+                *lines,
+                f"\nOn {environment['device']} at commit `{environment['commit']}`, {environment['date']}.\n",
+            ]
     return "\n".join([*parts, "A peer's column is its time by ours. All of it: `benchmarks/RESULTS.md`."])
 
 
@@ -113,7 +118,8 @@ def _section(file: Path, document: Document) -> str:
     parts = [
         f"## {file.stem}, {environment['device']}\n",
         f"Commit `{environment['commit']}`, {environment['date']}, torch {environment['torch']}, "
-        f"{environment['threads']} thread(s) of {environment['processors']}. "
+        f"{environment['threads']} thread(s) of {environment['processors']}"
+        f"{', a brief run' if environment.get('brief') else ''}. "
         f"Ceilings: {', '.join(ceiling_lines(document['ceilings']))}.\n",
     ]
     if file.with_suffix(".png").exists():

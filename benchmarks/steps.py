@@ -1,7 +1,7 @@
 """Steps of a long check: each in a process of its own, with a budget of time, its outcome kept in one JSON file.
 
-A step that passed is not run again while the code is the same: a check that was interrupted, or ran out of time, goes
-on where it stopped.
+What passed is not run again while the code is the same: a check that was interrupted, or ran out of time, goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ PASSED, FAILED, CUT_OFF, NOT_RUN = "passed", "failed", "cut off", "not run"
 GRACE_S = 8.0  # from the interrupt that asks a step to end until it is killed
 POLL_S = 0.05
 TAIL = 30  # lines of a step's output that are kept where it does not pass
-
 SAME = ("code", "device", "torch")  # of what is said about a check: with others, what passed must pass again
 
 Outcome = dict[str, Any]  # "state", "seconds", "detail", and "tests" of a step of pytest
@@ -43,6 +42,7 @@ class Step:
         environment: settings on top of the process's own.
         tests: a command of pytest: its tests are counted, and without one that passed it was not run.
         beside: whether others of this kind may run at the same time.
+        always: run again although it passed: what it leaves behind may be gone.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Step:
     environment: tuple[tuple[str, str], ...] = ()
     tests: bool = False
     beside: bool = False
+    always: bool = False
 
 
 def code_hash(root: Path, folders: Iterable[str]) -> str:
@@ -119,12 +120,12 @@ def run(
     jobs: int = 1,
     show: Callable[[str, Outcome], None] = lambda name, found: None,
 ) -> None:
-    """Runs, in order, what has not passed; up to `jobs` steps at once where they allow it, for at most `seconds`.
+    """Runs, in order, what has not passed or always runs, for at most `seconds`; up to `jobs` at once that allow it.
 
     Output of step "a b" goes to `logs`/a-b.log. Interrupted, it ends the steps that run and leaves them as not run.
     """
     end = time.monotonic() + seconds
-    waiting = [step for step in steps if not book.passed(step.name)]
+    waiting = [step for step in steps if step.always or not book.passed(step.name)]
     running: list[_Running] = []
 
     def note(name: str, found: Outcome) -> None:

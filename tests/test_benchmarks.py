@@ -294,8 +294,23 @@ def test_the_table_is_made_from_the_files(tmp_path: Path) -> None:
     (folder / "op.json").write_text(json.dumps(document()))
     (folder / "demo.json").write_text("{}")  # results of another kind
     table = script("report").markdown(tmp_path / "results")
-    assert "## op, CPU X" in table and "copy: 10 GB/s" in table and "demo" not in table
+    assert (
+        "1 thread(s) of 2. " in table and "## op, CPU X" in table and "copy: 10 GB/s" in table and "demo" not in table
+    )
     assert "| peer, medium | 9 ms | 4.50x | 5.0 | 0.50 | 50% | - | 0.00% |" in table
+
+
+def test_the_readme_says_nothing_of_a_device_without_the_peers_that_it_shows(tmp_path: Path) -> None:
+    report = script("report")
+    start, peers = report.SUMMARIES["rvq_encode"]
+    row = {**document()["rows"][0], "case": f"{start}8x8"}
+    for device, contenders in (("cpu-x", ["ours", *peers]), ("gpu-x", ["ours"])):
+        (tmp_path / device).mkdir()
+        rows = [{**row, "contender": contender} for contender in contenders]
+        found = document(rows=rows) | {"environment": {**document()["environment"], "device": device}}
+        (tmp_path / device / "rvq_encode.json").write_text(json.dumps(found))
+    summary = report.summary(tmp_path)
+    assert "| 8x8 | 2 ms | 5 | 50% |" in summary and "On cpu-x" in summary and "gpu-x" not in summary
 
 
 def test_a_judge_may_fill_columns_of_its_own(tmp_path: Path) -> None:

@@ -85,9 +85,11 @@ def test_what_passed_is_not_run_again_while_the_code_is_the_same(steps: ModuleTy
     assert count.read_text() == "xxx" and states(tmp_path) == {"good": "passed", "bad": "failed"}
     check(steps, tmp_path, planned[0], code="other")
     assert count.read_text() == "xxxx"
+    check(steps, tmp_path, step("good", note, always=True), code="other")
+    assert count.read_text() == "xxxxx"
     (tmp_path / "check.json").write_text('{"about": {"code"')
     check(steps, tmp_path, planned[0])
-    assert count.read_text() == "xxxxx"
+    assert count.read_text() == "xxxxxx"
 
 
 def test_what_a_stopped_check_has_reached_is_in_the_file(steps: ModuleType, tmp_path: Path) -> None:
