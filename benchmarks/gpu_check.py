@@ -31,22 +31,15 @@ from steps import PASSED, Book, Outcome, Step, code_hash, run
 ROOT = machine.ROOT
 HERE = Path(__file__).resolve().parent
 LOGS = ROOT / "build" / "gpu-check"
-CODE = (
-    "setup.py",
-    "pyproject.toml",
-    "CMakeLists.txt",
-    "csrc",
-    "longcat_kernels",
-    "longcat_model",
-    "tests",
-    "benchmarks",
-)
+FOLDERS = ("csrc", "longcat_kernels", "longcat_model", "tests", "benchmarks")
+CODE = ("setup.py", "pyproject.toml", "CMakeLists.txt", *FOLDERS)
 ON_GPU = ("cuda", "triton", "reference")  # implementations that run there
 OPTIONAL = ("moshi", "vector_quantize_pytorch", "transformers", "matplotlib", "cuda.bindings.nvrtc", "sklearn")
 SECONDS = 570  # of all: a machine that is lent by ten minutes has some left
 FOUND = 9  # exit code of compute-sanitizer where it found something
 PYTHON = (sys.executable, "-u")
 IMPORTS = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+APART = ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # each tensor is an allocation, with an end to cross
 SETTINGS = (("HF_HUB_OFFLINE", "1"), ("PYTHONPATH", IMPORTS))
 
 
@@ -103,10 +96,7 @@ def _pytest(name: str, *arguments: str, seconds: float, needs: tuple[str, ...]) 
 def _sanitize(name: str, sanitizer: str, checker: str, what: str, *, needs: tuple[str, ...], expected: int = 0) -> Step:
     kernels = [option for start in KERNELS for option in ("--kernel-name", f"kns={start}")]
     command = (sanitizer, "--tool", checker, "--error-exitcode", str(FOUND), *kernels)
-    environment = (
-        *SETTINGS,
-        ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),
-    )  # each tensor an allocation, with an end to cross
+    environment = (*SETTINGS, APART)
     script = (*PYTHON, str(HERE / "gpu_kernels.py"), what)
     return Step(name, (*command, *script), 60, expected, needs, environment, beside=True)
 

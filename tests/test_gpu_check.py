@@ -112,6 +112,21 @@ def test_all_kernels_are_watched(check: ModuleType) -> None:
     assert all(f"kns={start}" in options for start in check.KERNELS)
 
 
+def test_kernels_run_on_every_edge_case(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the definition in the place of the kernels, and the CPU in that of the GPU."""
+    kernels = importlib.import_module("gpu_kernels")
+    op = kernels.CUDA_OPS["ema_update"]
+    monkeypatch.setattr(torch.Tensor, "cuda", torch.Tensor.clone)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert kernels.run_cases(op) == "no case ran"
+    monkeypatch.setitem(op.impls, "cuda", op.impls["reference"])
+    capsys.readouterr()
+    assert kernels.run_cases(op) is None
+    assert capsys.readouterr().out == "".join(f"ema_update {i}: done\n" for i in range(len(op.spec.EDGE)))
+
+
 IMPORTS = """
 import sys
 sys.modules.update(dict.fromkeys({absent!r}))  # whoever imports one finds none
