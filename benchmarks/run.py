@@ -56,7 +56,7 @@ def parse(words: Sequence[str] | None = None) -> Arguments:
     add("--threads", type=int, default=1, help="of every contender that sets none; one is timed by processor time, "
         "several by the clock on the wall")  # fmt: skip
     add("--quick", action="store_true", help="only the first, tiny case of each op: shows that it works, nothing else")
-    add("--brief", action="store_true", help="all cases in few rounds, without contenders that take long to make")
+    add("--brief", action="store_true", help="all cases, as few rounds as will do, nothing that takes long to set up")
     add("--tested", action="store_true", help="the tests have just passed: do not run them again")
     add("--case", default="", metavar="SUBSTRING", help="only cases whose name contains this")
     add("--against", metavar="GIT_REF", help="also build the repository at this commit, and run its version of ours "
@@ -181,7 +181,7 @@ def options(
         return lambda: started.ask("time")
 
     def memory(contender: str, call: harness.Call) -> float | None:
-        if arguments.quick:
+        if arguments.quick or (arguments.brief and device == "cpu"):
             return None
         if device == "cuda":  # torch counts every byte: no process of its own is needed
             return extra_mb(call, device)
