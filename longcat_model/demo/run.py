@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longcat_model import config, files, presets
-from longcat_model.demo import digits, language, speech
+from longcat_model.demo import digits, language, speech, speed
 from longcat_model.demo.data import Data, load_data
 from longcat_model.demo.evaluate import Exam, Result
 from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, SHOWN_TOO, Goals, picture, sections
@@ -51,7 +51,8 @@ def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: 
     results = evaluate_tasks(workspace, system, data, settings, seed)
     goals = GOALS | ({} if speech_dir is None else REAL_SPEECH_GOALS)
     goals |= {name: goal for name, goal in SHOWN_TOO.items() if name in results}
-    finish(workspace, system, data, pools, curves, results, goals)
+    speeds = workspace.once("speed", lambda: {"rows": speed.measure(system, settings, workspace.seconds())})["rows"]
+    finish(workspace, system, data, pools, curves, results, goals, speeds)
 
 
 def train_tokenizers(
@@ -162,6 +163,7 @@ def finish(
     curves: dict[str, list[Row]],
     results: dict[str, Result],
     goals: Goals,
+    speeds: list[dict[str, Any]],
 ) -> None:
     """Writes report.json and report.html, prints the table and the report's path."""
     with workspace.timed("report"):
@@ -171,6 +173,7 @@ def finish(
     summary: dict[str, Any] = {
         **{name: {"value": r.value, "n": len(r.expected), "judge": r.judge} for name, r in results.items()},
         "seconds": workspace.seconds(),
+        "speed": speeds,
         "peak_rss_bytes": workspace.peak_rss_bytes(),
         "settings": workspace.settings,
         "commit": began,
