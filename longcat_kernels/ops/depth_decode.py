@@ -65,7 +65,7 @@ def depth_decode(
             the numbers, seed, step, prefix, history and activity of its conditional row.
         start: [T, D], added to the input of level 0 of a "last+hidden" transformer: Moshi's text embedding.
         prefix: int64 [T, P], codes of the first P levels, not drawn but given; -1 draws.
-        active: bool [T]: the other rows are not read and get code -1 and zeros.
+        active: bool [T]: the other rows get code -1 and zeros; their states are not read, but numbers must be in range.
         history: codes [N, L] int64 of earlier positions, of all rows one after the other, and offsets int64 [T + 1]:
             row t owns codes[offsets[t] : offsets[t + 1]], which its repetition penalty is about. Ids that a level does
             not have are ignored.
@@ -112,7 +112,7 @@ def depth_decode(
         prefix,
         active,
         _leaders(pairs, rows, device),
-        *(history or (None, None)),
+        *_past(history),
         config.numbers(),
         config.eps,
         logits,
@@ -139,6 +139,17 @@ def _leaders(pairs: str | Tensor | None, rows: int, device: torch.device) -> Ten
     check(rows % 2 == 0, lambda: f"depth_decode: pairs must have an even number of rows, got {rows}")
     own_T = torch.arange(rows, device=device)
     return own_T // 2 * 2 if pairs == "interleaved" else own_T % max(1, rows // 2)
+
+
+def _past(history: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Codes and offsets."""
+    if history is None:
+        return None, None
+    found = [type(part).__name__ for part in history] if isinstance(history, (tuple, list)) else type(history).__name__
+    fits = isinstance(found, list) and len(found) == 2 and all(isinstance(part, Tensor) for part in history)
+    check(fits, lambda: f"depth_decode: history must be a tensor of codes and one of offsets, got {found}")
+    codes, offsets = history
+    return codes, offsets
 
 
 def _allocate(

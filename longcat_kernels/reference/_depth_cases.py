@@ -326,6 +326,11 @@ REFUSALS = (
         "pairs must give a row one follower at most, got [0, 0, 0]",
         _given(pairs=torch.tensor([0, 0, 0]), hidden=torch.ones(3, 8)),
     ),
+    Refusal("history must be a tensor of codes and one of offsets, got Tensor", _given(history=_NO_CODES)),
+    Refusal(
+        "history must be a tensor of codes and one of offsets, got ['Tensor', 'NoneType']",
+        _given(history=(_NO_CODES, None)),
+    ),
     Refusal(
         "history ids must be int64 [N, 2], got torch.int64 [0, 3]",
         _given(history=(torch.ones(0, 3).long(), torch.zeros(1).long())),
