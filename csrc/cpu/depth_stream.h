@@ -94,11 +94,8 @@ class Stream {
         t.half_pitch = kernels_.row_bytes, t.row_pitch = 2 * kernels_.row_bytes;
         t.steps = m.panel_bytes(kernels_) / t.row_pitch;
         t.sums = worker.sums, t.sums_pitch = 2 * kernels_.half_columns;
-        // Where memory sets the pace, the processor's own prefetching does better alone.
-        if (rows.count > 2 || kernels_.row_bytes < 4 * kernels_.half_columns) {
-            t.ahead = after != nullptr ? after : static_cast<const char*>(t.weights) + kAheadBytes;
-            t.ahead_step = t.row_pitch;
-        }
+        t.ahead = after != nullptr ? after : static_cast<const char*>(t.weights) + kAheadBytes;
+        t.ahead_step = t.row_pitch;
         kernels_.product(t);
     }
 
