@@ -219,6 +219,15 @@ def test_a_model_is_made_where_its_placement_says() -> None:
     assert [bool(layer.mlp._forward_hooks) for layer in model.backbone.layers] == [False, True]  # type: ignore[union-attr]
 
 
+def test_tokenizers_go_where_the_placement_says(tmp_path: Path) -> None:
+    checkpoint.synthesize(shrunk(), tmp_path / "a")
+    released = checkpoint.load(tmp_path / "a", Placement(audio="meta"), progress=False)
+    assert {name for name, x in released.tokenizers.items() if x.is_meta} == {
+        name for name in released.tokenizers if name.startswith("model.audio_tokenizer.")
+    }
+    assert not any(parameter.is_meta for parameter in released.model.parameters())
+
+
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
