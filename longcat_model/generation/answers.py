@@ -57,8 +57,9 @@ class TextStream:
     decode: Callable[[Iterable[int]], str]
     stops: Sequence[str] = ()
     stopped: bool = False
-    _ids: list[int] = field(default_factory=list)  # since the last place where every character was whole
-    _taken: int = 0  # characters of them that were taken
+    _ids: list[int] = field(default_factory=list)
+    _whole: int = 0  # of the ids, those before the last place where every character was whole
+    _taken: int = 0  # characters of all ids that were taken
     _held: str = ""  # taken but not given away: a stop string may begin here
 
     def push(self, token: int) -> str:
@@ -68,7 +69,9 @@ class TextStream:
         if text.endswith(UNFINISHED):
             return self._take(text[:-1])
         new = self._take(text)
-        self._ids, self._taken = [], 0
+        # The ids before stay one turn longer: many tokenizers drop the space that a text begins with.
+        self._ids = self._ids[self._whole :]
+        self._whole, self._taken = len(self._ids), len(self.decode(self._ids))
         return new
 
     def finish(self) -> str:

@@ -44,6 +44,12 @@ def test_text_comes_at_once_unless_it_may_have_to_go() -> None:
     assert stream.finish() == "ab"
 
 
+def test_tokenizers_that_drop_the_first_space_keep_the_others() -> None:
+    words = ["a", " b", " ", "c"]
+    stream = TextStream(lambda ids: "".join(words[i] for i in ids).lstrip())
+    assert [stream.push(i) for i in (1, 0, 1, 1, 3)] == ["b", "a", " b", " b", "c"]
+
+
 def test_a_listener_takes_an_answer_apart() -> None:
     events: list[Event] = []
     listener = Listener(7, IDS, TOKENIZER.decode, (), events.append)
