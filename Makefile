@@ -18,6 +18,9 @@ test: .venv/.test
 
 # Triton kernels without a GPU: the interpreter must be on before they are loaded, hence a process of its own.
 INTERPRETED := tests/interpreter tests/test_contract.py $(patsubst %,tests/test_%.py,prepared rvq_encode rvq_decode ema_update ngram_embedding)
+# Of depth_decode's tests those of few calls, as the interpreter takes a second for one.
+INTERPRETED += $(patsubst %,tests/test_depth_decode.py::test_%,forced_levels_are_kept_and_leave_the_other_draws_alone \
+	a_history_is_the_rows_own_and_each_id_counts_once ends_may_be_had_by_row_and_level pairs_draw_from_the_mixed_logits)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ struct Worker {
 };
 
 constexpr int64_t kChunkBytes = 32 << 10;  // of a panel, that stay in the first cache while all rows pass
-constexpr int64_t kAheadBytes = 8 << 10;   // from what few rows read to what is brought closer
+constexpr int64_t kAheadBytes = 16 << 10;  // from what few rows read to what is brought closer
 
 class Stream {
   public:
