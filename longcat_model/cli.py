@@ -1,4 +1,4 @@
-"""The command line: `longcat demo | train | generate | schedule | inspect`."""
+"""The command line: `longcat demo | tokenize | train | generate | schedule | inspect`."""
 
 from __future__ import annotations
 
@@ -47,17 +47,52 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Tokenize:
+    """Turn documents into ids, once, for any number of trainings.
+
+    DATA is JSON lines; a line is one document. It is a list of parts in order, each one of
+    {"text": "...", "loss": true}, {"image": "file.png"}, {"paint": "file.png"}, {"hear": "file.wav"},
+    {"say": "file.wav", "transcript": "..."}; or a conversation in the official format, {"messages": [...]}, of which
+    what the assistant says, paints and speaks is learnt: {"role": "user", "content": "What is this?
+    <longcat_img_start>file.png<longcat_img_end>"}, {"role": "assistant", "content": "A cat."}; sound is
+    <longcat_audio_start>file.wav<longcat_audio_end>, speech to be learnt <longcat_audiogen_start>transcript
+    <longcat_audio_start>file.wav<longcat_audio_end><longcat_audiogen_end>. Paths are relative to their file. The same
+    command given again goes on after the last whole shard.
+    """
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """Files of documents."""
+    out: Path
+    """Directory for the shards."""
+    run: Path = RUN
+    """Directory of the trained system whose tokenizers are used."""
+    workers: int = 0
+    """Processes; 0: this one alone, with all its threads."""
+    longest: int = 32_768
+    """Positions that a document may have."""
+    shard_documents: int = 1024
+    """Documents of a shard."""
+    seed: int = 0
+    """Of how far speech lags behind its transcript."""
+
+    def __call__(self) -> None:
+        from longcat_model.data.tokenize import Job, Settings, tokenize
+
+        settings = Settings(longest=self.longest, seed=self.seed, shard_documents=self.shard_documents)
+        shards = tokenize(Job.of(self.data, self.run, settings), self.out, workers=self.workers)
+        positions = int(shards.counts[:, 0].sum(dtype="int64"))
+        print(f"{len(shards)} documents, {positions} positions, the longest {shards.longest}: {self.out}")
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a system's language model further on your own documents: text, images and speech.
 
-    DATA is JSON lines; a line is one document, a list of parts in order. A part is one of
-    {"text": "...", "loss": true}, {"image": "file.png"}, {"paint": "file.png"}, {"hear": "file.wav"},
-    {"say": "file.wav", "transcript": "..."}. Paths are relative to DATA. The same command given again goes on from the
-    last checkpoint.
+    The same command given again goes on from the last checkpoint.
     """
 
     data: tyro.conf.Positional[Path]
-    """Documents as JSON lines."""
+    """What `longcat tokenize` made, or its JSON lines, which are tokenized to OUT/data first."""
     run: Path = RUN
     """Directory of the trained system to start from."""
     out: Path = Path("runs/train")
@@ -72,6 +107,8 @@ class Train:
     """Peak of a linear warm-up and a cosine to a tenth."""
     seed: int = 0
     """Of the order of the documents."""
+    workers: int = 1
+    """Processes that tokenize, and that prepare the next batches of every rank; 0: none of their own."""
     pipeline: int = 1
     """Processes that train the model together, each with a part of it; torchrun may start them, on many machines."""
 
@@ -90,6 +127,7 @@ class Train:
                 seed=self.seed,
             ),
             ranks=self.pipeline,
+            workers=self.workers,
         )
 
 
@@ -195,6 +233,7 @@ class Inspect:
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Schedule, tyro.conf.subcommand("schedule")]
@@ -219,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"longcat: {error}; this command needs: pip install 'longcat-kernels[demo]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; give the same command again to go on" if isinstance(command, Demo | Train) else ""
+        again = "; give the same command again to go on" if isinstance(command, Demo | Tokenize | Train) else ""
         print(f"\nlongcat: interrupted{again}", file=sys.stderr)
         return 130
     return 0

@@ -7,6 +7,8 @@ cost first, each document to the row with room whose heads have least to do (Gra
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longcat_model import config
+from longcat_model.data.shards import Shards
 from longcat_model.data.shuffle import shuffled
 from longcat_model.vocabulary import Vocabulary
 
@@ -45,7 +48,7 @@ def _depth(head: config.DepthHead, hidden: int, sizes: tuple[int, ...]) -> int:
 
 
 class Rows:
-    """Numbers of the documents in each row of a plan that `plan` wrote; it can be sent to other processes."""
+    """Numbers of the documents in each row that `plan` made; it can be sent to other processes."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -62,12 +65,11 @@ class Rows:
         return np.asarray(self._documents[first : self._ends[row]])
 
 
-def plan(directory: Path, counts: np.ndarray, row_length: int, costs: HeadCosts, seed: int) -> Rows:
-    """Packs all documents, in shuffled order, and writes the rows to `directory`, unless they are there.
-
-    Args:
-        counts: [documents, 4], lengths and supervised positions: see `shards.COUNTS`.
-    """
+def plan(shards: Shards, row_length: int, costs: HeadCosts, seed: int, out: Path) -> Rows:
+    """Packs all documents, in shuffled order, and writes the rows to a directory in `out`, unless they are there."""
+    made_from = json.dumps([shards.index.digest, row_length, costs, seed]).encode()
+    directory, counts = out / f"rows-{hashlib.sha256(made_from).hexdigest()[:12]}", shards.counts
+    directory.mkdir(parents=True, exist_ok=True)
     paths = _paths(directory)
     if not paths[1].exists():
         partial = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
@@ -129,4 +131,4 @@ def in_even_parts(costs: Sequence[float]) -> list[int]:
 
 
 def _paths(directory: Path) -> tuple[Path, Path]:
-    return directory / "row_documents.bin", directory / "row_ends.bin"
+    return directory / "documents.bin", directory / "ends.bin"

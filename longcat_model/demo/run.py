@@ -19,6 +19,7 @@ from longcat_model.demo.report import render
 from longcat_model.demo.settings import Settings
 from longcat_model.demo.tasks import Tasks
 from longcat_model.demo.workspace import Workspace
+from longcat_model.pipeline.parts import Saved
 from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
 from longcat_model.training import audio_stages, model_stages, vision_stages
@@ -113,22 +114,22 @@ def train_language(
         seed=seed,
     )
     align = partial(
-        model_stages.pre_align, system.model, batch, steps=sizes.pre_align_steps, learning_rate=sizes.pre_align_rate
+        model_stages.pre_align, batch=batch, steps=sizes.pre_align_steps, learning_rate=sizes.pre_align_rate
     )
     joint = partial(
         model_stages.joint,
-        system.model,
-        batch,
+        batch=batch,
         steps=sizes.joint_steps,
         learning_rate=sizes.joint_rate,
         weights=sizes.weights,
     )
     curves = {}
     for make, weights in ((align, None), (joint, sizes.weights)):
+        stage = make(system.model)
         if ranks > 1:
-            with workspace.timed(make().name):
-                train_pipelined(make, workspace.directory / "stages", ranks, weights=weights, seed=seed)
-        stage = make()
+            with workspace.timed(stage.name):
+                saved = Saved.of(system.model, workspace.directory / "stages" / "before.safetensors")
+                train_pipelined(make, saved, workspace.directory / "stages", ranks, weights=weights, seed=seed)
         curves[stage.name] = run_stage(workspace, stage, seed)
     return curves
 

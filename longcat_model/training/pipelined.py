@@ -8,86 +8,52 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longcat_model.model import LongcatNext
-from longcat_model.pipeline.ir import Placement, v_placement
 from longcat_model.pipeline.launch import Rank, launch
-from longcat_model.pipeline.lower import lower
-from longcat_model.pipeline.measure import measure
-from longcat_model.pipeline.place import place
-from longcat_model.pipeline.profile import Split
+from longcat_model.pipeline.parts import Parts, Saved
 from longcat_model.pipeline.runtime import Runtime, StepResult
-from longcat_model.pipeline.schedules.v import v_half
-from longcat_model.pipeline.split import Microbatch, split, tied
+from longcat_model.pipeline.split import Microbatch, ModelStage, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
-from longcat_model.sequence import Batch, Inputs, Targets
-from longcat_model.training.balance import Balancer
-from longcat_model.training.loop import Row, Stage, train
+from longcat_model.sequence import Batch
+from longcat_model.training.loop import Row, Stage, prefixed, train
 from longcat_model.training.loss import LossWeights, Metrics, Terms, join, means, merge, regularizer_metrics
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a model is spread over devices."""
-
-    placement: Placement  # the device of every stage
-    cuts: tuple[int, ...]  # where the model's units are cut into stages: see `split`
-    microbatches: int  # of a step, at most; a step has as many rows at least
-
-
-def v_half_plan(model: LongcatNext, devices: int, batch: Batch, microbatches: int | None = None) -> Plan:
-    """V-Half, with the model cut where it is fastest by a measurement of its modules on a microbatch of `batch`.
-
-    Args:
-        microbatches: None: four a device.
-    """
-    most = microbatches or 4 * devices
-    parts = Microbatch.of(cut(batch.to(model.embed_tokens.weight.device), most))
-    longest = max(parts, key=lambda part: part.batch.inputs.text.numel())
-    training = model.training
-    split = place(measure(model.train(), longest), devices, len(parts)).split
-    model.train(training)
-    return Plan(placement=v_placement(devices), cuts=unit_cuts(split), microbatches=most)
-
-
-def unit_cuts(split: Split) -> tuple[int, ...]:
-    """A placement's split as cuts between the model's units.
-
-    Example: layers (0, 1, 1, 0), the head in stage 2: embedding | layer 0 | layer 1 and text head | depth heads.
-
-        >>> unit_cuts(Split((0, 1, 1, 0), 2))
-        (1, 2, 4)
-    """
-    ends = accumulate(split.layers[:-1])
-    return tuple(1 + layers + (stage >= split.head) for stage, layers in enumerate(ends))
+from longcat_model.training.microbatches import cut
+from longcat_model.training.plan import Order, Plan, measured_plan
 
 
 class Pipelined:
     """The `Engine` of one rank.
 
     Args:
-        stage: its module is a `LongcatNext`, whole until training begins; `stage.loss` is not called.
+        stage: its module is a `LongcatNext`, which has this rank's stages at least; `stage.loss` is not called.
         transport: this rank's end.
         weights: of the loss.
+        group: of all ranks, for their checkpoints alone; None: the leader writes everything.
     """
 
-    def __init__(self, stage: Stage, plan: Plan, transport: Transport, weights: LossWeights | None = None) -> None:
-        if plans := {theirs for theirs in transport.gather(plan) if theirs != plan}:
-            raise ValueError(f"Pipelined: all ranks must have the plan {plan}, got {plans}")
-        self.model, self.parameters, self.plan = _language_model(stage), stage.parameters, plan
-        self.transport, self.weights = transport, weights or LossWeights()
-        stages = split(self.model, plan.cuts, self.weights)
-        self.stages = {s: stages[s] for s, device in enumerate(plan.placement) if device == transport.device}
-        self.balancer = None if stage.after_step is None else Balancer(self.model, self.model.sizes.backbone.experts)
-        self._runtimes: dict[int, Runtime] = {}
+    def __init__(
+        self,
+        stage: Stage,
+        plan: Plan,
+        transport: Transport,
+        weights: LossWeights | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        others = [device for device, digest in enumerate(transport.gather(plan.digest)) if digest != plan.digest]
+        if others:
+            raise ValueError(f"Pipelined: all devices must have one plan, got others on {others} than on this one")
+        self.model, self.learning, self.plan = _language_model(stage), stage.parameters, plan
+        self.transport, self.weights, self.group = transport, weights or LossWeights(), group
+        self.stages = own_stages(self.model, plan, transport.device, self.weights)
+        self.balancer = stage.balancer
+        self._runtimes: dict[int, tuple[Runtime, Order]] = {}
 
     @property
     def leads(self) -> bool:
@@ -98,32 +64,37 @@ class Pipelined:
         """This rank's parameters by their names in the model."""
         return {name: weight for stage in self.stages.values() for name, weight in stage.named_parameters()}
 
-    def restored(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives back the memory of all that other ranks have."""
-        for name, weight in self.model.named_parameters():
-            if name not in self.own:
-                weight.data = weight.data.new_empty(0)
-                optimizer.state.pop(weight, None)
+    def tensors(self) -> dict[str, Tensor]:
+        module: dict[str, Tensor] = {}
+        for stage in self.stages.values():
+            for prefix, part in stage.modules():
+                module |= prefixed(prefix, part.state_dict())
+        layers = [layer for stage in self.stages.values() for layer in stage.own_layers]
+        balancer = {} if self.balancer is None else self.balancer.tensors(layers)
+        return prefixed("module", module) | prefixed("balancer", balancer)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.own
 
     def backward(self, batch: Batch) -> Row:
         began = time.perf_counter()
-        microbatches = Microbatch.of(cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches))
-        runtime = self._runtime(len(microbatches))
+        parts = cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches)
+        microbatches = Microbatch.of(parts, None if self.balancer is None else self.balancer.use())
+        runtime, order = self._runtime(len(microbatches))
         result = runtime.step(microbatches)
         runtime.share_tied(len(microbatches))
         if self.balancer is not None:
             for report in result.reports.values():
                 for layer, counts in report.choices.items():
                     self.balancer.add(layer, counts)
-        row = self._row(microbatches, result)
+        row = self._row(microbatches, result) | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
         return row | {"tokens_per_s": microbatches[0].totals.positions / (time.perf_counter() - began)}
 
-    def _runtime(self, microbatches: int) -> Runtime:
+    def _runtime(self, microbatches: int) -> tuple[Runtime, Order]:
         if microbatches not in self._runtimes:
-            table = tied(self.model, len(self.plan.placement))
-            placement = self.plan.placement
-            schedule = lower(v_half(self.transport.devices, microbatches), placement, microbatches)
-            self._runtimes[microbatches] = Runtime(schedule, placement, self.stages, self.transport, table)
+            table, order = tied(self.model, len(self.plan.placement)), self.plan.order(microbatches)
+            runtime = Runtime(order.schedule, self.plan.placement, self.stages, self.transport, table)
+            self._runtimes[microbatches] = runtime, order
         return self._runtimes[microbatches]
 
     def _row(self, microbatches: list[Microbatch], result: StepResult) -> Row:
@@ -144,7 +115,7 @@ class Pipelined:
         norms = {name: torch.linalg.vector_norm(g).cpu() for name, w in self.own.items() if (g := w.grad) is not None}
         everyone = {name: norm for found in self.transport.gather(norms) for name, norm in found.items()}
         names = {weight: name for name, weight in self.model.named_parameters()}
-        ordered = [everyone[names[weight]] for weight in self.parameters if names[weight] in everyone]
+        ordered = [everyone[names[weight]] for weight in self.learning if names[weight] in everyone]
         norm = torch.linalg.vector_norm(torch.stack(ordered))  # the very sum that one process makes
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
         return float(norm)
@@ -153,24 +124,16 @@ class Pipelined:
         if self.balancer is not None:
             self.balancer.step(step)
 
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        module = {
-            f"{prefix}.{name}": tensor.cpu()
-            for stage in self.stages.values()
-            for prefix, part in stage.modules()
-            for name, tensor in part.state_dict().items()
-        }
-        found = optimizer.state_dict()
-        own = {i: {key: value.cpu() for key, value in state.items()} for i, state in found["state"].items()}
-        everyone = self.transport.collect((module, own))
-        modules = {name: tensor for module, _ in everyone for name, tensor in module.items()}
-        states = {index: state for _, states in everyone for index, state in states.items()}
-        ordered = {name: modules[name] for name in self.model.state_dict() if name in modules}
-        return {"module": ordered, "optimizer": found | {"state": dict(sorted(states.items()))}}
+    def written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.group is not None:
+            return tensors
+        everyone = self.transport.gather(tensors)
+        return {name: tensor for found in everyone for name, tensor in found.items()} if self.leads else {}
 
 
 def train_pipelined(
-    make: Callable[[], Stage],
+    make: Callable[[LongcatNext], Stage],
+    saved: Saved,
     directory: Path,
     ranks: int,
     *,
@@ -181,60 +144,59 @@ def train_pipelined(
 ) -> bool:
     """Trains a stage on the ranks of a pipeline, or goes on from its checkpoint; see `loop.train` and `launch`.
 
-    The trained module is in the checkpoint: `train(make(), directory)` then loads it and returns the metrics.
+    No rank ever has more of the model in memory than its own stages, or one module while rank 0 measures. The trained
+    module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics.
 
     Args:
-        make: gives the stage, on every rank alike; picklable.
+        make: gives the stage that trains a model, on every rank alike; picklable.
+        saved: the model before training.
         microbatches: of a step, at most; None: four a rank.
         weights: those of the stage's loss.
 
     Returns:
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
     """
-    return launch(ranks, _train_rank, make, directory, microbatches, weights, seed, save_every)
+    most = 4 * ranks if microbatches is None else microbatches
+    return launch(ranks, _train_rank, make, saved, directory, most, weights, seed, save_every)
 
 
 def _train_rank(
     rank: Rank,
-    make: Callable[[], Stage],
+    make: Callable[[LongcatNext], Stage],
+    saved: Saved,
     directory: Path,
-    microbatches: int | None,
+    microbatches: int,
     weights: LossWeights | None,
     seed: int,
     save_every: int,
 ) -> None:
-    stage = make()
-    stage.module.to(rank.device)
     transport = Distributed.connect(2 * rank.ranks, store=rank.store)
     assert transport is not None  # every rank is in the one pipeline
-    # Times differ from rank to rank: the first one's are everybody's.
-    mine = v_half_plan(_language_model(stage), rank.ranks, stage.batch(0), microbatches) if rank.rank == 0 else None
-    engine = Pipelined(stage, transport.gather(mine)[0], transport, weights)
-    train(stage, directory, seed=seed, save_every=save_every, engine=engine)
+    parts, mine = Parts(saved, rank.device), None
+    if rank.rank == 0:  # times differ from rank to rank: the first one's are everybody's
+        batch = make(parts.model).batch(0).to(rank.device)
+        mine = measured_plan(parts.model, rank.ranks, batch, microbatches, lend=parts.lend)
+    plan = transport.gather(mine)[0]
+    for stage in own_stages(parts.model, plan, transport.device).values():
+        parts.bring(stage)
+    trained = make(parts.model)
+    engine = Pipelined(trained, plan, transport, weights, dist.new_group(backend="gloo"))
+    train(trained, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
+
+
+def own_stages(
+    model: LongcatNext, plan: Plan, device: int, weights: LossWeights | None = None
+) -> dict[int, ModelStage]:
+    """The stages of one device, by number."""
+    stages = split(model, plan.cuts, weights)
+    return {number: stages[number] for number, home in enumerate(plan.placement) if home == device}
 
 
 def _language_model(stage: Stage) -> LongcatNext:
     if not isinstance(stage.module, LongcatNext):
         raise ValueError(f"Pipelined: stage.module must be a LongcatNext, got {type(stage.module).__name__}")
     return stage.module
-
-
-def cut(batch: Batch, most: int) -> list[Batch]:
-    """Rows in at most `most` microbatches of nearly as many rows, each as long as its longest row."""
-    rows = len(batch.inputs.documents)
-    count = min(most, rows)
-    return [_rows(batch, slice(rows * i // count, rows * (i + 1) // count)) for i in range(count)]
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    used_S = (batch.inputs.documents[rows] >= 0).any(0)
-    length = int(used_S.nonzero().max()) + 1 if used_S.any() else 1
-    inputs, targets = (
-        {field.name: getattr(part, field.name)[rows, :length] for field in fields(part)}
-        for part in (batch.inputs, batch.targets)
-    )
-    return Batch(Inputs(**inputs), Targets(**targets))
 
 
 def _total(terms: Terms, weights: LossWeights, microbatch: Microbatch) -> Tensor:
