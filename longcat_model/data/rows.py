@@ -1,8 +1,9 @@
 """Documents packed into rows that cost alike.
 
-A row costs the backbone what its length says, whatever is in it; what differs is the heads, which run where something
-must be predicted, and of them the depth heads of images and speech above all. Rows are therefore filled by largest
-cost first, each document to the row with room whose heads have least to do (Graham's LPT rule, with capacities).
+A row costs the backbone what its length says, whatever is in it; what differs is the depth heads, which run at every
+cell that is painted and every frame that is spoken. Documents with such positions are therefore placed first, by
+decreasing cost, each in the row with room that costs least so far (Graham's LPT rule, with capacities); the others
+fill the rows up, by decreasing length, each where least room is left.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ WINDOW = 8192  # documents packed at once
 
 
 class HeadCosts(NamedTuple):
-    """Multiplications that a supervised position costs a head, forward."""
+    """Multiplications that a supervised position costs a depth head, forward."""
 
-    text: int
     visual: int
     audio: int
 
@@ -35,7 +35,6 @@ class HeadCosts(NamedTuple):
     def of(cls, sizes: config.Model) -> HeadCosts:
         ids, hidden = Vocabulary.of(sizes.vocabulary), sizes.backbone.hidden
         return cls(
-            text=hidden * ids.text_rows,
             visual=_depth(sizes.visual_head, hidden, ids.visual_sizes),
             audio=_depth(sizes.audio_head, hidden, ids.audio_sizes),
         )
@@ -105,7 +104,7 @@ def pack(lengths: np.ndarray, costs: np.ndarray, row_length: int) -> list[list[i
         if not fitting.size:
             fitting = np.array([len(rows)])
             rows.append([])
-        row = int(fitting[spent[fitting].argmin()])
+        row = int(fitting[(spent if costs[number] else room)[fitting].argmin()])
         rows[row].append(int(number))
         room[row] -= lengths[number]
         spent[row] += costs[number]

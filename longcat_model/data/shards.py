@@ -3,7 +3,7 @@
 A directory holds
 
     index.json               what the documents were made from and how many each shard has; written last
-    counts.npy               int32 [documents, 4], what each document costs: see `COUNTS`
+    counts.npy               int32 [documents, 3], what each document costs: see `COUNTS`
     shard-00000.safetensors  documents in order, a column for each field of their positions
 
 Most positions have nothing in most fields. A column `c` therefore holds what is there: values `c` [n] or [n, L], their
@@ -35,7 +35,7 @@ from longcat_model.files import write
 from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Targets
 
 COLUMNS = ("text", "marker", "visual", "audio", "text_labels", "visual_labels", "audio_labels")
-COUNTS = ("lengths", "text_labels", "visual_labels", "audio_labels")
+COUNTS = ("lengths", "visual_labels", "audio_labels")  # positions, and how many of them each depth head predicts
 OPEN = 64  # shards mapped at a time
 
 Array = np.ndarray
@@ -120,7 +120,7 @@ class Shards:
         self._ends = list(accumulate(index.documents))
         try:
             self.counts = np.load(directory / "counts.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"shards: {directory}/counts.npy must be whole, got: {error}") from error
         if self.counts.shape != (len(self), len(COUNTS)):
             raise ValueError(
@@ -187,7 +187,7 @@ def _open(path: Path) -> dict[str, Tensor]:
 
 
 def _counts(shard: Mapping[str, Tensor]) -> Array:
-    """What each document of a shard costs, int32 [documents, 4]."""
+    """What each document of a shard costs, int32 [documents, 3]."""
     ends = [shard[f"{name}_ends"].numpy() for name in COUNTS[1:]]
     return np.stack([shard["lengths"].numpy(), *(np.diff(e, prepend=0) for e in ends)], 1).astype(np.int32)
 

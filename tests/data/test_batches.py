@@ -1,0 +1,99 @@
+"""Batches: a pure function of seed and step, each document once a pass, the same with workers."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import make
+import pytest
+import torch
+
+from longcat_model import presets
+from longcat_model.data.batches import Ahead, Batches
+from longcat_model.data.rows import HeadCosts, plan
+from longcat_model.sequence import Batch
+from longcat_model.training.microbatches import cut
+
+ROWS, LENGTH = 4, 40
+
+
+@pytest.fixture
+def batches(tmp_path: Path) -> Batches:
+    documents = [make.LAYOUT.document(make.LAYOUT.text([4 + n] * (1 + n % 9), loss=True)) for n in range(120)]
+    costs = HeadCosts.of(presets.tiny())
+    shards = make.shards(tmp_path / "data", [documents[:50], documents[50:]])
+    return Batches(shards, plan(shards, LENGTH, costs, 0, tmp_path), costs, ROWS, LENGTH, 0)
+
+
+def same(one: Batch, two: Batch) -> bool:
+    pairs = ((one.inputs, two.inputs), (one.targets, two.targets))
+    return all(torch.equal(x, y) for a, b in pairs for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+
+
+def contents(batch: Batch) -> list[int]:
+    """The document of each BOS: its second id."""
+    flat = batch.inputs.text.flatten()
+    return [int(flat[i + 1]) - 4 for i in (flat == 1).nonzero().flatten()]
+
+
+def test_a_pass_has_every_document_once_and_the_next_another_order(batches: Batches) -> None:
+    """Passes follow each other within a batch, too: their number of rows is no multiple of a batch's."""
+    count = len(batches.rows)
+    assert count % ROWS
+    found = [contents(batches(step)) for step in range(count)]  # ROWS passes
+    assert Counter(n for step in found for n in step) == Counter(dict.fromkeys(range(120), ROWS))
+    first, second = ([n for step in found[i : i + count // ROWS] for n in step] for i in (0, count // ROWS + 1))
+    assert len(set(first)) == len(first) and first != second
+    assert all(batches(step).inputs.text.shape == (ROWS, LENGTH) for step in range(3))
+
+
+def test_steps_and_seeds_alone_decide(batches: Batches) -> None:
+    again = pickle.loads(pickle.dumps(batches))
+    assert same(again(7), batches(7)) and not same(batches(7), batches(8))
+    other = Batches(**{**vars(batches), "seed": 1})
+    assert not same(other(7), batches(7))
+
+
+def test_fewer_rows_than_a_batch_are_repeated(tmp_path: Path) -> None:
+    shards = make.shards(tmp_path / "data", [make.documents()[:1]])
+    costs = HeadCosts.of(presets.tiny())
+    batch = Batches(shards, plan(shards, LENGTH, costs, 0, tmp_path), costs, ROWS, LENGTH, 0)(5)
+    assert len(batch.inputs.text) == ROWS and all(torch.equal(row, batch.inputs.text[0]) for row in batch.inputs.text)
+
+
+def test_microbatches_of_a_batch_cost_alike(tmp_path: Path) -> None:
+    """Two painted images and six texts: cut in two and in four, no part has both images."""
+    cells = torch.zeros(5, 6, 3, dtype=torch.int64)
+    documents = [*[make.LAYOUT.generate_image(cells)] * 2, *[make.LAYOUT.text([9] * 36, loss=True)] * 6]
+    shards = make.shards(tmp_path / "data", [documents])
+    costs = HeadCosts.of(presets.tiny())
+    batches = Batches(shards, plan(shards, 48, costs, 0, tmp_path), costs, 8, 48, 0)
+    for step in range(5):
+        for parts in (2, 4):
+            painted = [int((part.targets.visual[..., 0] >= 0).any(1).sum()) for part in cut(batches(step), parts)]
+            assert max(painted) == 1 and sum(painted) == 2
+
+
+def test_workers_change_nothing(batches: Batches) -> None:
+    torch.manual_seed(3)
+    state, steps = torch.get_rng_state(), 7
+    ahead = pickle.loads(pickle.dumps(Ahead(batches, steps, workers=1)))
+    for step in (0, 0, 1, 2, 5, 6):  # looked at, begun, gone on elsewhere
+        assert same(ahead(step), batches(step)), step
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Broken:
+    def __call__(self, step: int) -> Batch:
+        if step == 2:
+            raise ValueError("step 2 is broken")
+        return torch.tensor(step)  # type: ignore[return-value]
+
+
+def test_an_error_in_a_worker_is_told() -> None:
+    ahead = Ahead(Broken(), 4, workers=1)
+    assert [int(ahead(step)) for step in (0, 1)] == [0, 1]  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="step 2 is broken"):
+        ahead(2)
