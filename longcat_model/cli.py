@@ -111,9 +111,12 @@ class Train:
     """Processes that tokenize, and that prepare the next batches of every rank; 0: none of their own."""
     pipeline: int = 1
     """Processes that train the model together, each with a part of it; torchrun may start them, on many machines."""
+    data_parallel: int = 1
+    """How many such pipelines train together, each on a part of every batch."""
 
     def __call__(self) -> None:
         from longcat_model.training import finetune
+        from longcat_model.training.pipelined import Mesh
 
         finetune.run(
             self.data,
@@ -126,7 +129,7 @@ class Train:
                 learning_rate=self.learning_rate,
                 seed=self.seed,
             ),
-            ranks=self.pipeline,
+            Mesh(pipeline=self.pipeline, data=self.data_parallel),
             workers=self.workers,
         )
 
@@ -248,8 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
         seed = getattr(command, "seed", 0)
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed must be in [0, 2^31), got {seed}")
-        if getattr(command, "pipeline", 1) < 1:
-            raise ValueError(f"pipeline must be at least 1, got {getattr(command, 'pipeline', 1)}")
+        for name in ("pipeline", "data_parallel"):
+            if getattr(command, name, 1) < 1:
+                raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(command, name)}")
         command()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"longcat: {error}", file=sys.stderr)

@@ -98,6 +98,7 @@ def test_a_picture_is_read_at_the_height_of_the_demos(
         (["generate", "paint", "4", "--run", "SYSTEM", "--out", "none/a.png"], "directory must exist"),
         (["train", "none.jsonl", "--run", "SYSTEM"], "data must be a readable text file"),
         (["train", "none.jsonl", "--run", "SYSTEM", "--pipeline", "0"], "pipeline must be at least 1, got 0"),
+        (["train", "none.jsonl", "--run", "SYSTEM", "--data-parallel", "0"], "data-parallel must be at least 1, got 0"),
         (["demo", "--out", "MEDIA", "--fresh"], "holds other files"),
         (["demo", "--out", "MEDIA/run", "--seed", "4294967296"], "seed must be in [0, 2^31), got 4294967296"),
         (["demo", "--smoke", "--out", "MEDIA/run", "--speech-dir", "MEDIA/none"], "directory must exist"),

@@ -24,7 +24,7 @@ from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
 from longcat_model.training import audio_stages, model_stages, vision_stages
 from longcat_model.training.loop import Row, Stage, train
-from longcat_model.training.pipelined import train_pipelined
+from longcat_model.training.pipelined import Mesh, train_pipelined
 
 
 def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: int, ranks: int = 1) -> None:
@@ -129,7 +129,7 @@ def train_language(
         if ranks > 1:
             with workspace.timed(stage.name):
                 saved = Saved.of(system.model, workspace.directory / "stages" / "before.safetensors")
-                train_pipelined(make, saved, workspace.directory / "stages", ranks, weights=weights, seed=seed)
+                train_pipelined(make, saved, workspace.directory / "stages", Mesh(ranks), weights=weights, seed=seed)
         curves[stage.name] = run_stage(workspace, stage, seed)
     return curves
 

@@ -25,7 +25,7 @@ from longcat_model.sequence import Batch
 from longcat_model.system import System, read_sizes
 from longcat_model.training.loop import Stage, train
 from longcat_model.training.model_stages import joint
-from longcat_model.training.pipelined import train_pipelined
+from longcat_model.training.pipelined import Mesh, train_pipelined
 
 SAVE_EVERY = 50  # steps
 
@@ -39,12 +39,12 @@ class Settings:
     seed: int
 
 
-def run(data: Path, system_directory: Path, out: Path, settings: Settings, *, ranks: int = 1, workers: int = 0) -> None:
+def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh: Mesh, *, workers: int = 0) -> None:
     """Trains and writes the new system to `out`, with checkpoints and metrics beside it; a rerun goes on.
 
     Args:
         data: shards that `tokenize` wrote, or JSON lines, which are tokenized into `out/data` first.
-        ranks: processes that the model is spread over as a pipeline; a rerun may have more or fewer.
+        mesh: processes that train together; a rerun may have more or fewer.
         workers: processes that tokenize, and that prepare batches in every rank; 0: none but those that train.
 
     Raises:
@@ -61,9 +61,9 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, *, ra
     batches = Ahead(_batches(shards, out, sizes, settings), settings.steps, workers)
     torch.manual_seed(settings.seed)
     make = partial(_stage, batches=batches, settings=settings)
-    if ranks > 1:
+    if mesh.ranks > 1:
         saved = Saved(sizes, system_directory / "model.safetensors")
-        if not train_pipelined(make, saved, out, ranks, seed=settings.seed, save_every=SAVE_EVERY):
+        if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
             return
     system = System.load(system_directory)
     metrics = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)

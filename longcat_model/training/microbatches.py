@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from longcat_model.sequence import Batch, Inputs, Targets
+import torch
+
+from longcat_model.sequence import IGNORE, NONE, Batch, Inputs, Targets
 
 
 def cut(batch: Batch, most: int) -> list[Batch]:
@@ -12,6 +14,16 @@ def cut(batch: Batch, most: int) -> list[Batch]:
     rows = len(batch.inputs.documents)
     count = min(most, rows)
     return [_rows(batch, slice(rows * i // count, rows * (i + 1) // count)) for i in range(count)]
+
+
+def padding(like: Batch) -> Batch:
+    """One row of one position that is padding: nothing is read or predicted."""
+    tensors = (
+        {field.name: torch.full_like(getattr(part, field.name)[:1, :1], fill) for field in fields(part)}
+        for part, fill in ((like.inputs, NONE), (like.targets, IGNORE))
+    )
+    inputs, targets = tensors
+    return Batch(Inputs(**inputs), Targets(**targets))
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:

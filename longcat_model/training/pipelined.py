@@ -1,6 +1,7 @@
-"""A stage of training on the ranks of a pipeline: the same losses, checkpoints and metrics as in one process.
+"""A stage of training on several ranks: the same losses, checkpoints and metrics as in one process.
 
-Every rank draws the same batches (ids are tiny), cuts them into microbatches and runs its stages of the model. What a
+Ranks are a mesh: a pipeline along one side, data-parallel replicas of it along the other. Every rank draws the same
+batches (ids are tiny), cuts them into microbatches and runs its stages on its replica's share of them. What a
 checkpoint holds does not depend on how many ranks wrote it, so a run may go on with another number of them.
 """
 
@@ -10,22 +11,25 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.parts import Parts, Saved
 from longcat_model.pipeline.runtime import Runtime, StepResult
-from longcat_model.pipeline.split import Microbatch, ModelStage, split, tied
+from longcat_model.pipeline.split import Microbatch, ModelStage, Report, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
 from longcat_model.sequence import Batch
 from longcat_model.training.loop import Row, Stage, prefixed, train
-from longcat_model.training.loss import LossWeights, Metrics, Terms, join, means, merge, regularizer_metrics
+from longcat_model.training.loss import LossWeights, Terms, Totals, join, means, merge, regularizer_metrics
 from longcat_model.training.microbatches import cut
 from longcat_model.training.plan import Order, Plan, measured_plan
+from longcat_model.training.replicas import Replicas
 
 
 class Pipelined:
@@ -35,6 +39,7 @@ class Pipelined:
         stage: its module is a `LongcatNext`, which has this rank's stages at least; `stage.loss` is not called.
         transport: this rank's end.
         weights: of the loss.
+        replicas: this rank among those with the same stages; None: there are no others.
         group: of all ranks, for their checkpoints alone; None: the leader writes everything.
     """
 
@@ -44,20 +49,24 @@ class Pipelined:
         plan: Plan,
         transport: Transport,
         weights: LossWeights | None = None,
+        replicas: Replicas | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        others = [device for device, digest in enumerate(transport.gather(plan.digest)) if digest != plan.digest]
+        self.replicas = replicas or Replicas()
+        digests = self.replicas.gather(transport.gather(plan.digest))
+        others = sorted({device for found in digests for device, digest in enumerate(found) if digest != plan.digest})
         if others:
             raise ValueError(f"Pipelined: all devices must have one plan, got others on {others} than on this one")
         self.model, self.learning, self.plan = _language_model(stage), stage.parameters, plan
         self.transport, self.weights, self.group = transport, weights or LossWeights(), group
         self.stages = own_stages(self.model, plan, transport.device, self.weights)
         self.balancer = stage.balancer
+        self._tied = tied(self.model, len(plan.placement))
         self._runtimes: dict[int, tuple[Runtime, Order]] = {}
 
     @property
     def leads(self) -> bool:
-        return self.transport.device == 0
+        return self.transport.device == self.replicas.number == 0
 
     @cached_property
     def own(self) -> dict[str, nn.Parameter]:
@@ -78,38 +87,57 @@ class Pipelined:
 
     def backward(self, batch: Batch) -> Row:
         began = time.perf_counter()
-        parts = cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches)
-        microbatches = Microbatch.of(parts, None if self.balancer is None else self.balancer.use())
-        runtime, order = self._runtime(len(microbatches))
-        result = runtime.step(microbatches)
-        runtime.share_tied(len(microbatches))
-        if self.balancer is not None:
-            for report in result.reports.values():
-                for layer, counts in report.choices.items():
-                    self.balancer.add(layer, counts)
-        row = self._row(microbatches, result) | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
-        return row | {"tokens_per_s": microbatches[0].totals.positions / (time.perf_counter() - began)}
+        parts = cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches * self.replicas.count)
+        used = None if self.balancer is None else self.balancer.use()
+        totals, own = Totals.of(parts), self.replicas.share(parts)
+        runtime, order = self._runtime(len(own))
+        result = runtime.step([Microbatch(part, totals, used) for part in own])
+        runtime.share_tied(len(own))
+        self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
+        row = self._row(result, totals)
+        self.replicas.finish()
+        return row | {
+            "planned_bubble": order.bubble,
+            "planned_s": order.makespan_s,
+            "tokens_per_s": totals.positions / (time.perf_counter() - began),
+        }
 
     def _runtime(self, microbatches: int) -> tuple[Runtime, Order]:
         if microbatches not in self._runtimes:
-            table, order = tied(self.model, len(self.plan.placement)), self.plan.order(microbatches)
-            runtime = Runtime(order.schedule, self.plan.placement, self.stages, self.transport, table)
+            order = self.plan.order(microbatches)
+            runtime = Runtime(
+                order.schedule, self.plan.placement, self.stages, self.transport, self._tied, self._add_up
+            )
             self._runtimes[microbatches] = runtime, order
         return self._runtimes[microbatches]
 
-    def _row(self, microbatches: list[Microbatch], result: StepResult) -> Row:
-        """Loss and metrics of the global batch, as `loss` has them."""
-        told = {place: (r.terms.map(Tensor.cpu), _cpu(r.metrics)) for place, r in result.reports.items()}
+    def _add_up(self, stage: int) -> None:
+        self.replicas.start(weight for _, weight in self.stages[stage].named_parameters() if not self._is_tied(weight))
+
+    def _is_tied(self, weight: Tensor) -> bool:
+        return any(weight is one for one in self._tied.parameters)
+
+    def _row(self, result: StepResult, totals: Totals) -> Row:
+        """Loss and metrics of the global batch, as `loss` has them; its choices go to the balancer."""
+        told = {(self.replicas.number, number, stage): _cpu(r) for (stage, number), r in result.reports.items()}
         busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
-        everyone = self.transport.gather((told, busy, result.timeline[-1].end_s))
+        mine = (told, busy, result.timeline[-1].end_s)
+        everyone = [one for found in self.replicas.gather(self.transport.gather(mine)) for one in found]
         reports = {place: report for told, _, _ in everyone for place, report in told.items()}
-        stages = range(len(self.plan.placement))
-        terms = [join([reports[stage, number][0] for stage in stages]) for number in range(len(microbatches))]
-        losses = [_total(part, self.weights, microbatches[0]) for part in terms]
-        metrics = means(merge(found for _, found in reports.values())) | regularizer_metrics(terms, losses[0])
+        self._count(reports)
+        stages, numbers = range(len(self.plan.placement)), sorted({(r, number) for r, number, _ in reports})
+        terms = [join([reports[r, number, stage].terms for stage in stages]) for r, number in numbers]
+        losses = [_total(part, self.weights, totals) for part in terms]
+        metrics = means(merge(r.metrics for r in reports.values())) | regularizer_metrics(terms, losses[0])
         row = {"loss": float(sum(losses[1:], losses[0])), **{name: float(value) for name, value in metrics.items()}}
         idle = 1 - sum(busy for _, busy, _ in everyone) / len(everyone) / max(end for _, _, end in everyone)
         return row | {"bubble": idle}
+
+    def _count(self, reports: dict[tuple[int, int, int], Report]) -> None:
+        if self.balancer is not None:
+            for (_, _, stage), report in reports.items():
+                for layer, counts in report.choices.items() if stage in self.stages else ():
+                    self.balancer.add(layer, counts)
 
     def clip(self, most: float) -> float:
         norms = {name: torch.linalg.vector_norm(g).cpu() for name, w in self.own.items() if (g := w.grad) is not None}
@@ -131,18 +159,29 @@ class Pipelined:
         return {name: tensor for found in everyone for name, tensor in found.items()} if self.leads else {}
 
 
+class Mesh(NamedTuple):
+    """How many ranks there are along each side."""
+
+    pipeline: int
+    data: int = 1
+
+    @property
+    def ranks(self) -> int:
+        return self.pipeline * self.data
+
+
 def train_pipelined(
     make: Callable[[LongcatNext], Stage],
     saved: Saved,
     directory: Path,
-    ranks: int,
+    mesh: Mesh,
     *,
     microbatches: int | None = None,
     weights: LossWeights | None = None,
     seed: int = 0,
     save_every: int = 200,
 ) -> bool:
-    """Trains a stage on the ranks of a pipeline, or goes on from its checkpoint; see `loop.train` and `launch`.
+    """Trains a stage on a mesh of ranks, or goes on from its checkpoint; see `loop.train` and `launch`.
 
     No rank ever has more of the model in memory than its own stages, or one module while rank 0 measures. The trained
     module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics.
@@ -150,18 +189,19 @@ def train_pipelined(
     Args:
         make: gives the stage that trains a model, on every rank alike; picklable.
         saved: the model before training.
-        microbatches: of a step, at most; None: four a rank.
+        microbatches: of a pipeline and a step, at most; None: four a rank.
         weights: those of the stage's loss.
 
     Returns:
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
     """
-    most = 4 * ranks if microbatches is None else microbatches
-    return launch(ranks, _train_rank, make, saved, directory, most, weights, seed, save_every)
+    most = 4 * mesh.pipeline if microbatches is None else microbatches
+    return launch(mesh.ranks, _train_rank, mesh, make, saved, directory, most, weights, seed, save_every)
 
 
 def _train_rank(
     rank: Rank,
+    mesh: Mesh,
     make: Callable[[LongcatNext], Stage],
     saved: Saved,
     directory: Path,
@@ -170,17 +210,23 @@ def _train_rank(
     seed: int,
     save_every: int,
 ) -> None:
-    transport = Distributed.connect(2 * rank.ranks, store=rank.store)
-    assert transport is not None  # every rank is in the one pipeline
-    parts, mine = Parts(saved, rank.device), None
+    # Replicas send the most, so they are next to each other.
+    ranks = init_device_mesh(rank.device.type, tuple(mesh), mesh_dim_names=mesh._fields)
+    transport = Distributed.connect(2 * mesh.pipeline, ranks.mesh.T.tolist(), store=rank.store)
+    assert transport is not None  # every rank is in a pipeline
+    replicas = Replicas(ranks.get_group("data")) if mesh.data > 1 else Replicas()
+    parts, told = Parts(saved, rank.device), dist.new_group(backend="gloo")
+    plans: list[Plan | None] = [None]
     if rank.rank == 0:  # times differ from rank to rank: the first one's are everybody's
         batch = make(parts.model).batch(0).to(rank.device)
-        mine = measured_plan(parts.model, rank.ranks, batch, microbatches, lend=parts.lend)
-    plan = transport.gather(mine)[0]
+        plans = [measured_plan(parts.model, mesh.pipeline, batch, microbatches, lend=parts.lend)]
+    dist.broadcast_object_list(plans, 0, group=told)
+    plan = plans[0]
+    assert plan is not None  # the first rank's
     for stage in own_stages(parts.model, plan, transport.device).values():
         parts.bring(stage)
     trained = make(parts.model)
-    engine = Pipelined(trained, plan, transport, weights, dist.new_group(backend="gloo"))
+    engine = Pipelined(trained, plan, transport, weights, replicas, told)
     train(trained, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
 
@@ -199,11 +245,13 @@ def _language_model(stage: Stage) -> LongcatNext:
     return stage.module
 
 
-def _total(terms: Terms, weights: LossWeights, microbatch: Microbatch) -> Tensor:
-    total = terms.total(weights, microbatch.totals)
+def _total(terms: Terms, weights: LossWeights, totals: Totals) -> Tensor:
+    total = terms.total(weights, totals)
     assert total is not None  # the text unit's z-loss is always there
     return total
 
 
-def _cpu(metrics: Metrics) -> Metrics:
-    return {name: (total.cpu(), count.cpu()) for name, (total, count) in metrics.items()}
+def _cpu(report: Report) -> Report:
+    metrics = {name: (total.cpu(), count.cpu()) for name, (total, count) in report.metrics.items()}
+    choices = {layer: counts.cpu() for layer, counts in report.choices.items()}
+    return Report(report.terms.map(Tensor.cpu), metrics, choices)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from longcat_model.training.loss import Totals, loss
 from longcat_model.training.microbatches import cut
 from longcat_model.training.model_stages import joint, pre_align
 from longcat_model.training.optim import adamw, learning_rate
-from longcat_model.training.pipelined import Pipelined, train_pipelined
+from longcat_model.training.pipelined import Mesh, Pipelined, train_pipelined
 from longcat_model.training.plan import Plan, measured_plan
+from longcat_model.training.replicas import Replicas
 
 STEPS, RATE = 4, 1e-2
 LITTLE = Effort(moves=20_000, tries=100, blocks=1, starts=2)
@@ -163,11 +165,43 @@ def test_a_gradient_that_is_not_finite_skips_the_step_everywhere(tmp_path: Path)
         if device == 1:
             model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))
         rows = train(stage, tmp_path / str(device), quiet=True, engine=engine)
-        return rows, {name: tensor for name, tensor in model.state_dict().items() if name in engine.tensors()}
+        own = engine.tensors()
+        return rows, {name: tensor for name, tensor in model.state_dict().items() if f"module.{name}" in own}
 
     for rows, state in small.in_threads(work, 2):
         assert not torch.isfinite(torch.tensor(rows[0]["gradient_norm"])) and rows[0]["loss"] > 0
         assert state and all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+
+
+class Noting(Replicas):
+    """Notes the gradients that it is to add up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[dict[nn.Parameter, torch.Tensor | None]] = []
+
+    def start(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.noted.append({p: None if p.grad is None else p.grad.clone() for p in parameters})
+
+
+def test_gradients_are_added_up_once_and_complete_stage_by_stage() -> None:
+    ends, models = InProcess.connect(2), [small.model(), small.model()]
+
+    def work(device: int) -> tuple[Pipelined, Noting]:
+        noting = Noting()
+        engine = Pipelined(make(models[device]), plan(models[device], 2), ends[device], small.WEIGHTS, noting)
+        engine.backward(batch(0))
+        return engine, noting
+
+    for engine, noting in small.in_threads(work, 2):
+        own = set(engine.parameters().values())
+        assert sum(map(len, noting.noted)) == len(own) and {p for some in noting.noted for p in some} == own
+        for some in noting.noted:
+            assert all(grad is None if p.grad is None else torch.equal(p.grad, grad) for p, grad in some.items())
+        stages = [{p for _, p in stage.named_parameters()} for stage in engine.stages.values()]
+        first, second, _ = (set(some) for some in noting.noted)
+        assert any(first <= stage for stage in stages) and any(second <= stage for stage in stages)
+        assert engine.model.embed_tokens.weight not in first | second, "two stages make its gradient"
 
 
 def test_frozen_parts_stay(tmp_path: Path) -> None:
@@ -197,7 +231,7 @@ def test_processes_train_as_threads_do_and_have_only_their_parts(tmp_path: Path)
     model = small.model()
     saved = Saved.of(model, tmp_path / "before.safetensors")
     make_noting = partial(noting, tmp_path)
-    assert train_pipelined(make_noting, saved, tmp_path / "two", 2, microbatches=3, weights=small.WEIGHTS)
+    assert train_pipelined(make_noting, saved, tmp_path / "two", Mesh(2), microbatches=3, weights=small.WEIGHTS)
     sizes = [[int(line) for line in file.read_text().split()] for file in tmp_path.glob("bytes.*")]
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     assert len(sizes) == 2 and sum(size[-1] for size in sizes) == whole and all(size[-1] for size in sizes)
