@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from longcat_model import config
@@ -110,12 +111,14 @@ def tokenizers_digest(system_directory: Path) -> str:
     sizes = config.to_dict(read_sizes(system_directory))
     digest = hashlib.sha256(json.dumps([sizes[name] for name in ("vocabulary", "vision", "audio")]).encode())
     for name in ("vision", "audio"):
+        path = system_directory / f"{name}.safetensors"
         try:
-            with (system_directory / f"{name}.safetensors").open("rb") as file:
-                while block := file.read(1 << 24):
-                    digest.update(block)
-        except OSError as error:
-            raise ValueError(f"system: {system_directory} must hold a whole system, got: {error}") from error
+            with safe_open(path, framework="pt") as file:
+                for key in sorted(file.keys()):  # a file's own order, and so its bytes, may differ
+                    digest.update(key.encode())
+                    digest.update(file.get_tensor(key).reshape(-1).view(torch.uint8).numpy())
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"system: {path} must be a readable safetensors file, got: {error}") from error
     return digest.hexdigest()
 
 
