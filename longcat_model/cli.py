@@ -50,14 +50,16 @@ class Demo:
 class Tokenize:
     """Turn documents into ids, once, for any number of trainings.
 
-    DATA is JSON lines; a line is one document. It is a list of parts in order, each one of
-    {"text": "...", "loss": true}, {"image": "file.png"}, {"paint": "file.png"}, {"hear": "file.wav"},
-    {"say": "file.wav", "transcript": "..."}; or a conversation in the official format, {"messages": [...]}, of which
-    what the assistant says, paints and speaks is learnt: {"role": "user", "content": "What is this?
-    <longcat_img_start>file.png<longcat_img_end>"}, {"role": "assistant", "content": "A cat."}; sound is
-    <longcat_audio_start>file.wav<longcat_audio_end>, speech to be learnt <longcat_audiogen_start>transcript
-    <longcat_audio_start>file.wav<longcat_audio_end><longcat_audiogen_end>. Paths are relative to their file. The same
-    command given again goes on after the last whole shard.
+    DATA is JSON lines; a line is one document; paths are relative to its file. The same command given again goes on
+    after the last whole shard.
+
+    A document may be a conversation in the official format, {"messages": [{"role": "user", "content": "..."}, ...]},
+    of which what the assistant says, paints and speaks is learnt. In a content,
+    <longcat_img_start>FILE<longcat_img_end> is an image, <longcat_audio_start>FILE<longcat_audio_end> sound, and
+    <longcat_audiogen_start>TEXT<longcat_audio_start>FILE<longcat_audio_end><longcat_audiogen_end> speech to be learnt.
+
+    Or it is a list of parts in order: {"text": "...", "loss": true}, {"image": "FILE"}, {"paint": "FILE"},
+    {"hear": "FILE"}, {"say": "FILE", "transcript": "..."}.
     """
 
     data: tyro.conf.Positional[tuple[Path, ...]]

@@ -42,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """Which documents are tokenized, by what; `Job.of` reads the files through, once."""
+    """Which documents are tokenized, by what."""
 
     sources: Sources
     system_directory: Path
@@ -51,7 +51,8 @@ class Job:
 
     @classmethod
     def of(cls, paths: Sequence[Path], system_directory: Path, settings: Settings) -> Job:
-        """
+        """Reads the files through, to count their documents and to know them again.
+
         Args:
             paths: JSON lines files; the format is in `documents`, and paths in it are relative to its file.
             system_directory: a trained system, whose tokenizers are used.
@@ -61,6 +62,8 @@ class Job:
         """
         if min(settings.longest, settings.shard_documents) < 1:
             raise ValueError(f"tokenize: longest and shard_documents must be at least 1, got {settings}")
+        if not paths:
+            raise ValueError("tokenize: data must be one file or more, got none")
         sources = Sources.of(paths)
         files = [[str(path.resolve()), digest] for path, digest in zip(paths, sources.digests, strict=True)]
         made_from = {"documents": files, "tokenizers": tokenizers_digest(system_directory)} | asdict(settings)

@@ -104,7 +104,7 @@ def _shards(data: Path, system_directory: Path, out: Path, settings: Settings, w
 
 def _tokenized(job: tokenize.Job, directory: Path, workers: int) -> Shards:
     """Of the processes that torchrun started on a machine, one writes and the others wait for it."""
-    if int(os.environ.get("LOCAL_RANK", 0)):
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
         while (index := job.claimed(directory)) is None or index.documents is None:
             time.sleep(0.5)
         return Shards(directory)

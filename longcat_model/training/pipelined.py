@@ -7,7 +7,6 @@ checkpoint holds does not depend on how many ranks wrote it, so a run may go on 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +28,7 @@ from longcat_model.training.loop import Row, Stage, prefixed, train
 from longcat_model.training.loss import LossWeights, Terms, Totals, join, means, merge, regularizer_metrics
 from longcat_model.training.microbatches import cut
 from longcat_model.training.plan import Order, Plan, measured_plan
+from longcat_model.training.rates import memory_bytes
 from longcat_model.training.replicas import Replicas
 
 
@@ -86,7 +86,6 @@ class Pipelined:
         return self.own
 
     def backward(self, batch: Batch) -> Row:
-        began = time.perf_counter()
         parts = cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches * self.replicas.count)
         used = None if self.balancer is None else self.balancer.use()
         totals, own = Totals.of(parts), self.replicas.share(parts)
@@ -96,11 +95,7 @@ class Pipelined:
         self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
         row = self._row(result, totals)
         self.replicas.finish()
-        return row | {
-            "planned_bubble": order.bubble,
-            "planned_s": order.makespan_s,
-            "tokens_per_s": totals.positions / (time.perf_counter() - began),
-        }
+        return row | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
 
     def _runtime(self, microbatches: int) -> tuple[Runtime, Order]:
         if microbatches not in self._runtimes:
@@ -121,17 +116,17 @@ class Pipelined:
         """Loss and metrics of the global batch, as `loss` has them; its choices go to the balancer."""
         told = {(self.replicas.number, number, stage): _cpu(r) for (stage, number), r in result.reports.items()}
         busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
-        mine = (told, busy, result.timeline[-1].end_s)
+        mine = (told, busy, result.timeline[-1].end_s, memory_bytes(next(iter(self.own.values())).device))
         everyone = [one for found in self.replicas.gather(self.transport.gather(mine)) for one in found]
-        reports = {place: report for told, _, _ in everyone for place, report in told.items()}
+        reports = {place: report for told, *_ in everyone for place, report in told.items()}
         self._count(reports)
         stages, numbers = range(len(self.plan.placement)), sorted({(r, number) for r, number, _ in reports})
         terms = [join([reports[r, number, stage].terms for stage in stages]) for r, number in numbers]
         losses = [_total(part, self.weights, totals) for part in terms]
         metrics = means(merge(r.metrics for r in reports.values())) | regularizer_metrics(terms, losses[0])
         row = {"loss": float(sum(losses[1:], losses[0])), **{name: float(value) for name, value in metrics.items()}}
-        idle = 1 - sum(busy for _, busy, _ in everyone) / len(everyone) / max(end for _, _, end in everyone)
-        return row | {"bubble": idle}
+        _, busy_s, ends_s, memory = zip(*everyone, strict=True)
+        return row | {"bubble": 1 - sum(busy_s) / len(everyone) / max(ends_s), "memory_bytes": max(memory)}
 
     def _count(self, reports: dict[tuple[int, int, int], Report]) -> None:
         if self.balancer is not None:

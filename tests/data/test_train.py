@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import make
 import pytest
 
 from longcat_model.cli import main
-from longcat_model.data import documents
+from longcat_model.data import documents, tokenize
 from longcat_model.data.batches import Batches
 from longcat_model.data.shards import Shards
 from longcat_model.sequence import Batch
@@ -63,17 +64,31 @@ def test_a_resumed_run_is_bit_identical(
     assert main(arguments(shards, system, tmp_path / "cut", workers=1)) == 0
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert one == two
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "finetune.jsonl").read_text().splitlines()]
+    found = [
+        [json.loads(line) for line in (tmp_path / name / "finetune.jsonl").read_text().splitlines()]
         for name in ("whole", "cut")
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == 5
+    assert [row["loss"] for row in found[0]] == [row["loss"] for row in found[1]] and len(found[0]) == 5
+    assert all(row["tokens_per_s"] > 0 and row["memory_bytes"] > 1e8 for row in found[1])
 
 
 def test_lines_are_tokenized_once(data: Path, system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(arguments(data, system, tmp_path / "out", steps=1)) == 0
     monkeypatch.setattr(documents, "read_image", None)
     assert main(arguments(data, system, tmp_path / "out", steps=1)) == 0
+
+
+def test_one_of_torchruns_processes_tokenizes_and_the_others_wait(
+    data: Path, system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    job = tokenize.Job.of([data], system, tokenize.Settings())
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(finetune._tokenized, job, tmp_path / "out", 0)
+        assert not (tmp_path / "out").exists()
+        tokenize.tokenize(job, tmp_path / "out")
+        assert len(waiting.result(timeout=30)) == 20
 
 
 def test_a_trained_system_trains_on_the_same_shards(shards: Path, system: Path, tmp_path: Path) -> None:
@@ -89,7 +104,10 @@ def test_shards_that_do_not_fit_are_refused(
     loaded.save(tmp_path / "retrained")
     for given, message in (
         (arguments(shards, tmp_path / "retrained", tmp_path / "out"), "must be made by the tokenizers of"),
-        ([*arguments(shards, system, tmp_path / "out"), "--row-length", "20"], f"row_length must be at least {Shards(shards).longest}"),
+        (
+            [*arguments(shards, system, tmp_path / "out"), "--row-length", "20"],
+            f"row_length must be at least {Shards(shards).longest}",
+        ),
         (arguments(tmp_path, system, tmp_path / "out"), "must hold whole shards (run `longcat tokenize`"),
         (arguments(shards, system, tmp_path / "out", workers=-1), "workers at least 0, got -1"),
     ):
