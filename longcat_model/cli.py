@@ -115,10 +115,12 @@ class Train:
     """Processes that train the model together, each with a part of it; torchrun may start them, on many machines."""
     data_parallel: int = 1
     """How many such pipelines train together, each on a part of every batch."""
+    expert_parallel: int = 1
+    """How many of those share their experts out, each having a part of them."""
 
     def __call__(self) -> None:
         from longcat_model.training import finetune
-        from longcat_model.training.pipelined import Mesh
+        from longcat_model.training.mesh import Mesh
 
         finetune.run(
             self.data,
@@ -131,7 +133,7 @@ class Train:
                 learning_rate=self.learning_rate,
                 seed=self.seed,
             ),
-            Mesh(pipeline=self.pipeline, data=self.data_parallel),
+            Mesh(pipeline=self.pipeline, data=self.data_parallel, experts=self.expert_parallel),
             workers=self.workers,
         )
 
@@ -253,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
         seed = getattr(command, "seed", 0)
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed must be in [0, 2^31), got {seed}")
-        for name in ("pipeline", "data_parallel"):
+        for name in ("pipeline", "data_parallel", "expert_parallel"):
             if getattr(command, name, 1) < 1:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(command, name)}")
         command()

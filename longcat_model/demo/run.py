@@ -24,7 +24,8 @@ from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
 from longcat_model.training import audio_stages, model_stages, vision_stages
 from longcat_model.training.loop import Row, Stage, train
-from longcat_model.training.pipelined import Mesh, train_pipelined
+from longcat_model.training.mesh import Mesh
+from longcat_model.training.pipelined import train_pipelined
 
 
 def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: int, ranks: int = 1) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
+from torch import Tensor
 
 from longcat_model import config
 from longcat_model.model import LongcatNext
+from longcat_model.pipeline.experts import ExpertShards, is_expert
 from longcat_model.pipeline.split import ModelStage
 
 
@@ -33,6 +35,9 @@ class Saved(NamedTuple):
 class Parts:
     """A saved model, of which nothing is in memory at first.
 
+    Args:
+        shards: which experts this process has; None: all.
+
     Attributes:
         model: on the meta device but for what `bring` brought; its parameters are new ones then.
 
@@ -40,8 +45,8 @@ class Parts:
         ValueError: the file is unreadable or does not fit the sizes.
     """
 
-    def __init__(self, saved: Saved, device: torch.device) -> None:
-        self.file, self.device = saved.file, device
+    def __init__(self, saved: Saved, device: torch.device, shards: ExpertShards | None = None) -> None:
+        self.file, self.device, self.shards = saved.file, device, shards
         with torch.device("meta"):
             self.model = LongcatNext(saved.sizes)
         wanted = {name: list(tensor.shape) for name, tensor in self.model.state_dict().items()}
@@ -52,6 +57,8 @@ class Parts:
             raise ValueError(f"pipeline: {saved.file} must be a readable safetensors file, got: {error}") from error
         if differing := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
             raise ValueError(f"pipeline: {saved.file} must fit the config, got others of {', '.join(differing[:5])}")
+        if shards is not None:
+            shards.divide(self.model)
 
     def bring(self, stage: ModelStage) -> None:
         """Reads the weights of a stage of `model` into memory, and no others."""
@@ -60,7 +67,14 @@ class Parts:
                 if any(tensor.is_meta for tensor in module.state_dict().values()):
                     module.to_empty(device=self.device)
                     for name, tensor in module.state_dict().items():
-                        tensor.copy_(file.get_tensor(f"{prefix}.{name}"))
+                        tensor.copy_(self._read(file, f"{prefix}.{name}"))
+
+    def _read(self, file: Any, name: str) -> Tensor:
+        if self.shards is not None and is_expert(name):
+            rows: Tensor = file.get_slice(name)[self.shards.rows]
+            return rows
+        whole: Tensor = file.get_tensor(name)
+        return whole
 
     @contextmanager
     def lend(self, stage: ModelStage) -> Iterator[None]:

@@ -16,7 +16,7 @@ import pickle
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 PARTIAL = ".partial"
+Spread = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 _DAMAGE = (
     OSError, EOFError, RuntimeError, AssertionError, ValueError, LookupError, AttributeError, ImportError, TypeError,
     pickle.UnpicklingError, CheckpointException,
@@ -43,10 +44,18 @@ class Checkpoints:
         directory: of the run; one checkpoint is a directory in it.
         group: whoever writes together, over the CPU; used by nobody else. None: this process alone.
         leads: of a group, one process does; it names what is complete.
+        spread: gives tensors on the CPU of which others have other rows as DTensors, in the same memory.
     """
 
-    def __init__(self, directory: Path, group: dist.ProcessGroup | None = None, *, leads: bool = True) -> None:
-        self.directory, self.group, self.leads = directory, group, leads
+    def __init__(
+        self,
+        directory: Path,
+        group: dist.ProcessGroup | None = None,
+        *,
+        leads: bool = True,
+        spread: Spread = dict,
+    ) -> None:
+        self.directory, self.group, self.leads, self.spread = directory, group, leads, spread
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         if leads:
@@ -81,7 +90,7 @@ class Checkpoints:
         self._join()
         self._raise()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(step, copies), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, self.spread(copies)), daemon=True)
         self._thread.start()
 
     def _write(self, step: int, tensors: dict[str, Tensor]) -> None:
@@ -107,7 +116,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint: {self.directory} must be writable, got: {_line(error)}") from error
 
     def reader(self, step: int) -> Reader:
-        return Reader(self.directory / str(step))
+        return Reader(self.directory / str(step), self.spread)
 
 
 class Reader:
@@ -120,22 +129,24 @@ class Reader:
         ValueError: the checkpoint is missing or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, spread: Spread = dict) -> None:
+        self.path, self.spread = path, spread
         with self._telling():
             entries = FileSystemReader(path).read_metadata().state_dict_metadata
             self._entries = {name: one for name, one in entries.items() if isinstance(one, TensorStorageMetadata)}
         self.shapes = {name: tuple(entry.size) for name, entry in self._entries.items()}
 
-    def empty(self, name: str, device: torch.device) -> Tensor:
-        """A tensor to read one into."""
-        entry = self._entries[name]
-        return torch.empty(entry.size, dtype=entry.properties.dtype, device=device)
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].properties.dtype
 
-    def read(self, tensors: dict[str, Tensor]) -> None:
+    def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Reads these tensors, and no others, from the files into their memory."""
+        near = {name: torch.empty_like(x, device="cpu") if x.is_cuda else x for name, x in tensors.items()}
         with self._telling(), _without_warning():
-            load(tensors, storage_reader=FileSystemReader(self.path), no_dist=True)
+            load(self.spread(near), storage_reader=FileSystemReader(self.path), no_dist=True)
+        for name, tensor in tensors.items():
+            if tensor.is_cuda:
+                tensor.copy_(near[name])
 
     @contextmanager
     def _telling(self) -> Iterator[None]:

@@ -24,8 +24,9 @@ from longcat_model.pipeline.parts import Saved
 from longcat_model.sequence import Batch
 from longcat_model.system import System, read_sizes
 from longcat_model.training.loop import Stage, train
+from longcat_model.training.mesh import Mesh
 from longcat_model.training.model_stages import joint
-from longcat_model.training.pipelined import Mesh, train_pipelined
+from longcat_model.training.pipelined import train_pipelined
 
 SAVE_EVERY = 50  # steps
 

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from longcat_model import files
 from longcat_model.training.balance import Balancer
-from longcat_model.training.checkpoint import Checkpoints
+from longcat_model.training.checkpoint import Checkpoints, Reader
 from longcat_model.training.optim import adamw, learning_rate
 from longcat_model.training.rates import memory_bytes, shown, tokens_per_s
 
@@ -54,10 +53,7 @@ class Engine(Protocol):
         """Whether this process writes metrics and shows progress."""
         ...
 
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """Those who write checkpoints together; None: this process alone, if it `leads`."""
-        ...
+    def checkpoints(self, directory: Path) -> Checkpoints: ...
 
     def tensors(self) -> dict[str, Tensor]:
         """What this process has of the module's state dict, as `module.<name>`, and of the stage's balancer."""
@@ -86,7 +82,10 @@ class InOneProcess:
     """The whole module, one batch at a time."""
 
     def __init__(self, stage: Stage) -> None:
-        self.stage, self.leads, self.group = stage, True, None
+        self.stage, self.leads = stage, True
+
+    def checkpoints(self, directory: Path) -> Checkpoints:
+        return Checkpoints(directory)
 
     def tensors(self) -> dict[str, Tensor]:
         balancer = self.stage.balancer
@@ -145,7 +144,7 @@ def train(
     engine = InOneProcess(stage) if engine is None else engine
     optimizer = adamw(stage.parameters, stage.weight_decay)
     metrics = directory / f"{stage.name}.jsonl"
-    with Checkpoints(directory / stage.name, engine.group, leads=engine.leads) as checkpoints:
+    with engine.checkpoints(directory / stage.name) as checkpoints:
         start = _resume(checkpoints, stage, engine, optimizer)
         rows = _read_rows(metrics, start)
         _set_trainable(stage)
@@ -209,21 +208,28 @@ def _resume(checkpoints: Checkpoints, stage: Stage, engine: Engine, optimizer: t
     if step is None:
         return 0
     reader = checkpoints.reader(step)
-    wanted = {(f"module.{name}", tuple(tensor.shape)) for name, tensor in stage.module.state_dict().items()}
+    module = checkpoints.spread(prefixed("module", stage.module.state_dict()))
+    wanted = {(name, tuple(tensor.shape)) for name, tensor in module.items()}
     if differing := wanted ^ {entry for entry in reader.shapes.items() if entry[0].startswith("module.")}:
         names = sorted({name.removeprefix("module.") for name, _ in differing})
         raise ValueError(
             f"{stage.name}: checkpoint {reader.path} must fit the module, got others of {', '.join(names[:5])}\n"
             "Start over in another directory, or with --fresh."
         )
-    parameters = engine.parameters()
-    for place in reader.shapes:
+    if step < stage.steps:
+        _allocate(optimizer, engine.parameters(), reader)
+    reader.read(_tensors(engine, optimizer))
+    return step
+
+
+def _allocate(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], reader: Reader) -> None:
+    """Makes room for what a checkpoint has of the optimizer's state."""
+    for place, shape in reader.shapes.items():
         kind, _, rest = place.partition(".")
         name, _, key = rest.rpartition(".")
         if kind == "optimizer" and name in parameters:
-            optimizer.state[parameters[name]][key] = reader.empty(place, parameters[name].device)
-    reader.read(_tensors(engine, optimizer))
-    return step
+            like = parameters[name].detach() if shape else parameters[name].new_empty(())  # moments, or their number
+            optimizer.state[parameters[name]][key] = torch.empty_like(like, dtype=reader.dtype(place))
 
 
 def _read_rows(path: Path, before: int) -> list[Row]:

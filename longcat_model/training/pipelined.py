@@ -10,26 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from longcat_model.model import LongcatNext
+from longcat_model.pipeline.experts import is_expert
 from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.parts import Parts, Saved
 from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.split import Microbatch, ModelStage, Report, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
 from longcat_model.sequence import Batch
+from longcat_model.training.checkpoint import Checkpoints, Spread
 from longcat_model.training.loop import Row, Stage, prefixed, train
 from longcat_model.training.loss import LossWeights, Terms, Totals, join, means, merge, regularizer_metrics
+from longcat_model.training.mesh import Mesh
 from longcat_model.training.microbatches import cut
 from longcat_model.training.plan import Order, Plan, measured_plan
 from longcat_model.training.rates import memory_bytes
-from longcat_model.training.replicas import Replicas
+from longcat_model.training.replicas import Groups
 
 
 class Pipelined:
@@ -39,8 +40,9 @@ class Pipelined:
         stage: its module is a `LongcatNext`, which has this rank's stages at least; `stage.loss` is not called.
         transport: this rank's end.
         weights: of the loss.
-        replicas: this rank among those with the same stages; None: there are no others.
+        groups: this rank among those with the same stages; None: there are no others.
         group: of all ranks, for their checkpoints alone; None: the leader writes everything.
+        spread: see `Checkpoints`.
     """
 
     def __init__(
@@ -49,16 +51,18 @@ class Pipelined:
         plan: Plan,
         transport: Transport,
         weights: LossWeights | None = None,
-        replicas: Replicas | None = None,
+        groups: Groups | None = None,
         group: dist.ProcessGroup | None = None,
+        spread: Spread = dict,
     ) -> None:
-        self.replicas = replicas or Replicas()
+        self.groups = groups or Groups()
+        self.replicas = self.groups.data
         digests = self.replicas.gather(transport.gather(plan.digest))
         others = sorted({device for found in digests for device, digest in enumerate(found) if digest != plan.digest})
         if others:
             raise ValueError(f"Pipelined: all devices must have one plan, got others on {others} than on this one")
         self.model, self.learning, self.plan = _language_model(stage), stage.parameters, plan
-        self.transport, self.weights, self.group = transport, weights or LossWeights(), group
+        self.transport, self.weights, self.group, self.spread = transport, weights or LossWeights(), group, spread
         self.stages = own_stages(self.model, plan, transport.device, self.weights)
         self.balancer = stage.balancer
         self._tied = tied(self.model, len(plan.placement))
@@ -82,6 +86,9 @@ class Pipelined:
         balancer = {} if self.balancer is None else self.balancer.tensors(layers)
         return prefixed("module", module) | prefixed("balancer", balancer)
 
+    def checkpoints(self, directory: Path) -> Checkpoints:
+        return Checkpoints(directory, self.group, leads=self.leads, spread=self.spread)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.own
 
@@ -94,7 +101,8 @@ class Pipelined:
         runtime.share_tied(len(own))
         self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
         row = self._row(result, totals)
-        self.replicas.finish()
+        for replicas in (self.replicas, self.groups.same):
+            replicas.finish()
         return row | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
 
     def _runtime(self, microbatches: int) -> tuple[Runtime, Order]:
@@ -107,7 +115,14 @@ class Pipelined:
         return self._runtimes[microbatches]
 
     def _add_up(self, stage: int) -> None:
-        self.replicas.start(weight for _, weight in self.stages[stage].named_parameters() if not self._is_tied(weight))
+        whole = [pair for pair in self.stages[stage].named_parameters() if not self._is_tied(pair[1])]
+        # Of experts that are shared out, gradients are of all ranks' tokens already.
+        shared = [weight for name, weight in whole if self._is_shared(name)]
+        self.replicas.start(weight for name, weight in whole if not self._is_shared(name))
+        self.groups.same.start(shared)
+
+    def _is_shared(self, name: str) -> bool:
+        return self.groups.experts.count > 1 and is_expert(name)
 
     def _is_tied(self, weight: Tensor) -> bool:
         return any(weight is one for one in self._tied.parameters)
@@ -136,12 +151,20 @@ class Pipelined:
 
     def clip(self, most: float) -> float:
         norms = {name: torch.linalg.vector_norm(g).cpu() for name, w in self.own.items() if (g := w.grad) is not None}
+        norms |= self._over_shards({name: norm for name, norm in norms.items() if self._is_shared(name)})
         everyone = {name: norm for found in self.transport.gather(norms) for name, norm in found.items()}
         names = {weight: name for name, weight in self.model.named_parameters()}
         ordered = [everyone[names[weight]] for weight in self.learning if names[weight] in everyone]
         norm = torch.linalg.vector_norm(torch.stack(ordered))  # the very sum that one process makes
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
         return float(norm)
+
+    def _over_shards(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Norms of this rank's experts as those of all experts."""
+        if self.groups.experts.count == 1:
+            return {}
+        everyone = self.groups.experts.gather(norms)
+        return {name: torch.linalg.vector_norm(torch.stack([found[name] for found in everyone])) for name in norms}
 
     def after_step(self, step: int) -> None:
         if self.balancer is not None:
@@ -152,17 +175,6 @@ class Pipelined:
             return tensors
         everyone = self.transport.gather(tensors)
         return {name: tensor for found in everyone for name, tensor in found.items()} if self.leads else {}
-
-
-class Mesh(NamedTuple):
-    """How many ranks there are along each side."""
-
-    pipeline: int
-    data: int = 1
-
-    @property
-    def ranks(self) -> int:
-        return self.pipeline * self.data
 
 
 def train_pipelined(
@@ -189,7 +201,11 @@ def train_pipelined(
 
     Returns:
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
+
+    Raises:
+        ValueError: the mesh does not fit the model.
     """
+    mesh.check(saved.sizes.backbone.experts.real)
     most = 4 * mesh.pipeline if microbatches is None else microbatches
     return launch(mesh.ranks, _train_rank, mesh, make, saved, directory, most, weights, seed, save_every)
 
@@ -205,23 +221,23 @@ def _train_rank(
     seed: int,
     save_every: int,
 ) -> None:
-    # Replicas send the most, so they are next to each other.
-    ranks = init_device_mesh(rank.device.type, tuple(mesh), mesh_dim_names=mesh._fields)
-    transport = Distributed.connect(2 * mesh.pipeline, ranks.mesh.T.tolist(), store=rank.store)
+    transport = Distributed.connect(2 * mesh.pipeline, mesh.pipelines(), store=rank.store)
     assert transport is not None  # every rank is in a pipeline
-    replicas = Replicas(ranks.get_group("data")) if mesh.data > 1 else Replicas()
-    parts, told = Parts(saved, rank.device), dist.new_group(backend="gloo")
+    groups, shards = mesh.connect(rank.device, saved.sizes.backbone.experts.real)
+    parts, told = Parts(saved, rank.device, shards), dist.new_group(backend="gloo")
     plans: list[Plan | None] = [None]
     if rank.rank == 0:  # times differ from rank to rank: the first one's are everybody's
-        batch = make(parts.model).batch(0).to(rank.device)
-        plans = [measured_plan(parts.model, mesh.pipeline, batch, microbatches, lend=parts.lend)]
+        whole = Parts(saved, rank.device)
+        batch = make(whole.model).batch(0).to(rank.device)
+        plans = [measured_plan(whole.model, mesh.pipeline, batch, microbatches, lend=whole.lend)]
     dist.broadcast_object_list(plans, 0, group=told)
     plan = plans[0]
     assert plan is not None  # the first rank's
     for stage in own_stages(parts.model, plan, transport.device).values():
         parts.bring(stage)
     trained = make(parts.model)
-    engine = Pipelined(trained, plan, transport, weights, replicas, told)
+    spread = dict if shards is None else shards.spread
+    engine = Pipelined(trained, plan, transport, weights, groups, told, spread)
     train(trained, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
 

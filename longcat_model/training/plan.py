@@ -47,8 +47,8 @@ class Plan:
         """The shortest schedule that a search finds within the memory of V-Half, or V-Half itself."""
         devices = costs.stages // 2
         placement, plain = v_placement(devices), v_half(devices, costs.microbatches)
-        # Without the compiled module a search would take longer than what it saves.
-        candidates = [plain, *([searched(costs, effort=effort)] if is_compiled() else [])]
+        # One device never waits; and without the compiled module a search would take longer than what it saves.
+        candidates = [plain, *([searched(costs, effort=effort)] if devices > 1 and is_compiled() else [])]
         schedule = min(candidates, key=lambda one: simulate(one, placement, costs).makespan)
         return cls(placement=placement, cuts=cuts, costs=costs, schedule=schedule)
 

@@ -10,6 +10,7 @@ The losses of microbatches are shares of the global batch's loss, so gradients a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -41,13 +42,13 @@ class Replicas:
     def gather(self, value: Any) -> list[Any]:
         """Every replica's value: plain data and tensors on the CPU."""
         found: list[Any] = [value] * self.count
-        if self.group is not None:
+        if self.count > 1:
             _told("gathering", lambda: dist.all_gather_object(found, value, group=self.group))
         return found
 
     def start(self, parameters: Iterable[nn.Parameter]) -> None:
         """Begins to add up gradients that are complete; all replicas call it in the same order."""
-        if self.group is not None:
+        if self.group is not None and self.count > 1:
             for bucket in _buckets([p for p in parameters if p.requires_grad]):
                 self._sums.append(_Sum.of(bucket, self.group))
 
@@ -56,6 +57,15 @@ class Replicas:
         for one in self._sums:
             one.finish()
         self._sums.clear()
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Ranks that have the same stages, in their parts."""
+
+    data: Replicas = field(default_factory=Replicas)  # all of them
+    experts: Replicas = field(default_factory=Replicas)  # of those, the ones that share experts out with this one
+    same: Replicas = field(default_factory=Replicas)  # and the ones that have the same experts as this one
 
 
 class _Sum(NamedTuple):

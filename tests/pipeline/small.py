@@ -144,6 +144,6 @@ def saved(directory: Path) -> dict[str, Tensor]:
         step = checkpoints.latest()
         assert step is not None
         reader = checkpoints.reader(step)
-    tensors = {name: reader.empty(name, torch.device("cpu")) for name in reader.shapes}
+    tensors = {name: torch.empty(shape, dtype=reader.dtype(name)) for name, shape in reader.shapes.items()}
     reader.read(tensors)
     return tensors

@@ -18,9 +18,10 @@ from longcat_model.sequence import IGNORE, NONE, Batch, pack
 from longcat_model.training import checkpoint
 from longcat_model.training.checkpoint import PARTIAL
 from longcat_model.training.loop import Stage, train
+from longcat_model.training.mesh import Mesh
 from longcat_model.training.microbatches import padding
 from longcat_model.training.model_stages import joint
-from longcat_model.training.pipelined import Mesh, train_pipelined
+from longcat_model.training.pipelined import train_pipelined
 from longcat_model.training.replicas import Replicas
 
 RATE, STEPS = 1e-2, 3
@@ -70,8 +71,8 @@ def assert_alike(directory: Path, alone: tuple[Path, list[dict[str, float]]]) ->
             torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-2 * RATE)
 
 
-def test_a_mesh_trains_as_one_process(tmp_path: Path, alone: tuple[Path, list[dict[str, float]]]) -> None:
-    mesh = Mesh(2, 2)
+@pytest.mark.parametrize("mesh", [Mesh(2, 2), Mesh(1, 4, 2)])
+def test_a_mesh_trains_as_one_process(mesh: Mesh, tmp_path: Path, alone: tuple[Path, list[dict[str, float]]]) -> None:
     saved = Saved.of(small.model(), tmp_path / "before.safetensors")
     assert train_pipelined(make, saved, tmp_path / "mesh", mesh, microbatches=2, weights=small.WEIGHTS)
     files = {path.name for path in (tmp_path / "mesh" / "language_joint" / str(STEPS)).iterdir()}
@@ -88,6 +89,15 @@ def test_a_run_killed_while_it_writes_goes_on(tmp_path: Path, alone: tuple[Path,
     assert {path.name for path in (tmp_path / "run" / "language_joint").iterdir()} == {"1", f"2{PARTIAL}"}
     assert run(make, mesh=Mesh(1, 2), microbatches=2)
     assert_alike(tmp_path / "run", alone)
+
+
+def test_refuses_experts_that_cannot_be_shared_out(tmp_path: Path) -> None:
+    saved = Saved.of(small.model(), tmp_path / "before.safetensors")
+    for mesh in (Mesh(1, 4, 3), Mesh(1, 8, 8)):
+        with pytest.raises(
+            ValueError, match=r"expert-parallel must divide the \d data-parallel replicas and the 4 experts"
+        ):
+            train_pipelined(make, saved, tmp_path, mesh)
 
 
 def test_replicas_share_microbatches_in_order_and_equally() -> None:

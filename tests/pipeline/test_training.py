@@ -26,12 +26,13 @@ from longcat_model.sequence import Batch, pack
 from longcat_model.training.balance import Balancer
 from longcat_model.training.loop import CLIP_NORM, Row, Stage, train
 from longcat_model.training.loss import Totals, loss
+from longcat_model.training.mesh import Mesh
 from longcat_model.training.microbatches import cut
 from longcat_model.training.model_stages import joint, pre_align
 from longcat_model.training.optim import adamw, learning_rate
-from longcat_model.training.pipelined import Mesh, Pipelined, train_pipelined
+from longcat_model.training.pipelined import Pipelined, train_pipelined
 from longcat_model.training.plan import Plan, measured_plan
-from longcat_model.training.replicas import Replicas
+from longcat_model.training.replicas import Groups, Replicas
 
 STEPS, RATE = 4, 1e-2
 LITTLE = Effort(moves=20_000, tries=100, blocks=1, starts=2)
@@ -189,7 +190,7 @@ def test_gradients_are_added_up_once_and_complete_stage_by_stage() -> None:
 
     def work(device: int) -> tuple[Pipelined, Noting]:
         noting = Noting()
-        engine = Pipelined(make(models[device]), plan(models[device], 2), ends[device], small.WEIGHTS, noting)
+        engine = Pipelined(make(models[device]), plan(models[device], 2), ends[device], small.WEIGHTS, Groups(noting))
         engine.backward(batch(0))
         return engine, noting
 
