@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
@@ -33,7 +35,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         workers: processes; 0: this one does it when asked.
 
     Raises:
-        ChildProcessError: a worker was killed.
+        ChildProcessError: a worker was killed, or met with an error of torch's.
     """
     loader: DataLoader[Result] = DataLoader(
         _ByItem(work),  # type: ignore[arg-type]
@@ -42,6 +44,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         num_workers=workers,
         collate_fn=_as_it_is,
         multiprocessing_context=_context(type(work).__module__) if workers else None,
+        worker_init_fn=_end_with_main,
         generator=torch.Generator(),  # else it draws from everybody's
     )
     results = iter(loader)
@@ -51,7 +54,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         except StopIteration:
             return
         except RuntimeError as error:
-            if "worker" not in str(error):
+            if not workers:
                 raise
             raise ChildProcessError(f"a worker process failed: {error}") from error
         yield result
@@ -62,8 +65,20 @@ def _context(module: str) -> BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])
+    context.set_forkserver_preload([__name__, module])
     return context
+
+
+def _end_with_main(worker: int) -> None:
+    """A worker's own parent is the fork server, which lives as long as its children do: they watch the main process."""
+    main = multiprocessing.parent_process()
+    assert main is not None  # this is a child
+
+    def watch() -> None:
+        main.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_it_is(result: Result) -> Result:
