@@ -78,9 +78,11 @@ class Job:
         """The index in `out`, if there is one.
 
         Raises:
-            ValueError: it is of other shards.
+            ValueError: it is of other shards, or missing where there are shards.
         """
         index = shards.read_index(out)
+        if index is None and shards.shard_path(out, 0).exists():
+            raise ValueError(f"tokenize: {out} holds shards but no index of them; choose another directory")
         if index is not None and index.made_from != self.made_from:
             changed = sorted(name for name, value in self.made_from.items() if index.made_from.get(name) != value)
             raise ValueError(f"tokenize: {out} holds shards of other {', '.join(changed)}; choose another directory")

@@ -144,7 +144,5 @@ class Dies:
 
 
 def test_a_worker_that_is_killed_is_told() -> None:
-    results = in_order(Dies(), range(4), workers=1)
-    assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ChildProcessError, match="a worker process failed: DataLoader worker"):
-        next(results)
+        list(in_order(Dies(), range(4), workers=1))

@@ -125,6 +125,9 @@ def test_other_shards_are_refused(data: Path, system: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="holds shards of other documents"):
         tokenize(job(data, system), out)
     assert files(out) == before
+    (out / "index.json").unlink()
+    with pytest.raises(ValueError, match="holds shards but no index of them"):
+        tokenize(job(another, system), out)
 
 
 def test_shards_outlive_the_language_model(system: Path, tmp_path: Path) -> None:
