@@ -255,9 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
         seed = getattr(command, "seed", 0)
         if not 0 <= seed < 2**31:
             raise ValueError(f"seed must be in [0, 2^31), got {seed}")
-        for name in ("pipeline", "data_parallel", "expert_parallel"):
-            if getattr(command, name, 1) < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 1, got {getattr(command, name)}")
+        if getattr(command, "pipeline", 1) < 1:
+            raise ValueError(f"pipeline must be at least 1, got {getattr(command, 'pipeline', 1)}")
         command()
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"longcat: {error}", file=sys.stderr)

@@ -98,6 +98,10 @@ def test_a_picture_is_read_at_the_height_of_the_demos(
         (["train", "none.jsonl", "--run", "SYSTEM"], "data must be a readable text file"),
         (["train", "none.jsonl", "--run", "SYSTEM", "--pipeline", "0"], "pipeline must be at least 1, got 0"),
         (["train", "none.jsonl", "--run", "SYSTEM", "--data-parallel", "0"], "data-parallel must be at least 1, got 0"),
+        (
+            ["train", "none.jsonl", "--run", "SYSTEM", "--expert-parallel", "2"],
+            "expert-parallel must divide data-parallel (1), got 2",
+        ),
         (["demo", "--out", "MEDIA", "--fresh"], "holds other files"),
         (["demo", "--out", "MEDIA/run", "--seed", "4294967296"], "seed must be in [0, 2^31), got 4294967296"),
         (["demo", "--smoke", "--out", "MEDIA/run", "--speech-dir", "MEDIA/none"], "directory must exist"),

@@ -58,7 +58,7 @@ def use(counts: Tensor, experts: Experts, *, groups: int | None = None) -> Tenso
     share_E = counts.float() * experts.top_k / counts.sum().clamp(min=1)  # choices a token
     real_G = share_E[: experts.real].view(groups, -1).sum(-1) * (groups / experts.target_real)
     budget = experts.top_k - experts.target_real
-    zero = share_E[experts.real :].sum() / budget if budget else share_E.new_zeros(())
+    zero = share_E[experts.real :].sum() / budget if budget > 0 else share_E.new_zeros(())
     return torch.cat([real_G.repeat_interleave(experts.real // groups), zero.expand(experts.zero)])
 
 
@@ -128,7 +128,7 @@ class Balancer:
 
     def add(self, layer: int, counts: Tensor) -> None:
         """Adds how often each expert of one layer was chosen: int64 [E + Z]. A layer without choices keeps its bias."""
-        self.counts[layer] += counts
+        self.counts[layer] += counts.to(self.counts[layer].device)
 
     def step(self, step: int) -> None:
         """Ends a step: updates every bias from its counts, and counts anew."""

@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 PARTIAL = ".partial"
 Spread = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-_DAMAGE = (
-    OSError, EOFError, RuntimeError, AssertionError, ValueError, LookupError, AttributeError, ImportError, TypeError,
-    pickle.UnpicklingError, CheckpointException,
+_UNWRITABLE = (OSError, RuntimeError, CheckpointException)
+_DAMAGED = (  # a damaged pickle may raise almost anything
+    *_UNWRITABLE, EOFError, AssertionError, ValueError, LookupError, AttributeError, ImportError, TypeError,
+    pickle.UnpicklingError,
 )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ class Checkpoints:
                 save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             if self.leads:
                 _finish(partial, complete)
-        except _DAMAGE as error:
+        except _UNWRITABLE as error:
             self._failure = error
 
     def _join(self) -> None:
@@ -152,7 +153,7 @@ class Reader:
     def _telling(self) -> Iterator[None]:
         try:
             yield
-        except _DAMAGE as error:
+        except _DAMAGED as error:
             raise ValueError(f"checkpoint: {self.path} must be a whole checkpoint, got: {_line(error)}") from error
 
 
@@ -161,11 +162,13 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _finish(partial: Path, complete: Path) -> None:
-    earlier = _steps(complete.parent)
-    partial.rename(complete)
+    earlier = [step for step in _steps(complete.parent) if step != int(complete.name)]
+    if complete.exists():  # a process of this run that was given up for dead was quicker: it wrote the same
+        shutil.rmtree(partial)
+    else:
+        partial.rename(complete)
     for step in earlier:
-        if step != int(complete.name):
-            shutil.rmtree(complete.parent / str(step))
+        shutil.rmtree(complete.parent / str(step))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ each `experts` neighbours share experts out.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -15,12 +15,28 @@ from longcat_model.pipeline.experts import ExpertShards
 from longcat_model.training.replicas import Groups, Replicas
 
 
-class Mesh(NamedTuple):
-    """How many ranks there are along each side."""
+@dataclass(frozen=True)
+class Mesh:
+    """How many ranks there are along each side.
+
+    Raises:
+        ValueError: a side is below 1, or `experts` does not divide `data`.
+    """
 
     pipeline: int  # devices of a pipeline
     data: int = 1  # pipelines, each with a part of a batch
-    experts: int = 1  # of those, how many share experts out; divides `data`
+    experts: int = 1  # of those, how many share experts out
+
+    def __post_init__(self) -> None:
+        for name, side in (
+            ("pipeline", self.pipeline),
+            ("data-parallel", self.data),
+            ("expert-parallel", self.experts),
+        ):
+            if side < 1:
+                raise ValueError(f"train: {name} must be at least 1, got {side}")
+        if self.data % self.experts:
+            raise ValueError(f"train: expert-parallel must divide data-parallel ({self.data}), got {self.experts}")
 
     @property
     def ranks(self) -> int:
@@ -29,14 +45,6 @@ class Mesh(NamedTuple):
     def pipelines(self) -> list[list[int]]:
         """The ranks of each pipeline, device by device."""
         return [[device * self.data + replica for device in range(self.pipeline)] for replica in range(self.data)]
-
-    def check(self, experts: int) -> None:
-        """Raises ValueError unless those who share experts out divide the replicas and the `experts` of a layer."""
-        if self.data % self.experts or experts % self.experts:
-            raise ValueError(
-                f"train: expert-parallel must divide the {self.data} data-parallel replicas and the {experts} experts, "
-                f"got {self.experts}"
-            )
 
     def connect(self, device: torch.device, experts: int) -> tuple[Groups, ExpertShards | None]:
         """This rank's groups, and its part of a layer's experts if they are shared out; all ranks call it together."""

@@ -65,6 +65,8 @@ class Pipelined:
         self.transport, self.weights, self.group, self.spread = transport, weights or LossWeights(), group, spread
         self.stages = own_stages(self.model, plan, transport.device, self.weights)
         self.balancer = stage.balancer
+        # A device of a long pipeline may have no part of a short model.
+        self._device = next((weight.device for weight in self.own.values()), torch.device("cpu"))
         self._tied = tied(self.model, len(plan.placement))
         self._runtimes: dict[int, tuple[Runtime, Order]] = {}
 
@@ -93,7 +95,7 @@ class Pipelined:
         return self.own
 
     def backward(self, batch: Batch) -> Row:
-        parts = cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches * self.replicas.count)
+        parts = cut(batch.to(self._device), self.plan.microbatches * self.replicas.count)
         used = None if self.balancer is None else self.balancer.use()
         totals, own = Totals.of(parts), self.replicas.share(parts)
         runtime, order = self._runtime(len(own))
@@ -131,7 +133,7 @@ class Pipelined:
         """Loss and metrics of the global batch, as `loss` has them; its choices go to the balancer."""
         told = {(self.replicas.number, number, stage): _cpu(r) for (stage, number), r in result.reports.items()}
         busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
-        mine = (told, busy, result.timeline[-1].end_s, memory_bytes(next(iter(self.own.values())).device))
+        mine = (told, busy, result.timeline[-1].end_s, memory_bytes(self._device))
         everyone = [one for found in self.replicas.gather(self.transport.gather(mine)) for one in found]
         reports = {place: report for told, *_ in everyone for place, report in told.items()}
         self._count(reports)
@@ -191,7 +193,9 @@ def train_pipelined(
     """Trains a stage on a mesh of ranks, or goes on from its checkpoint; see `loop.train` and `launch`.
 
     No rank ever has more of the model in memory than its own stages, or one module while rank 0 measures. The trained
-    module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics.
+    module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics. Those of one
+    process are joined by `bubble`, the mean share of a step in which a rank does nothing; `planned_bubble` and
+    `planned_s`, what the simulator expects of that and of the step's time; and `tokens_per_s`.
 
     Args:
         make: gives the stage that trains a model, on every rank alike; picklable.
@@ -203,9 +207,11 @@ def train_pipelined(
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
 
     Raises:
-        ValueError: the mesh does not fit the model.
+        ValueError: the mesh does not divide the model's experts.
     """
-    mesh.check(saved.sizes.backbone.experts.real)
+    if saved.sizes.backbone.experts.real % mesh.experts:
+        experts = saved.sizes.backbone.experts.real
+        raise ValueError(f"train: expert-parallel must divide the {experts} experts of a layer, got {mesh.experts}")
     most = 4 * mesh.pipeline if microbatches is None else microbatches
     return launch(mesh.ranks, _train_rank, mesh, make, saved, directory, most, weights, seed, save_every)
 

@@ -130,6 +130,16 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path: Path, monkeypa
     assert not found["weights"].any(), "what is written is what there was at the call"
 
 
+def test_a_checkpoint_that_is_there_already_stays(tmp_path: Path) -> None:
+    """As when a process that was thought dead ends its writing after the restart."""
+    with Checkpoints(tmp_path) as checkpoints:
+        for _ in range(2):
+            checkpoints.save(3, {"weights": torch.arange(3.0)})
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+    checkpoints.reader(3).read(found := {"weights": torch.zeros(3)})
+    assert found["weights"].tolist() == [0, 1, 2]
+
+
 def test_says_when_a_checkpoint_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "line").write_text("a file where the directory should be")
     with pytest.raises(ValueError, match=r"checkpoint: .*line must be writable"):

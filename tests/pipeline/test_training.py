@@ -88,8 +88,9 @@ def accumulated(stage: Stage) -> list[float]:
     return norms
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("devices", [1, 2, 4])
 def test_every_step_is_that_of_one_process(devices: int, tmp_path: Path) -> None:
+    """Of four devices, one has no part of the model."""
     stage = make(small.model())
     rows, *others = piped(tmp_path, devices, stage)
     norms = accumulated(stage)
@@ -133,14 +134,15 @@ class Stop(Exception):
     pass
 
 
+def until(last: int, step: int) -> Batch:
+    if step == last:
+        raise Stop
+    return batch(step)
+
+
 def test_other_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
     """Three devices take over from two, in the middle, and two from those."""
     (whole, *_) = piped(tmp_path / "whole", 2, make(small.model()))
-
-    def until(last: int, step: int) -> Batch:
-        if step == last:
-            raise Stop
-        return batch(step)
 
     for devices, last in ((2, 2), (3, 3)):
         with pytest.raises(Stop):
@@ -172,6 +174,17 @@ def test_a_gradient_that_is_not_finite_skips_the_step_everywhere(tmp_path: Path)
     for rows, state in small.in_threads(work, 2):
         assert not torch.isfinite(torch.tensor(rows[0]["gradient_norm"])) and rows[0]["loss"] > 0
         assert state and all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+
+
+def test_one_process_goes_on_for_two_devices_and_they_for_it(tmp_path: Path) -> None:
+    whole = train(make(small.model()), tmp_path / "whole", quiet=True)
+    stage = make(small.model())
+    with pytest.raises(Stop):
+        piped(tmp_path / "cut", 2, dataclasses.replace(stage, batch=partial(until, 1)), save_every=1)
+    with pytest.raises(Stop):
+        train(dataclasses.replace(stage, batch=partial(until, 3)), tmp_path / "cut", save_every=1, quiet=True)
+    rows, *_ = piped(tmp_path / "cut", 2, make(small.model()))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], rel=1e-6)
 
 
 class Noting(Replicas):
