@@ -2,13 +2,13 @@
 
 A directory holds
 
-    index.json               what the documents were made from and how many each shard has; written last
+    index.json               what the documents were made from, and how many each shard has once all are written
     counts.npy               int32 [documents, 3], what each document costs: see `COUNTS`
     shard-00000.safetensors  documents in order, a column for each field of their positions
 
 Most positions have nothing in most fields. A column `c` therefore holds what is there: values `c` [n] or [n, L], their
 positions in their document `c_at` [n], and where each document's values end `c_ends` [documents]. `lengths` [documents]
-are the documents'. Integers take 2 bytes where all of an array fit, else 4.
+are the documents'. Integers take 2 bytes where all of an array fit, else 4 or 8.
 
 Dimension key
     n values of a column    L quantizer levels
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -96,7 +97,7 @@ def read_index(directory: Path) -> Index | None:
 def finish(directory: Path, made_from: dict[str, Any], shards: int) -> None:
     """Counts the documents of the first `shards` shards and writes the index, which makes the directory whole."""
     sizes = [len(_open(shard_path(directory, number))["lengths"]) for number in range(shards)]
-    path, temporary = directory / "counts.npy", directory / ".counts.npy.partial"
+    path, temporary = directory / "counts.npy", directory / f".counts.npy.{os.getpid()}.partial"
     counts = np.lib.format.open_memmap(temporary, "w+", np.int32, (sum(sizes), len(COUNTS)))  # type: ignore[no-untyped-call]
     for number, last in enumerate(accumulate(sizes)):
         counts[last - sizes[number] : last] = _counts(_open(shard_path(directory, number)))
@@ -193,6 +194,6 @@ def _counts(shard: Mapping[str, Tensor]) -> Array:
 
 
 def _narrow(values: Array) -> Array:
-    limits = np.iinfo(np.int16)
-    fits = not values.size or (limits.min <= values.min() and values.max() <= limits.max)
-    return values.astype(np.int16 if fits else np.int32)
+    least, most = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    kinds = (np.int16, np.int32, np.int64)
+    return values.astype(next(kind for kind in kinds if np.iinfo(kind).min <= least and most <= np.iinfo(kind).max))

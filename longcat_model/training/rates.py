@@ -29,4 +29,4 @@ def shown(row: dict[str, float]) -> dict[str, str]:
     """A row of metrics for a progress bar."""
     forms = {"loss": "{:.3f}", "tokens_per_s": "{:.0f}", "bubble": "{:.0%}"}
     found = {name: form.format(row[name]) for name, form in forms.items() if name in row}
-    return found | {"memory": f"{row['memory_bytes'] / 1e9:.1f} GB"}
+    return found | ({"memory": f"{row['memory_bytes'] / 1e9:.1f} GB"} if "memory_bytes" in row else {})

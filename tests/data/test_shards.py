@@ -41,9 +41,9 @@ def test_documents_come_back_as_they_were(tmp_path: Path) -> None:
 @given(st.data())
 @settings(deadline=None, max_examples=40)
 def test_any_content_comes_back(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Also values that no builder makes, and those that need 4 bytes."""
+    """Also values that no builder makes, and those that need 4 or 8 bytes."""
     length, levels = data.draw(st.integers(1, 6)), data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    values = st.one_of(st.sampled_from([NONE, IGNORE]), st.integers(-(2**31), 2**31 - 1))
+    values = st.one_of(st.sampled_from([NONE, IGNORE]), st.integers(-(2**63), 2**63 - 1))
 
     def tensor(*shape: int) -> torch.Tensor:
         count = torch.Size(shape).numel()
