@@ -94,7 +94,7 @@ def pack(lengths: np.ndarray, costs: np.ndarray, row_length: int) -> list[list[i
 
     Example:
         >>> pack(np.array([4, 4, 3, 3]), np.array([5, 4, 0, 0]), row_length=8)
-        [[0, 3], [1, 2]]
+        [[0, 2], [1, 3]]
     """
     least = -(-int(lengths.sum()) // row_length)
     rows: list[list[int]] = [[] for _ in range(least)]
