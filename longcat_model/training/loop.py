@@ -130,7 +130,8 @@ def train(
         stage: what to train.
         directory: holds `<name>/` (the last checkpoint) and `<name>.jsonl` (one row of metrics a step).
         seed: of everything random outside `stage.batch`.
-        save_every: steps between checkpoints; the last step is always saved.
+        save_every: steps between checkpoints, which are written while training goes on; the last step is always saved,
+            and whole when this returns.
         quiet: no progress bar.
         engine: None: this process alone. With another one, only its leader's `stage.module` is whole at the end.
 

@@ -89,7 +89,7 @@ class _Sum(NamedTuple):
         there = self.flat[-len(self.parameters) :].tolist()
         for parameter, grad, count in zip(self.parameters, numbers, there, strict=True):
             if count:  # a parameter that took no part anywhere keeps having no gradient, as in one process
-                parameter.grad = grad.view_as(parameter).clone()
+                parameter.grad = grad.view_as(parameter)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
