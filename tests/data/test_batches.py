@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import make
 import pytest
 import torch
+import works
 
 from longcat_model import presets
 from longcat_model.data.batches import Ahead, Batches
@@ -93,21 +92,13 @@ def test_workers_change_nothing(batches: Batches) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@dataclass(frozen=True)
-class Tells:
-    file: Path
-
-    def __call__(self, item: int) -> int:
-        self.file.write_text(str(os.getpid()))
-        return item
-
-
 def test_workers_end_with_a_killed_process(tmp_path: Path) -> None:
-    file, here = tmp_path / "pid", Path(__file__)
+    file = tmp_path / "pid"
     script = f"""
 import sys, pathlib
-sys.path.insert(0, {str(here.parent)!r})
-from {here.stem} import Tells, in_order
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from works import Tells
+from longcat_model.data.workers import in_order
 if __name__ == "__main__":
     next(in_order(Tells(pathlib.Path({str(file)!r})), range(9), workers=1))
     sys.stdin.read()
@@ -136,13 +127,6 @@ def alive(process: int) -> bool:
     return True
 
 
-class Dies:
-    def __call__(self, item: int) -> int:
-        if item == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return item
-
-
 def test_a_worker_that_is_killed_is_told() -> None:
     with pytest.raises(ChildProcessError, match="a worker process failed: DataLoader worker"):
-        list(in_order(Dies(), range(4), workers=1))
+        list(in_order(works.Dies(), range(4), workers=1))
