@@ -73,8 +73,8 @@ class Reader:
             ValueError: it means none, a file cannot be read, or it is too long.
         """
         if isinstance(value, dict):
-            if value.keys() != {"messages"}:
-                raise ValueError(f"a document must be a list of parts or have messages alone, got {value!r:.80}")
+            if value.keys() != {"messages"} or not isinstance(value["messages"], list):
+                raise ValueError(f"a document must be a list of parts or a list of messages alone, got {value!r:.80}")
             document = join(*self._conversation(messages.parse(value["messages"], directory), generator))
         elif isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
             document = self.layout.document(*(self._part(part, directory, generator) for part in value))
