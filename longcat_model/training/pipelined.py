@@ -7,9 +7,10 @@ checkpoint holds does not depend on how many ranks wrote it, so a run may go on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,21 @@ from longcat_model.training.microbatches import cut
 from longcat_model.training.plan import Order, Plan, measured_plan
 from longcat_model.training.rates import memory_bytes
 from longcat_model.training.replicas import Groups
+
+
+class Told(NamedTuple):
+    """What the other ranks need to know of a step on this one; on the CPU."""
+
+    reports: dict[tuple[int, int], Report]  # (stage, microbatch) -> report
+    busy_s: float
+    step_s: float
+    memory_bytes: int
+
+
+def told(result: StepResult, memory: int) -> Told:
+    busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
+    reports = {place: _cpu(report) for place, report in result.reports.items()}
+    return Told(reports, busy, result.timeline[-1].end_s, memory)
 
 
 class Pipelined:
@@ -102,7 +118,9 @@ class Pipelined:
         result = runtime.step([Microbatch(part, totals, used) for part in own])
         runtime.share_tied(len(own))
         self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
-        row = self._row(result, totals)
+        everyone = self._gathered(told(result, memory_bytes(self._device)))
+        self._count(everyone)
+        row = self._row(everyone, totals)
         for replicas in (self.replicas, self.groups.same):
             replicas.finish()
         return row | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
@@ -129,37 +147,46 @@ class Pipelined:
     def _is_tied(self, weight: Tensor) -> bool:
         return any(weight is one for one in self._tied.parameters)
 
-    def _row(self, result: StepResult, totals: Totals) -> Row:
-        """Loss and metrics of the global batch, as `loss` has them; its choices go to the balancer."""
-        told = {(self.replicas.number, number, stage): _cpu(r) for (stage, number), r in result.reports.items()}
-        busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
-        mine = (told, busy, result.timeline[-1].end_s, memory_bytes(self._device))
-        everyone = [one for found in self.replicas.gather(self.transport.gather(mine)) for one in found]
-        reports = {place: report for told, *_ in everyone for place, report in told.items()}
-        self._count(reports)
-        stages, numbers = range(len(self.plan.placement)), sorted({(r, number) for r, number, _ in reports})
-        terms = [join([reports[r, number, stage].terms for stage in stages]) for r, number in numbers]
-        losses = [_total(part, self.weights, totals) for part in terms]
-        metrics = means(merge(r.metrics for r in reports.values())) | regularizer_metrics(terms, losses[0])
-        row = {"loss": float(sum(losses[1:], losses[0])), **{name: float(value) for name, value in metrics.items()}}
-        _, busy_s, ends_s, memory = zip(*everyone, strict=True)
-        return row | {"bubble": 1 - sum(busy_s) / len(everyone) / max(ends_s), "memory_bytes": max(memory)}
+    def _gathered(self, mine: Told) -> list[list[Told]]:
+        """What every device of every replica has to tell."""
+        found: list[list[Told]] = self.replicas.gather(self.transport.gather(mine))
+        return found
 
-    def _count(self, reports: dict[tuple[int, int, int], Report]) -> None:
+    def _row(self, everyone: list[list[Told]], totals: Totals) -> Row:
+        """Loss and metrics of the global batch, as `loss` has them."""
+        terms: list[Terms] = []
+        for replica in everyone:
+            reports = {place: report for one in replica for place, report in one.reports.items()}
+            stages, numbers = range(len(self.plan.placement)), sorted({number for _, number in reports})
+            terms += [join([reports[stage, number].terms for stage in stages]) for number in numbers]
+        losses = [_total(part, self.weights, totals) for part in terms]
+        ranks = [one for replica in everyone for one in replica]
+        metrics = means(merge(report.metrics for one in ranks for report in one.reports.values()))
+        metrics |= regularizer_metrics(terms, losses[0])
+        row = {"loss": float(sum(losses[1:], losses[0])), **{name: float(value) for name, value in metrics.items()}}
+        bubble = 1 - sum(one.busy_s for one in ranks) / len(ranks) / max(one.step_s for one in ranks)
+        return row | {"bubble": bubble, "memory_bytes": max(one.memory_bytes for one in ranks)}
+
+    def _count(self, everyone: list[list[Told]]) -> None:
+        """Choices of all replicas go to the balancer, for the layers of this device."""
         if self.balancer is not None:
-            for (_, _, stage), report in reports.items():
-                for layer, counts in report.choices.items() if stage in self.stages else ():
-                    self.balancer.add(layer, counts)
+            for replica in everyone:
+                for report in replica[self.transport.device].reports.values():
+                    for layer, counts in report.choices.items():
+                        self.balancer.add(layer, counts)
 
     def clip(self, most: float) -> float:
         norms = {name: torch.linalg.vector_norm(g).cpu() for name, w in self.own.items() if (g := w.grad) is not None}
         norms |= self._over_shards({name: norm for name, norm in norms.items() if self._is_shared(name)})
-        everyone = {name: norm for found in self.transport.gather(norms) for name, norm in found.items()}
-        names = {weight: name for name, weight in self.model.named_parameters()}
-        ordered = [everyone[names[weight]] for weight in self.learning if names[weight] in everyone]
-        norm = torch.linalg.vector_norm(torch.stack(ordered))  # the very sum that one process makes
+        norm = self._norm({name: norm for found in self.transport.gather(norms) for name, norm in found.items()})
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
         return float(norm)
+
+    def _norm(self, everyone: Mapping[str, Tensor]) -> Tensor:
+        """Of all gradients together, from the norm of each: the very sum that one process makes."""
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        ordered = [everyone[names[weight]] for weight in self.learning if names[weight] in everyone]
+        return torch.linalg.vector_norm(torch.stack(ordered))
 
     def _over_shards(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Norms of this rank's experts as those of all experts."""
