@@ -222,7 +222,7 @@ def train_pipelined(
     No rank ever has more of the model in memory than its own stages, or one module while rank 0 measures. The trained
     module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics. Those of one
     process are joined by `bubble`, the mean share of a step in which a rank does nothing; `planned_bubble` and
-    `planned_s`, what the simulator expects of that and of the step's time; and `tokens_per_s`.
+    `planned_s`, what the simulator expects of that and of the step's time; `memory_bytes` is the largest rank's.
 
     Args:
         make: gives the stage that trains a model, on every rank alike; picklable.

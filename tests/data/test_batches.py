@@ -100,7 +100,8 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from works import Tells
 from longcat_model.data.workers import in_order
 if __name__ == "__main__":
-    next(in_order(Tells(pathlib.Path({str(file)!r})), range(9), workers=1))
+    results = in_order(Tells(pathlib.Path({str(file)!r})), range(9), workers=1)
+    next(results)
     sys.stdin.read()
 """
     (tmp_path / "main.py").write_text(script)
@@ -113,7 +114,7 @@ if __name__ == "__main__":
 
 
 def until(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 60
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.05)
