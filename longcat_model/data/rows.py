@@ -2,8 +2,8 @@
 
 A row costs the backbone what its length says, whatever is in it; what differs is the depth heads, which run at every
 cell that is painted and every frame that is spoken. Documents with such positions are therefore placed first, by
-decreasing cost, each in the row with room that costs least so far (Graham's LPT rule, with capacities); the others
-fill the rows up, by decreasing length, each where least room is left.
+decreasing cost, then the others by decreasing length; each goes into the row with room that costs least so far
+(Graham's LPT rule, with capacities).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def pack(lengths: np.ndarray, costs: np.ndarray, row_length: int) -> list[list[i
 
     Example:
         >>> pack(np.array([4, 4, 3, 3]), np.array([5, 4, 0, 0]), row_length=8)
-        [[0, 2], [1, 3]]
+        [[0, 3], [1, 2]]
     """
     least = -(-int(lengths.sum()) // row_length)
     rows: list[list[int]] = [[] for _ in range(least)]
@@ -104,7 +104,7 @@ def pack(lengths: np.ndarray, costs: np.ndarray, row_length: int) -> list[list[i
         if not fitting.size:
             fitting = np.array([len(rows)])
             rows.append([])
-        row = int(fitting[(spent if costs[number] else room)[fitting].argmin()])
+        row = int(fitting[spent[fitting].argmin()])
         rows[row].append(int(number))
         room[row] -= lengths[number]
         spent[row] += costs[number]
