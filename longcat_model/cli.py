@@ -1,4 +1,4 @@
-"""The command line: `longcat demo | train | generate | schedule | inspect`."""
+"""The command line: `longcat demo | tokenize | train | generate | schedule | inspect`."""
 
 from __future__ import annotations
 
@@ -47,17 +47,54 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Tokenize:
+    """Turn documents into ids, once, for any number of trainings.
+
+    DATA is JSON lines; a line is one document; paths are relative to its file. The same command given again goes on
+    after the last whole shard.
+
+    A document may be a conversation in the official format, {"messages": [{"role": "user", "content": "..."}, ...]},
+    of which what the assistant says, paints and speaks is learnt. In a content,
+    <longcat_img_start>FILE<longcat_img_end> is an image, <longcat_audio_start>FILE<longcat_audio_end> sound, and
+    <longcat_audiogen_start>TEXT<longcat_audio_start>FILE<longcat_audio_end><longcat_audiogen_end> speech to be learnt.
+
+    Or it is a list of parts in order: {"text": "...", "loss": true}, {"image": "FILE"}, {"paint": "FILE"},
+    {"hear": "FILE"}, {"say": "FILE", "transcript": "..."}.
+    """
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """Files of documents."""
+    out: Path
+    """Directory for the shards."""
+    run: Path = RUN
+    """Directory of the trained system whose tokenizers are used."""
+    workers: int = 0
+    """Processes; 0: this one alone, with all its threads."""
+    longest: int = 32_768
+    """Positions that a document may have."""
+    shard_documents: int = 1024
+    """Documents of a shard."""
+    seed: int = 0
+    """Of how far speech lags behind its transcript."""
+
+    def __call__(self) -> None:
+        from longcat_model.data.tokenize import Job, Settings, tokenize
+
+        settings = Settings(longest=self.longest, seed=self.seed, shard_documents=self.shard_documents)
+        shards = tokenize(Job.of(self.data, self.run, settings), self.out, workers=self.workers)
+        positions = int(shards.counts[:, 0].sum(dtype="int64"))
+        print(f"{len(shards)} documents, {positions} positions, the longest {shards.longest}: {self.out}")
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a system's language model further on your own documents: text, images and speech.
 
-    DATA is JSON lines; a line is one document, a list of parts in order. A part is one of
-    {"text": "...", "loss": true}, {"image": "file.png"}, {"paint": "file.png"}, {"hear": "file.wav"},
-    {"say": "file.wav", "transcript": "..."}. Paths are relative to DATA. The same command given again goes on from the
-    last checkpoint.
+    The same command given again goes on from the last checkpoint.
     """
 
     data: tyro.conf.Positional[Path]
-    """Documents as JSON lines."""
+    """What `longcat tokenize` made, or its JSON lines, which are tokenized to OUT/data first."""
     run: Path = RUN
     """Directory of the trained system to start from."""
     out: Path = Path("runs/train")
@@ -72,6 +109,8 @@ class Train:
     """Peak of a linear warm-up and a cosine to a tenth."""
     seed: int = 0
     """Of the order of the documents."""
+    workers: int = 1
+    """Processes that tokenize, and that prepare the next batches of every rank; 0: none of their own."""
     pipeline: int = 1
     """Processes that train the model together, each with a part of it; torchrun may start them, on many machines."""
     data_parallel: int = 1
@@ -95,6 +134,7 @@ class Train:
                 seed=self.seed,
             ),
             Mesh(pipeline=self.pipeline, data=self.data_parallel, experts=self.expert_parallel),
+            workers=self.workers,
         )
 
 
@@ -282,6 +322,7 @@ class Inspect:
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Schedule, tyro.conf.subcommand("schedule")]
@@ -306,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"longcat: {error}; this command needs: pip install 'longcat-kernels[demo]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; give the same command again to go on" if isinstance(command, Demo | Train) else ""
+        again = "; give the same command again to go on" if isinstance(command, Demo | Tokenize | Train) else ""
         print(f"\nlongcat: interrupted{again}", file=sys.stderr)
         return 130
     return 0

@@ -26,7 +26,7 @@ def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
             opaque = Image.new("RGBA", file.size, "white")
             opaque.alpha_composite(file.convert("RGBA"))
             picture = opaque.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"image: path must name a readable image, got {path}: {error}") from error
     scale = 1 if height is None else height / picture.height
     wide, high = (max(cell, round(side * scale / cell) * cell) for side in picture.size)

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -53,33 +51,56 @@ class System:
         files.write(directory / "config.json", (json.dumps(config.to_dict(self.sizes), indent=1) + "\n").encode())
 
     @classmethod
-    def load(cls, directory: Path, *, only_tokenizers: bool = False) -> System:
+    def load(cls, directory: Path) -> System:
         """Reads what `save` wrote, ready for inference.
-
-        Args:
-            only_tokenizers: the language model stays on the meta device, without weights.
 
         Raises:
             ValueError: a file is missing, damaged or does not fit the config.
         """
-        path = directory / "config.json"
-        if not path.is_file():
-            raise ValueError(
-                f"system: {directory} must hold a trained system, but has no config.json; run `longcat demo`"
-            )
-        try:
-            sizes = config.from_dict(config.Model, json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"system: {path} must be JSON, got: {error}") from error
-        with torch.device("meta") if only_tokenizers else nullcontext():
-            model = LongcatNext(sizes)
-        system = cls(sizes, model, VisionTokenizer(sizes.vision), AudioTokenizer(sizes.audio), ByteTokenizer())
+        sizes = read_sizes(directory)
+        system = cls.create(sizes)
         for name, module in system.parts().items():
-            if module is model and only_tokenizers:
-                continue
-            try:
-                load_model(module, str(directory / f"{name}.safetensors"))
-            except (FileNotFoundError, SafetensorError, RuntimeError) as error:
-                raise ValueError(f"system: {directory / name}.safetensors must fit the config, got: {error}") from error
-            module.eval()
+            _load(module, directory, name)
         return system
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """What turns images, sound and text into ids: a system without its language model."""
+
+    sizes: config.Model
+    vision: VisionTokenizer
+    audio: AudioTokenizer
+    text: ByteTokenizer
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizers:
+        """As `System.load`, but of these parts only."""
+        sizes = read_sizes(directory)
+        tokenizers = cls(sizes, VisionTokenizer(sizes.vision), AudioTokenizer(sizes.audio), ByteTokenizer())
+        _load(tokenizers.vision, directory, "vision")
+        _load(tokenizers.audio, directory, "audio")
+        return tokenizers
+
+
+def read_sizes(directory: Path) -> config.Model:
+    """The config of a system.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"system: {directory} must hold a trained system, but has no config.json; run `longcat demo`")
+    try:
+        return config.from_dict(config.Model, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"system: {path} must be JSON, got: {error}") from error
+
+
+def _load(module: nn.Module, directory: Path, name: str) -> None:
+    try:
+        load_model(module, str(directory / f"{name}.safetensors"))
+    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"system: {directory / name}.safetensors must fit the config, got: {error}") from error
+    module.eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from longcat_model import files
 from longcat_model.training.balance import Balancer
 from longcat_model.training.checkpoint import Checkpoints, Reader
 from longcat_model.training.optim import adamw, learning_rate
+from longcat_model.training.rates import memory_bytes, shown, tokens_per_s
 
 CLIP_NORM = 1.0
 Row = dict[str, float]
@@ -99,7 +101,8 @@ class InOneProcess:
         value = loss.item()
         if math.isfinite(value):
             loss.backward()
-        return {"loss": value, **{name: float(metric) for name, metric in metrics.items()}}
+        found = {name: float(metric) for name, metric in metrics.items()}
+        return {"loss": value, **found, "memory_bytes": memory_bytes(loss.device)}
 
     def clip(self, most: float) -> float:
         return float(nn.utils.clip_grad_norm_(self.stage.parameters, most))
@@ -153,7 +156,7 @@ def train(
             for step in range(start, stage.steps):
                 row = _step(stage, engine, optimizer, step, seed)
                 rows.append(row)
-                bar.set_postfix({"loss": f"{row['loss']:.3f}"}, refresh=False)
+                bar.set_postfix(shown(row), refresh=False)
                 bar.update()
                 if (step + 1) % save_every == 0 or step + 1 == stage.steps:
                     if engine.leads:
@@ -168,19 +171,22 @@ def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _step(stage: Stage, engine: Engine, optimizer: torch.optim.Optimizer, step: int, seed: int) -> Row:
+    began = time.perf_counter()
     torch.manual_seed((seed << 32) + step)
     rate = learning_rate(step, stage.steps, stage.learning_rate)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    row = engine.backward(stage.batch(step))
+    batch = stage.batch(step)
+    row = engine.backward(batch)
     if not math.isfinite(row["loss"]):
         raise FloatingPointError(f"{stage.name}: loss must be finite, got {row['loss']} at step {step}")
     norm = engine.clip(CLIP_NORM)
     if math.isfinite(norm):  # else the step is skipped, on every rank
         optimizer.step()
         engine.after_step(step)
-    return {"step": step, "loss": row.pop("loss"), "gradient_norm": norm, "learning_rate": rate, **row}
+    row = {"step": step, "loss": row.pop("loss"), "gradient_norm": norm, "learning_rate": rate, **row}
+    return row | tokens_per_s(batch, time.perf_counter() - began)
 
 
 def _set_trainable(stage: Stage) -> None:

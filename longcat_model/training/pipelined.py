@@ -7,7 +7,6 @@ checkpoint holds does not depend on how many ranks wrote it, so a run may go on 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from longcat_model.training.loss import LossWeights, Terms, Totals, join, means,
 from longcat_model.training.mesh import Mesh
 from longcat_model.training.microbatches import cut
 from longcat_model.training.plan import Order, Plan, measured_plan
+from longcat_model.training.rates import memory_bytes
 from longcat_model.training.replicas import Groups
 
 
@@ -40,11 +40,13 @@ class Told(NamedTuple):
     reports: dict[tuple[int, int], Report]  # (stage, microbatch) -> report
     busy_s: float
     step_s: float
+    memory_bytes: int
 
 
-def told(result: StepResult) -> Told:
+def told(result: StepResult, memory: int) -> Told:
     busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
-    return Told({place: _cpu(report) for place, report in result.reports.items()}, busy, result.timeline[-1].end_s)
+    reports = {place: _cpu(report) for place, report in result.reports.items()}
+    return Told(reports, busy, result.timeline[-1].end_s, memory)
 
 
 class Pipelined:
@@ -109,7 +111,6 @@ class Pipelined:
         return self.own
 
     def backward(self, batch: Batch) -> Row:
-        began = time.perf_counter()
         parts = cut(batch.to(self._device), self.plan.microbatches * self.replicas.count)
         used = None if self.balancer is None else self.balancer.use()
         totals, own = Totals.of(parts), self.replicas.share(parts)
@@ -117,16 +118,12 @@ class Pipelined:
         result = runtime.step([Microbatch(part, totals, used) for part in own])
         runtime.share_tied(len(own))
         self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
-        everyone = self._gathered(told(result))
+        everyone = self._gathered(told(result, memory_bytes(self._device)))
         self._count(everyone)
         row = self._row(everyone, totals)
         for replicas in (self.replicas, self.groups.same):
             replicas.finish()
-        return row | {
-            "planned_bubble": order.bubble,
-            "planned_s": order.makespan_s,
-            "tokens_per_s": totals.positions / (time.perf_counter() - began),
-        }
+        return row | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
 
     def _runtime(self, microbatches: int) -> tuple[Runtime, Order]:
         if microbatches not in self._runtimes:
@@ -167,7 +164,8 @@ class Pipelined:
         metrics = means(merge(report.metrics for one in ranks for report in one.reports.values()))
         metrics |= regularizer_metrics(terms, losses[0])
         row = {"loss": float(sum(losses[1:], losses[0])), **{name: float(value) for name, value in metrics.items()}}
-        return row | {"bubble": 1 - sum(one.busy_s for one in ranks) / len(ranks) / max(one.step_s for one in ranks)}
+        bubble = 1 - sum(one.busy_s for one in ranks) / len(ranks) / max(one.step_s for one in ranks)
+        return row | {"bubble": bubble, "memory_bytes": max(one.memory_bytes for one in ranks)}
 
     def _count(self, everyone: list[list[Told]]) -> None:
         """Choices of all replicas go to the balancer, for the layers of this device."""
@@ -224,7 +222,7 @@ def train_pipelined(
     No rank ever has more of the model in memory than its own stages, or one module while rank 0 measures. The trained
     module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics. Those of one
     process are joined by `bubble`, the mean share of a step in which a rank does nothing; `planned_bubble` and
-    `planned_s`, what the simulator expects of that and of the step's time; and `tokens_per_s`.
+    `planned_s`, what the simulator expects of that and of the step's time; `memory_bytes` is the largest rank's.
 
     Args:
         make: gives the stage that trains a model, on every rank alike; picklable.

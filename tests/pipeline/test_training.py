@@ -254,7 +254,7 @@ def test_processes_train_as_threads_do_and_have_only_their_parts(tmp_path: Path)
     (rows, *_) = piped(tmp_path / "one", 2, make(small.model(), steps=2))
     found = train(joint(model, batch, steps=2, learning_rate=RATE), tmp_path / "two", quiet=True)
     assert [row["loss"] for row in found] == [row["loss"] for row in rows]
-    assert all(0 <= row["bubble"] < 1 and row["tokens_per_s"] > 0 for row in found)
+    assert all(0 <= row["bubble"] < 1 and row["tokens_per_s"] > 0 and row["memory_bytes"] > 1e8 for row in found)
 
 
 def test_microbatches_are_rows_without_their_common_padding() -> None:
