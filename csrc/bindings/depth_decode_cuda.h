@@ -46,7 +46,7 @@ inline void depth_decode_cuda(CudaModule& kernels, uintptr_t stream, const CudaA
     cuda::DepthKernel p = cuda::depth_kernel(config, float(eps), depth_tensors(weights, type));
     LC_CHECK(hidden.shape.size() == 2, "depth_decode: hidden must be a matrix");
     const int64_t rows = hidden.shape[0], levels = p.levels;
-    LC_CHECK(rows <= cuda::kDepthRows, "depth_decode: the CUDA kernel takes at most 8 rows");
+    LC_CHECK(rows <= cuda::kMmaRows, "depth_decode: the CUDA kernels take at most 256 rows");
     p.rows = int(rows), p.type = int(type);
     p.hidden_rows = hidden.whole("depth_decode: hidden", type, {rows, p.hidden});
     p.start = elements<void, void>(start, "depth_decode: start", type, {rows, p.dim});
@@ -79,8 +79,8 @@ inline void depth_decode_cuda(CudaModule& kernels, uintptr_t stream, const CudaA
 
 inline void bind_depth_decode_cuda(pybind11::module_& m) {
     m.def("depth_decode_cuda", &depth_decode_cuda);
-    m.def("depth_most_rows_cuda", [](int major, int minor, const std::vector<int64_t>& config) {
-        return cuda::depth_most_rows({0, major, minor}, config);
+    m.def("depth_most_rows_cuda", [](int major, int minor, const std::vector<int64_t>& config, DType dtype) {
+        return cuda::depth_most_rows({0, major, minor}, config, int(dtype));
     });
 }
 

@@ -49,7 +49,8 @@ void add_levels(DepthKernel& p, const Numbers& numbers, const DepthTensor* tenso
         level.attention_set = u8(numbers.per_level(1)[l]), level.ffn_set = u8(numbers.per_level(2)[l]);
         level.projection_set = u8(numbers.per_level(3)[l]), level.norm_set = u8(numbers.per_level(4)[l]);
         level.table = table->data, level.table_row = table->strides[0];
-        level.head = head->data, level.head_row = head->strides[0], level.head_bias = bias->data;
+        level.head = l < p.given ? nullptr : head->data, level.head_row = head->strides[0],
+        level.head_bias = bias->data;
         level.first_logit = first_logit;
         first_logit += l < p.given ? 0 : level.classes;
         p.most_classes = std::max(p.most_classes, level.classes);
@@ -71,9 +72,21 @@ DepthMemory take_memory(Arena& arena, const DepthKernel& p) {
     return m;
 }
 
-// What a block has beside its rings.
-int64_t fixed_bytes(int64_t rows, int64_t columns) {
+// What a block of the kernel for few rows has beside its rings.
+int64_t few_fixed_bytes(int64_t rows, int64_t columns) {
     return kDepthHeader + padded_rows(int(rows)) * columns * int64_t(sizeof(float));
+}
+
+// How many rows the kernel for few rows takes.
+int64_t few_rows(const Device& device, int64_t columns) {
+    int64_t rows = kDepthRows;
+    while (rows > 0 && few_fixed_bytes(rows, columns) + kFewestSlots * kRingBytes > shared_bytes_of(device)) --rows;
+    return rows;
+}
+
+int64_t most_rows(const Device& device, int64_t columns, int type) {
+    const bool many = type == kBFloat16 && kMmaFixedBytes + kMostStrips * kRingBytes <= shared_bytes_of(device);
+    return many ? kMmaRows : few_rows(device, columns);
 }
 
 }  // namespace
@@ -99,26 +112,27 @@ DepthKernel depth_kernel(const std::vector<int64_t>& config, float eps, const st
     return p;
 }
 
-int64_t depth_most_rows(const Device& device, const std::vector<int64_t>& config) {
+int64_t depth_most_rows(const Device& device, const std::vector<int64_t>& config, int type) {
     const Numbers numbers(config);
-    const int64_t columns = rounded_to_step(numbers.deepest()), room = shared_bytes_of(device);
     if (config[3] > kDepthLayers || config[6] > kDepthHead || numbers.levels > kDepthLevels) return 0;
-    int64_t rows = kDepthRows;
-    while (rows > 0 && fixed_bytes(rows, columns) + kFewestSlots * kRingBytes > room) --rows;
-    return rows;
+    return most_rows(device, rounded_to_step(numbers.deepest()), type);
 }
 
 int64_t depth_decode(Queue& queue, DepthKernel p, void* workspace) {
-    LC_CHECK(p.rows <= kDepthRows, "depth_decode: the kernel takes at most 8 rows");
+    const Device device = queue.device();
+    const bool many = p.rows > few_rows(device, p.columns);
+    LC_CHECK(p.rows <= most_rows(device, p.columns, p.type),
+             "depth_decode: the kernel takes fewer rows of these sizes and this dtype");
     Arena arena(workspace);
     p.memory = take_memory(arena, p);
+    if (many) p.memory.elements = arena.take<u16>((p.rows + 7) / 8 * 8 * int64_t(p.columns));
     if (workspace == nullptr || p.rows == 0) return arena.used();
-    const Device device = queue.device();
-    const int64_t fixed = fixed_bytes(p.rows, p.columns);
+    LC_CHECK(!many || device.multiprocessors * kGroupRows >= p.rows,
+             "depth_decode: the device must have a multiprocessor for each 32 rows");
+    const int64_t fixed = many ? kMmaFixedBytes : few_fixed_bytes(p.rows, p.columns);
     p.slots = int(std::min<int64_t>((shared_bytes_of(device) - fixed) / kRingBytes, kMostSlots));
-    LC_CHECK(p.slots >= kFewestSlots, "depth_decode: activations of so many rows leave no shared memory for weights");
     queue.zero(p.memory.arrived, sizeof *p.memory.arrived);
-    Launch launch = {"depth_decode", unsigned(device.multiprocessors), 1, kDepthThreads};
+    Launch launch = {many ? "depth_decode_mma" : "depth_decode", unsigned(device.multiprocessors), 1, kDepthThreads};
     launch.shared_bytes = unsigned(shared_bytes_of(device)), launch.cooperative = true;  // what one block may have
     queue.run(launch, p);
     return arena.used();

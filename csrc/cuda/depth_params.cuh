@@ -40,12 +40,13 @@ struct DepthLevel {
 struct DepthMemory {
     u32* arrived;  // at grid barriers, zero at first
     float *z, *qkv, *mixed, *gate, *up, *logits, *scores, *keys, *values, *total, *input;
-    int* ended;  // all codes so far are "end"
+    int* ended;     // all codes so far are "end"
+    u16* elements;  // [rows, columns]: what a product on tensor cores reads, bfloat16
 };
 
 struct DepthKernel {
     int rows, levels, hidden, dim, layers, heads, kv_heads, head_dim, ffn, given, conditioning, ends, gated, type;
-    int width, most_classes, slots, columns;  // of tables; of any level; of a ring; of a row of activations
+    int width, most_classes, slots, columns;  // of tables; of any level; of a ring; of a row that a product reads
     float eps;
     const void *input_norm, *hidden_rows, *start;
     DepthMatrix projection;
@@ -84,6 +85,14 @@ struct DepthShared {
 
 constexpr int kDepthHeader = (sizeof(DepthShared) + 127) / 128 * 128;
 constexpr int kRingBytes = int(kDepthWarps) * kSlotBytes;  // of one slot of every warp
+
+// The kernel for many rows: strips of weights, how many at a time; rows of activations that a block takes, and the most
+// there are; how deep all warps go in a turn; a strip's sums.
+constexpr int kStripRows = 16, kStripDepth = 64, kMostStrips = 3;
+constexpr int kGroupRows = 32, kMmaRows = 256;
+constexpr int kTurnDepth = int(kDepthWarps) * kStripDepth, kStripSums = kStripRows * kGroupRows;
+constexpr int kMmaSumBytes = int(kDepthWarps) * kStripSums * int(sizeof(float)), kCursorBytes = 128;
+constexpr int kMmaFixedBytes = kDepthHeader + kMmaSumBytes + int(kDepthWarps) * kCursorBytes;
 
 // Rows are multiplied 1, 2, 4 or 8 at a time, by as many rows of weights as pay for reading the activations.
 LC_BOTH int padded_rows(int rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8; }

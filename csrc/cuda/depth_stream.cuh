@@ -8,6 +8,7 @@
 
 #include "cuda/depth_params.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/tiles.cuh"
 
 namespace longcat::cuda {
 
@@ -79,12 +80,56 @@ LC_DEVICE int tile_stride() { return int(kDepthWarps * grid_size()); }
 // Elements of each row of a tile in a slot.
 LC_BOTH int chunk_of(const DepthKernel& p) { return kSlotBytes / tile_rows(p.rows) / (p.type == kFloat32 ? 4 : 2); }
 
+// A slot's elements: `rows` rows of `of` from `row` on, of each those from `depth` on.
+struct DepthChunk {
+    const WeightRows& of;
+    int row, rows, depth;
+    bool swizzled;  // of rows of 128 bytes
+};
+
+// Rows that do not lie in pieces of sixteen bytes.
+LC_DEVICE void copy_elements(int type, u8* to, const u8* row, int first, int depth) {
+    const int count = type == kFloat32 ? 4 : 8;
+    LC_LOOP for (int i = 0; i < count; ++i) {
+        const bool exists = first + i < depth;
+        if (type == kFloat32)
+            reinterpret_cast<float*>(to)[i] = exists ? reinterpret_cast<const float*>(row)[first + i] : 0;
+        else
+            reinterpret_cast<u16*>(to)[i] = exists ? reinterpret_cast<const u16*>(row)[first + i] : u16(0);
+    }
+}
+
+// Starts a warp's copy to a slot: zeros behind the rows' depth, the last row again in place of rows that are not there.
+LC_DEVICE void copy_chunk(int type, u8* slot, const DepthChunk& chunk) {
+    const WeightRows& rows = chunk.of;
+    const int size = type == kFloat32 ? 4 : 2, pieces = kSlotBytes / 16 / chunk.rows;
+    const bool whole = ((u64(rows.data) | u64(rows.stride) | u64(rows.depth * size)) & 15) == 0;
+    LC_LOOP for (int i = 0; i < kSlotBytes / 16 / int(kWarp); ++i) {
+        const int piece = i * int(kWarp) + int(lane_index()), first = chunk.depth + piece % pieces * (16 / size);
+        const int row = chunk.row + piece / pieces;
+        const u8* source = rows.data + (row < rows.rows ? row : rows.rows - 1) * rows.stride;
+        u8* to = slot + (chunk.swizzled ? int(swizzled(u32(piece / 8), u32(piece % 8))) : piece * 16);
+        if (whole) {
+            const bool exists = first < rows.depth;
+            start_copy(to, source + (exists ? first * size : 0), exists);
+        } else {
+            copy_elements(type, to, source, first, rows.depth);
+        }
+    }
+}
+
 // Walks over all that a warp reads of a frame, a slot at a time.
-struct DepthCursor {
+struct TileCursor {
     DepthTile tile;
     int level, index, number, depth;  // the last: elements of the tile's depth that lie behind
 
     LC_DEVICE void start(const DepthKernel& p) { level = 0, index = 0, number = first_tile(), settle(p); }
+
+    LC_DEVICE bool at_end(const DepthKernel& p) const { return level == p.levels; }
+
+    LC_DEVICE DepthChunk chunk(const DepthKernel& p) const {
+        return {tile.rows, tile.row, tile_rows(p.rows), depth, false};
+    }
 
     // To the next product that has a tile for this warp, from the one it stands at.
     LC_DEVICE void settle(const DepthKernel& p) {
@@ -95,75 +140,53 @@ struct DepthCursor {
         }
     }
 
-    LC_DEVICE void advance(const DepthKernel& p, int chunk) {
-        depth += chunk;
+    LC_DEVICE void advance(const DepthKernel& p) {
+        depth += chunk_of(p);
         if (depth >= tile.rows.depth) number += tile_stride(), settle(p);
     }
 };
 
-// A warp's slots, of which the oldest is the next to be multiplied.
+// A warp's slots, of which the oldest is the next to be multiplied. `ahead` is a cursor at what will be copied next.
 struct DepthRing {
     u8* slots;
     int count, oldest;
-    DepthCursor ahead;
 
-    LC_DEVICE void start(const DepthKernel& p, u8* rings) {
+    template <class Cursor>
+    LC_DEVICE void start(const DepthKernel& p, u8* rings, Cursor& ahead) {
         slots = rings + thread_index() / kWarp * u32(p.slots * kSlotBytes), count = p.slots, oldest = 0;
         ahead.start(p);
-        LC_LOOP for (int slot = 0; slot < count; ++slot) refill(p);
+        LC_LOOP for (int slot = 0; slot < count; ++slot) refill(p, ahead);
     }
 
-    // The oldest slot, when it has come.
-    LC_DEVICE const u8* wait() const {
-        if (count == 2) wait_groups<1>();
-        if (count == 3) wait_groups<2>();
-        if (count == 4) wait_groups<3>();
-        if (count == 5) wait_groups<4>();
-        if (count == 6) wait_groups<5>();
+    // Until the `needed` oldest slots have come.
+    LC_DEVICE void wait(int needed) const {
+        const int left = count - needed;
+        if (left == 0) wait_groups<0>();
+        if (left == 1) wait_groups<1>();
+        if (left == 2) wait_groups<2>();
+        if (left == 3) wait_groups<3>();
+        if (left == 4) wait_groups<4>();
+        if (left == 5) wait_groups<5>();
         sync_warp();
-        return slots + oldest * kSlotBytes;
+    }
+
+    // The slot that is `younger` places behind the oldest.
+    LC_DEVICE const u8* slot(int younger) const {
+        const int place = oldest + younger;
+        return slots + (place < count ? place : place - count) * kSlotBytes;
     }
 
     // Gives the oldest slot to what comes next. A group of copies for each slot, an empty one at the end of the frame:
     // their number tells what has come.
-    LC_DEVICE void refill(const DepthKernel& p) {
+    template <class Cursor>
+    LC_DEVICE void refill(const DepthKernel& p, Cursor& ahead) {
         sync_warp();  // all lanes have read it
-        if (ahead.level < p.levels) {
-            copy_chunk(p, slots + oldest * kSlotBytes);
-            ahead.advance(p, chunk_of(p));
+        if (!ahead.at_end(p)) {
+            copy_chunk(p.type, slots + oldest * kSlotBytes, ahead.chunk(p));
+            ahead.advance(p);
         }
         close_group();
         oldest = oldest + 1 == count ? 0 : oldest + 1;
-    }
-
-    LC_DEVICE void copy_chunk(const DepthKernel& p, u8* slot) const {
-        const WeightRows& rows = ahead.tile.rows;
-        const int size = p.type == kFloat32 ? 4 : 2, pieces = kSlotBytes / 16 / tile_rows(p.rows);
-        const bool whole = ((u64(rows.data) | u64(rows.stride) | u64(rows.depth * size)) & 15) == 0;
-        LC_LOOP for (int i = 0; i < kSlotBytes / 16 / int(kWarp); ++i) {
-            const int piece = i * int(kWarp) + int(lane_index()), first = ahead.depth + piece % pieces * (16 / size);
-            const int row = ahead.tile.row + piece / pieces;
-            const u8* source = rows.data + (row < rows.rows ? row : rows.rows - 1) * rows.stride;
-            u8* to = slot + piece * 16;
-            if (whole) {
-                const bool exists = first < rows.depth;
-                start_copy(to, source + (exists ? first * size : 0), exists);
-            } else {
-                copy_elements(p.type, to, source, first, rows.depth);
-            }
-        }
-    }
-
-    // Rows that do not lie in pieces of sixteen bytes.
-    LC_DEVICE static void copy_elements(int type, u8* to, const u8* row, int first, int depth) {
-        const int count = type == kFloat32 ? 4 : 8;
-        LC_LOOP for (int i = 0; i < count; ++i) {
-            const bool exists = first + i < depth;
-            if (type == kFloat32)
-                reinterpret_cast<float*>(to)[i] = exists ? reinterpret_cast<const float*>(row)[first + i] : 0;
-            else
-                reinterpret_cast<u16*>(to)[i] = exists ? reinterpret_cast<const u16*>(row)[first + i] : u16(0);
-        }
     }
 };
 
@@ -220,12 +243,14 @@ LC_DEVICE void multiply_slot(float (&sums)[kMostSums], int rows, const u8* slot,
 
 // The products of a tile with all rows of activations, zeros behind their depth. Each sum is taken in the same order
 // however many rows there are. Lane i gets sum i of [tile rows, padded rows].
-LC_DEVICE float multiply_tile(const DepthKernel& p, const float* activations, DepthRing& ring, int depth) {
+LC_DEVICE float multiply_tile(const DepthKernel& p, const float* activations, DepthRing& ring, TileCursor& ahead,
+                              int depth) {
     const int chunk = chunk_of(p), count = tile_rows(p.rows) * padded_rows(p.rows);
     float sums[kMostSums];
     LC_UNROLL for (int i = 0; i < kMostSums; ++i) sums[i] = 0;
     LC_LOOP for (int first = 0; first < depth; first += chunk) {
-        const u8* slot = ring.wait();
+        ring.wait(1);
+        const u8* slot = ring.slot(0);
         const int left = (depth - first + kStep - 1) / kStep * kStep, deep = left < chunk ? left : chunk;
         if (p.type == kFloat32)
             multiply_slot<kFloat32>(sums, p.rows, slot, deep, activations + first, p.columns);
@@ -233,7 +258,7 @@ LC_DEVICE float multiply_tile(const DepthKernel& p, const float* activations, De
             multiply_slot<kBFloat16>(sums, p.rows, slot, deep, activations + first, p.columns);
         else
             multiply_slot<kFloat16>(sums, p.rows, slot, deep, activations + first, p.columns);
-        ring.refill(p);
+        ring.refill(p, ahead);
     }
     float own = 0;
     LC_UNROLL for (int i = 0; i < kMostSums; ++i) {

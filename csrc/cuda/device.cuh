@@ -95,6 +95,24 @@ template <int kLeft>
 LC_DEVICE void wait_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
+
+// Four matrices of 8 rows of 8 elements of two bytes: lane i points to row i % 8 of matrix i / 8, and gets of each its
+// elements 2 (i % 4) and the next of row i / 4 (ldmatrix of the PTX ISA).
+LC_DEVICE void load_matrices(u32 (&to)[4], const void* from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(u32(__cvta_generic_to_shared(from)))
+                 : "memory");
+}
+
+// A warp's product of sixteen rows of sixteen bfloat16 with eight such columns, added to float32 sums: m16n8k16 of the
+// PTX ISA, which says what of it each thread has. Registers of bfloat16 are pairs along depth.
+LC_DEVICE void mma_bfloat16(float (&sums)[4], const u32 (&rows)[4], u32 column0, u32 column1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(column0), "r"(column1));
+}
 #endif
 
 #else
@@ -124,6 +142,8 @@ void wait_for(const u32* counter, u32 goal);
 void start_copy(void* to, const void* from, bool exists);
 void close_group();
 void wait_groups(int left);
+void load_matrices(u32 (&to)[4], const void* from);
+void mma_bfloat16(float (&sums)[4], const u32 (&rows)[4], u32 column0, u32 column1);
 template <int kLeft>
 void wait_groups() {
     wait_groups(kLeft);

@@ -222,7 +222,7 @@ def _why_not_cuda(hidden: Tensor, weights: list[Tensor], *rest: Any) -> str | No
         return f"takes float32, bfloat16 or float16, got {hidden.dtype}"
     if any(tensor.numel() > 0 and tensor.shape[-1] > 1 and tensor.stride(-1) != 1 for tensor in weights):
         return "needs weights whose rows have adjacent elements"
-    most: int = native.module().depth_most_rows_cuda(*capability, rest[10])
+    most: int = native.module().depth_most_rows_cuda(*capability, rest[10], hidden.dtype)
     if hidden.shape[0] > most:
         return f"takes at most {most} rows of these sizes, got {hidden.shape[0]}"
     return None

@@ -226,6 +226,37 @@ void wait_groups(int left) {
         }
 }
 
+void load_matrices(u32 (&to)[4], const void* from) {
+    const u32 lane = lane_index();
+    for (u32 matrix = 0; matrix < 4; ++matrix) {
+        const auto address = u64(reinterpret_cast<uintptr_t>(from));
+        const u32 low = exchange(u32(address), matrix * 8 + lane / 4);
+        const u32 high = exchange(u32(address >> 32), matrix * 8 + lane / 4);
+        std::memcpy(&to[matrix], reinterpret_cast<const u8*>(u64(high) << 32 | low) + lane % 4 * 4, 4);
+    }
+}
+
+// By the figures of m16n8k16 in the PTX ISA: thread 4 g + q has, of row g and then g + 8, depths 2 q and 2 q + 1, then
+// those 8 further; of column g the same depths; of the sums columns 2 q and 2 q + 1 of row g, then of row g + 8.
+void mma_bfloat16(float (&sums)[4], const u32 (&rows)[4], u32 column0, u32 column1) {
+    const u32 own[] = {rows[0], rows[1], rows[2], rows[3], column0, column1};
+    u32 all[6][kWarp];
+    for (int i = 0; i < 6; ++i) {
+        const u32* slots = running.block->warps[thread_index() / kWarp].slots[this_fiber().exchanges % 2];
+        exchange(own[i], 0);
+        std::memcpy(all[i], slots, sizeof all[i]);
+    }
+    const auto element = [](u32 pair, int k) { return float_of(k % 2 == 0 ? pair << 16 : pair & 0xffff0000u); };
+    for (int i = 0; i < 4; ++i) {
+        const int row = int(lane_index()) / 4 + i / 2 * 8, column = int(lane_index()) % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const int q = k % 8 / 2;
+            sums[i] +=
+                element(all[row / 8 + k / 8 * 2][row % 8 * 4 + q], k) * element(all[4 + k / 8][column * 4 + q], k);
+        }
+    }
+}
+
 u16 half_of(float value) { return from_float<Float16>(value).bits; }
 float value_of_half(u16 bits) { return to_float(Float16{bits}); }
 

@@ -22,7 +22,7 @@ inline const std::map<std::string, Kernel>& emulated_kernels() {
         LC_KERNEL_OF(sort_scatter, SortPass),    LC_KERNEL_OF(segment_sum, SegmentSum),
         LC_KERNEL_OF(ema_counts, EmaKernel),     LC_KERNEL_OF(ema_totals, EmaKernel),
         LC_KERNEL_OF(ema_entries, EmaKernel),    LC_KERNEL_OF(ema_restarted, EmaKernel),
-        LC_KERNEL_OF(depth_decode, DepthKernel),
+        LC_KERNEL_OF(depth_decode, DepthKernel), LC_KERNEL_OF(depth_decode_mma, DepthKernel),
     };
     return kernels;
 }

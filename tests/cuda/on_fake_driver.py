@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +51,7 @@ def allocate(size: int) -> OnDevice:
     return OnDevice(memory[-memory.data_ptr() % 256 :][:size])
 
 
-def call(name: str, kernels: Any, *arguments: Any) -> None:
+def call(name: str, kernels: Any, *arguments: Any, allocate: Callable[[int], Any] = allocate) -> None:
     def there(value: Any) -> Any:
         if isinstance(value, Tensor):
             return OnDevice(value)
@@ -127,11 +129,35 @@ def one_launch_decodes_all_levels() -> None:
                 assert_close(actual, truth, case.tolerance, case.inner)
     assert all(line.startswith("depth_decode 3x1 of 384, ") for line in lines())
     (eight,) = (case for case in DEPTH.spec.EDGE if case.pairs == "mixed")
-    assert compiled().depth_most_rows_cuda(9, 0, eight.config.numbers()) == 8
+    most_rows = compiled().depth_most_rows_cuda
+    assert most_rows(9, 0, eight.config.numbers(), torch.float32) == 8
     image, audio = (case.config.numbers() for case in DEPTH.spec.MODEL)
     for capability, rows in (((8, 0), (4, 4)), ((8, 9), (2, 2)), ((9, 0), (8, 4)), ((10, 0), (8, 4))):
-        found = tuple(compiled().depth_most_rows_cuda(*capability, config) for config in (image, audio))
+        found = tuple(most_rows(*capability, config, torch.float16) for config in (image, audio))
         assert found == rows, (capability, found)
+        assert most_rows(*capability, image, torch.bfloat16) == (256 if capability != (8, 9) else 2)
+
+
+def many_rows_take_tensor_cores_and_one_workspace() -> None:
+    """Whose size the shapes give, whichever rows are active."""
+    driver().fake_device(4, 7)
+    kernels, sizes = compiled().CudaModule("depth_decode", b"cubin", 0), []
+    case = replace(DEPTH.spec.EDGE[10], tokens=12, dtype=torch.bfloat16)
+
+    def counted(size: int) -> OnDevice:
+        sizes.append(size)
+        return allocate(size)
+
+    for active in (None, torch.arange(12) % 3 < 2, torch.zeros(12, dtype=torch.bool)):
+        recorded = record(DEPTH, {**DEPTH.spec.inputs(case), "active": active})
+        inputs = list(recorded.arguments[:-1])
+        outputs = [torch.full(t.shape, 77, dtype=t.dtype) for t in recorded.run("reference")]
+        del inputs[2]
+        call("depth_decode_cuda", kernels, *inputs, *outputs, allocate=counted)
+        for actual, truth in zip(outputs, recorded.truth(DEPTH), strict=True):
+            assert_close(actual, truth, case.tolerance, case.inner)
+    assert [line.split(",")[0] for line in lines()] == ["depth_decode_mma 4x1 of 384"] * 3
+    assert len(sizes) == 3 and len(set(sizes)) == 1
 
 
 def each_device_gets_its_screen() -> None:
@@ -199,6 +225,7 @@ if __name__ == "__main__":
     assert compiled().cuda_why_not() == ""
     the_ops_are_the_definitions()
     one_launch_decodes_all_levels()
+    many_rows_take_tensor_cores_and_one_workspace()
     each_device_gets_its_screen()
     nothing_is_launched_for_no_rows()
     errors_become_exceptions()

@@ -113,6 +113,18 @@ def test_depth_decode_fills_a_multiprocessor_with_one_block(arch: str, folder: P
     assert sum(opcode.startswith("FFMA") for opcode in opcodes) >= 3 * 4 * (1 + 4 + 16 + 32)
 
 
+@pytest.mark.parametrize("arch", jit.ARCHES)
+def test_depth_decode_of_many_rows_multiplies_on_tensor_cores(arch: str, folder: Path) -> None:
+    """32 rows by three strips of sixteen weights, 64 deep: so many products and loads; a block fills a processor."""
+    used = resources("depth_decode", arch, folder)["depth_decode_mma"]
+    assert 65536 // 2 < 384 * used["REG"] <= 65536
+    opcodes = instructions("depth_decode", arch, "depth_decode_mma", folder)
+    assert sum(opcode.startswith("HMMA.16816.F32.BF16") for opcode in opcodes) == 3 * 4 * 4
+    assert sum(opcode.startswith("LDSM.16.M88.4") for opcode in opcodes) == 3 * 4
+    assert sum(opcode.startswith(("LDG.E.128", "LD.E.128")) for opcode in opcodes) == 4 * 2
+    assert any(opcode.startswith("LDGSTS.E.BYPASS.128") for opcode in opcodes)
+
+
 def test_kernels_are_named_as_launchers_name_them(folder: Path) -> None:
     for op in OPS:
         names = set().union(*(resources(op, arch, folder) for arch in jit.ARCHES))

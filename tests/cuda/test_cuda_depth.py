@@ -1,10 +1,11 @@
-"""The CUDA kernel of depth_decode, run on the CPU one fiber a thread with its grid barriers, against the definition."""
+"""The CUDA kernels of depth_decode, run on the CPU one fiber a thread with grid barriers, against the definition."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import emulated
@@ -107,6 +108,60 @@ def test_a_rows_results_do_not_depend_on_others(case: Any) -> None:
                 assert torch.equal(actual.nan_to_num(7), expected[rows].nan_to_num(7))
 
 
+# Many rows, on tensor cores
+
+
+def widened(case: spec.Case, rows: int, **changes: Any) -> spec.Case:
+    return replace(case, tokens=rows, dtype=torch.bfloat16, **changes)
+
+
+def sized(dim: int, rows: int, ffn: int = 24) -> spec.Case:
+    config = DepthConfig((20, 9), hidden=dim, dim=dim, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=ffn, gated=True)
+    return spec.Case(rows, config, sampling=DepthSampling(0.8), forced=2, dtype=torch.bfloat16)
+
+
+LONGCAT, MOSHI, CSM = (next(c for c in spec.EDGE[2:] if c.like == like) for like in ("longcat", "moshi", "csm"))
+MANY = [
+    widened(LONGCAT, 10, pairs="interleaved", forced=2, sampling=DepthSampling(guidance=3.0)),
+    widened(MOSHI, 16),
+    widened(CSM, 9, some=True),
+    widened(LONGCAT, 130, config=DepthConfig((1,), 6, 6, 1, 1, 1, 4, 5)),  # five groups of rows, one level, one class
+    sized(131, 70),
+    sized(40, 9, ffn=900),  # deeper than all warps go in a turn
+]
+
+
+@pytest.mark.parametrize("case", MANY, ids=lambda case: f"{case.like}-{case.tokens}")
+def test_many_rows_equal_the_truth(case: spec.Case) -> None:
+    call = record(OP, OP.spec.inputs(case, "cpu"))
+    got = emulated.depth_decode(*call.arguments[:-1], multiprocessors=5)
+    for actual, truth in zip(got, call.truth(OP), strict=True):
+        assert_close(actual, truth, case.tolerance, case.inner)
+
+
+def test_many_rows_do_not_depend_on_each_other() -> None:
+    """To the last bit: among 70, with 8 others, at other places, on other numbers of blocks; NaN stays in its row."""
+    inputs = arguments(replace(sized(20, 70), forced=0))
+    lost = [inputs[0].clone(), *inputs[1:]]
+    lost[0][3, 5] = torch.nan
+    whole, dirty = emulated.depth_decode(*inputs, multiprocessors=5), emulated.depth_decode(*lost, multiprocessors=4)
+    rows, others = [69, 2, 64, 30, 1, 5, 6, 7, 63], [row for row in range(70) if row != 3]
+    part = [v[rows] if i in (0, *range(3, 9)) and v is not None else v for i, v in enumerate(inputs)]
+    few = emulated.depth_decode(*part, multiprocessors=4)
+    for want, some, most in zip(whole, few, dirty, strict=True):
+        assert torch.equal(some, want[rows]) and torch.equal(most[others], want[others])
+    assert dirty[0][3, 0].isnan()
+
+
+def test_a_level_that_is_given_reads_no_head() -> None:
+    inputs = arguments(replace(CSM, tokens=3))
+    w = DepthWeights.of(inputs[1], CSM.config)
+    head = torch.full((CSM.config.classes[0], CSM.config.dim), torch.nan)
+    more = [inputs[0], w._replace(head_weights=[head, *w.head_weights[1:]]).tensors(), *inputs[2:]]
+    for got, want in zip(emulated.depth_decode(*more), emulated.depth_decode(*inputs), strict=True):
+        assert torch.equal(got, want)
+
+
 def test_rows_of_several_slots_and_of_odd_lengths() -> None:
     """Depths beyond a slot's 512 or 1024 elements, in pieces of sixteen bytes and not."""
     for dim, dtype in ((520, torch.float32), (1040, torch.bfloat16), (517, torch.float32), (131, torch.float16)):
@@ -142,6 +197,7 @@ def test_under_sanitizers() -> None:
         f"import ctypes, emulated\nemulated.library = lambda library=ctypes.CDLL({str(library)!r}): library\n"
         "import test_cuda_depth as t\n"
         "t.test_equals_the_truth(t.SMALL[3])\n"
+        "t.test_many_rows_equal_the_truth(t.MANY[3])\n"
         "t.test_numbers_that_nobody_checked_touch_no_memory()\n"
         "print('clean')\n"
     )
