@@ -192,6 +192,7 @@ sys.addaudithook(forbid)
 import longcat_kernels, longcat_kernels.modules
 import longcat_kernels.integrations.transformers, longcat_kernels.integrations.vector_quantize_pytorch
 import longcat_kernels.integrations.csm, longcat_kernels.integrations.moshi, longcat_kernels.integrations.qwen3_omni
+import longcat_kernels.integrations.mimi
 assert torch.get_num_threads() == threads
 assert "longcat_kernels._C" not in sys.modules, "the compiled module is loaded by the import"
 assert "moshi" not in sys.modules, "the original is loaded by its adapter"
