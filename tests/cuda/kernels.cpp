@@ -92,7 +92,7 @@ const char* emulate_rvq_encode_backward(const EncodeArguments* a, const void* gr
 
 const char* emulate_rvq_decode(const EncodeArguments* a, float* out) {
     return guarded([&] {
-        longcat::RvqDecode p{{a->codes, a->rows, a->levels, a->row_stride, a->column_stride}, a->dim, {}, 1, out};
+        longcat::RvqDecode p{{a->codes, a->rows, a->levels, a->row_stride, a->column_stride}, a->dim, {}, 1, {}, out};
         for (long level = 0; level < a->levels; ++level)
             p.codebooks.push_back({a->words[level], a->entries[level], a->strides[level]});
         EmulatedQueue queue(emulated_kernels(), a->multiprocessors);
