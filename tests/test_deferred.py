@@ -276,11 +276,6 @@ def test_only_inputs_and_output_gradients_are_held_in_between() -> None:
 
 
 def tensors_of(pending: WeightGrads) -> list[Tensor]:
-    """Activations in the closures, each storage once."""
-    found: dict[int, Tensor] = {}
-    for entry in pending._entries:
-        cells = [cell.cell_contents for cell in entry.compute.__closure__ or ()]
-        for value in (item for cell in cells for item in (cell if isinstance(cell, (tuple, list)) else (cell,))):
-            if isinstance(value, Tensor):
-                found[value.untyped_storage().data_ptr()] = value
-    return list(found.values())
+    """What is held besides weights, each storage once."""
+    saved = (tensor for entry in pending._entries for tensor in entry.saved)
+    return list({tensor.untyped_storage().data_ptr(): tensor for tensor in saved}.values())

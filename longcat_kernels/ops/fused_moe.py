@@ -204,12 +204,12 @@ def _backward(ctx: Any, grad_TD: Tensor, _hidden: None) -> tuple[Any, ...]:
         grad_TD, x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, hidden_RF, ctx.backend
     )
     rows = (grad_TD, x_TD, ids_Tk, weights_Tk, hidden_RF, grad_hidden)
-    rule = (rows, gate_up_EFD.shape[0], ctx.needs_input_grad[1:3], ctx.main, ctx.backend)
+    rule = (gate_up_EFD.shape[0], ctx.needs_input_grad[1:3], ctx.main, ctx.backend)
     if ctx.pending is None:
-        grad_gate_up, grad_down = _weight_grads(*rule)
+        grad_gate_up, grad_down = _weight_grads(rows, *rule)
     else:
         grad_gate_up = grad_down = None
-        ctx.pending.add((gate_up_EFD, down_EDF), lambda: _weight_grads(*rule))
+        ctx.pending.add((gate_up_EFD, down_EDF), lambda *rows: _weight_grads(rows, *rule), rows)
     grad_residual = grad_TD if ctx.needs_input_grad[5] else None
     nothing = (None, None, [None] * ctx.packed, None, None, None)
     return grad_x, grad_gate_up, grad_down, None, grad_weights, grad_residual, *nothing

@@ -194,12 +194,13 @@ def _backward(ctx: Any, grad_BSD: Tensor, _hashes: None) -> tuple[Any, ...]:
     ids_BS, hashes_BSN, *rest = ctx.saved_tensors
     tables, projections, word = rest[: ctx.tables], rest[ctx.tables : 2 * ctx.tables], rest[2 * ctx.tables :]
     wants, words = ctx.needs_input_grad[1:4], ctx.words
-    rule = (grad_BSD, ids_BS, hashes_BSN, tables, projections, wants, words, ctx.numbers, ctx.sparse, ctx.backend)
+    saved = (grad_BSD, ids_BS, hashes_BSN)
+    rule: Any = (tables, projections, wants, words, ctx.numbers, ctx.sparse, ctx.backend)
     grads: list[Tensor | None] = [None] * (1 + len(rest))
     if ctx.pending is None:
-        grads = _weight_grads(*rule)
+        grads = _weight_grads(*saved, *rule)
     else:
-        ctx.pending.add([*word, *tables, *projections], lambda: _weight_grads(*rule))
+        ctx.pending.add([*word, *tables, *projections], lambda *saved: _weight_grads(*saved, *rule), saved)
     grad_word, *grads = grads
     return None, grad_word, grads[: ctx.tables], grads[ctx.tables : 2 * ctx.tables], None, None, None, None, None
 

@@ -90,10 +90,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
     codes_TL, *codebooks = ctx.saved_tensors
-    rule = (grad_TD, codes_TL, ctx.entries, ctx.backend)
+    entries, backend = ctx.entries, ctx.backend
     if ctx.pending is None:
-        return None, list(_op_backward(*rule)), None
-    ctx.pending.add(codebooks, lambda: _op_backward(*rule))
+        return None, list(_op_backward(grad_TD, codes_TL, entries, backend)), None
+    ctx.pending.add(codebooks, lambda *saved: _op_backward(*saved, entries, backend), (grad_TD, codes_TL))
     return None, [None] * len(codebooks), None
 
 
