@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Row
+from parts import section
 
 Document = dict[str, Any]
 
@@ -47,6 +48,8 @@ def markdown(results: Path) -> str:
         document = json.loads(file.read_text())
         if "rows" in document:
             parts.append(_section(file, document))
+        elif "parts" in document:
+            parts.append(section(file, document))
     return "\n".join(parts)
 
 

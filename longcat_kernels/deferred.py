@@ -12,6 +12,7 @@ second factor is a weight, in any module that uses them; every other op's weight
 are those of zero-bubble pipeline parallelism (arXiv 2401.10241).
 
 An op cannot see for whose sake backward runs: `torch.autograd.grad` of inputs alone leaves weight gradients, too.
+Hooks of a weight that this package's own ops use are called in B as well, with None.
 
 A custom `torch.autograd.Function` takes part by asking `WeightGrads.current()` in its forward and, where that is not
 None, calling `add` in its backward in place of returning the gradient.

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,6 +264,31 @@ def test_the_plot_stands_beside_its_file(tmp_path: Path) -> None:
     (tmp_path / "op.json").write_text(json.dumps(document()))
     script("report").plot(tmp_path / "op.json")
     assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_are_kept_beside_what_was_measured_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts, report, folder = script("parts"), script("report"), tmp_path / "results" / "cpu-x"
+    tables = {"first": [{"who": "ours", "s": 0.5}], "second": [{"who": "peer", "s": 0.25, "MB": None}]}
+    module = SimpleNamespace(PARTS={name: lambda name=name: tables[name] for name in tables}, QUICK="second")
+    module.PLOTTED = {"first": ("who", ("s",))}
+    for date, case in (("today", "first"), ("later", "sec")):
+        environment = {"device": "CPU X", "commit": "abc", "date": date}
+        parts.run(module, folder / "op.json", case, False, environment)
+    parts.run(module, None, "", True, {})
+    assert capsys.readouterr().out.count("peer | 0.25 | -") == 2
+    parts.plot(folder / "op.json", module)
+    assert (folder / "op.png").read_bytes().startswith(b"\x89PNG")
+    table = report.markdown(tmp_path / "results")
+    assert "**first** (commit `abc`, today)" in table and "**second** (commit `abc`, later)" in table
+    assert "| who | s |\n| --- | ---: |\n| ours | 0.5 |" in table and "| peer | 0.25 | - |" in table
+
+
+def test_the_pipelines_runtime_keeps_what_its_plan_says() -> None:
+    """In bytes, within 5 %; no more with more microbatches; and of logits nothing between two actions."""
+    found = script("pipeline_memory").memory()
+    assert 0.95 < found.by_plan < 1.05
+    assert found.growth == 1.0
+    assert found.logits == 0
 
 
 def test_a_results_file_is_whole_or_not_there(tmp_path: Path) -> None:

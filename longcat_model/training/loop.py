@@ -63,6 +63,10 @@ class Engine(Protocol):
 
     def after_step(self, step: int) -> None: ...
 
+    def settled(self, rows: list[Row]) -> list[Row]:
+        """The rows as they are once nothing is open: called before they, and the state, are written."""
+        ...
+
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Of module and optimizer, whole where this process `leads`."""
         ...
@@ -90,6 +94,9 @@ class InOneProcess:
     def after_step(self, step: int) -> None:
         if self.stage.after_step is not None:
             self.stage.after_step(step)
+
+    def settled(self, rows: list[Row]) -> list[Row]:
+        return rows
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         return {"module": self.stage.module.state_dict(), "optimizer": optimizer.state_dict()}
@@ -140,6 +147,7 @@ def train(
             bar.set_postfix({"loss": f"{row['loss']:.3f}"}, refresh=False)
             bar.update()
             if (step + 1) % save_every == 0 or step + 1 == stage.steps:
+                rows = engine.settled(rows)
                 state = engine.state(optimizer) | {"step": step + 1}
                 if engine.leads:
                     _write_rows(path.with_suffix(".jsonl"), rows)

@@ -7,7 +7,7 @@ checkpoint holds does not depend on how many ranks wrote it, so a run may go on 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import accumulate
@@ -28,6 +28,7 @@ from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.split import Microbatch, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
+from longcat_model.pipeline.validation import gradient_norms
 from longcat_model.sequence import Batch, Inputs, Targets
 from longcat_model.training.balance import Balancer
 from longcat_model.training.loop import Row, Stage, train
@@ -111,12 +112,15 @@ class Pipelined:
         runtime = self._runtime(len(microbatches))
         result = runtime.step(microbatches)
         runtime.share_tied(len(microbatches))
+        self._count(result)
+        row = self._row(microbatches, self.transport.gather(told(result)))
+        return row | {"tokens_per_s": microbatches[0].totals.positions / (time.perf_counter() - began)}
+
+    def _count(self, result: StepResult) -> None:
         if self.balancer is not None:
             for report in result.reports.values():
                 for layer, counts in report.choices.items():
                     self.balancer.add(layer, counts)
-        row = self._row(microbatches, result)
-        return row | {"tokens_per_s": microbatches[0].totals.positions / (time.perf_counter() - began)}
 
     def _runtime(self, microbatches: int) -> Runtime:
         if microbatches not in self._runtimes:
@@ -126,11 +130,8 @@ class Pipelined:
             self._runtimes[microbatches] = Runtime(schedule, placement, self.stages, self.transport, table)
         return self._runtimes[microbatches]
 
-    def _row(self, microbatches: list[Microbatch], result: StepResult) -> Row:
-        """Loss and metrics of the global batch, as `loss` has them."""
-        told = {place: (r.terms.map(Tensor.cpu), _cpu(r.metrics)) for place, r in result.reports.items()}
-        busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
-        everyone = self.transport.gather((told, busy, result.timeline[-1].end_s))
+    def _row(self, microbatches: list[Microbatch], everyone: list[Any]) -> Row:
+        """Loss and metrics of the global batch, as `loss` has them, of what all ranks have told."""
         reports = {place: report for told, _, _ in everyone for place, report in told.items()}
         stages = range(len(self.plan.placement))
         terms = [join([reports[stage, number][0] for stage in stages]) for number in range(len(microbatches))]
@@ -141,13 +142,19 @@ class Pipelined:
         return row | {"bubble": idle}
 
     def clip(self, most: float) -> float:
-        norms = {name: torch.linalg.vector_norm(g).cpu() for name, w in self.own.items() if (g := w.grad) is not None}
-        everyone = {name: norm for found in self.transport.gather(norms) for name, norm in found.items()}
-        names = {weight: name for name, weight in self.model.named_parameters()}
-        ordered = [everyone[names[weight]] for weight in self.parameters if names[weight] in everyone]
-        norm = torch.linalg.vector_norm(torch.stack(ordered))  # the very sum that one process makes
+        everyone = self.transport.gather(gradient_norms(self.own))
+        norm = self._norm({name: norm for found in everyone for name, norm in found.items()})
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
         return float(norm)
+
+    def _norm(self, everyone: Mapping[str, Tensor]) -> Tensor:
+        """Of all gradients together, from the norm of each: the very sum that one process makes."""
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        ordered = [everyone[names[weight]] for weight in self.parameters if names[weight] in everyone]
+        return torch.linalg.vector_norm(torch.stack(ordered))
+
+    def settled(self, rows: list[Row]) -> list[Row]:
+        return rows
 
     def after_step(self, step: int) -> None:
         if self.balancer is not None:
@@ -178,6 +185,7 @@ def train_pipelined(
     weights: LossWeights | None = None,
     seed: int = 0,
     save_every: int = 200,
+    engine: type[Pipelined] = Pipelined,
 ) -> bool:
     """Trains a stage on the ranks of a pipeline, or goes on from its checkpoint; see `loop.train` and `launch`.
 
@@ -187,11 +195,12 @@ def train_pipelined(
         make: gives the stage, on every rank alike; picklable.
         microbatches: of a step, at most; None: four a rank.
         weights: those of the stage's loss.
+        engine: `PostValidated` for ranks that do not wait for the gradient's norm.
 
     Returns:
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
     """
-    return launch(ranks, _train_rank, make, directory, microbatches, weights, seed, save_every)
+    return launch(ranks, _train_rank, make, directory, microbatches, weights, seed, save_every, engine)
 
 
 def _train_rank(
@@ -202,6 +211,7 @@ def _train_rank(
     weights: LossWeights | None,
     seed: int,
     save_every: int,
+    kind: type[Pipelined],
 ) -> None:
     stage = make()
     stage.module.to(rank.device)
@@ -209,7 +219,7 @@ def _train_rank(
     assert transport is not None  # every rank is in the one pipeline
     # Times differ from rank to rank: the first one's are everybody's.
     mine = v_half_plan(_language_model(stage), rank.ranks, stage.batch(0), microbatches) if rank.rank == 0 else None
-    engine = Pipelined(stage, transport.gather(mine)[0], transport, weights)
+    engine = kind(stage, transport.gather(mine)[0], transport, weights)
     train(stage, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
 
@@ -235,6 +245,13 @@ def _rows(batch: Batch, rows: slice) -> Batch:
         for part in (batch.inputs, batch.targets)
     )
     return Batch(Inputs(**inputs), Targets(**targets))
+
+
+def told(result: StepResult) -> tuple[dict[tuple[int, int], tuple[Terms, Metrics]], float, float]:
+    """What the other ranks need to know of a step here: terms and metrics, seconds of work, and seconds in all."""
+    told = {place: (r.terms.map(Tensor.cpu), _cpu(r.metrics)) for place, r in result.reports.items()}
+    busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
+    return told, busy, result.timeline[-1].end_s
 
 
 def _total(terms: Terms, weights: LossWeights, microbatch: Microbatch) -> Tensor:

@@ -1,0 +1,205 @@
+"""Steps that do not wait for the gradient's norm: the bits of steps that do, whatever had to be taken back."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+from torch import Tensor, nn
+
+from longcat_model.pipeline.ir import RECEIVES, SENDS, Action, Kind, counterpart, parse, v_placement
+from longcat_model.pipeline.lower import lower
+from longcat_model.pipeline.passes.prefix import revocable_prefix
+from longcat_model.pipeline.schedules.v import v_half
+from longcat_model.pipeline.split import Microbatch
+from longcat_model.pipeline.transport import InProcess
+from longcat_model.pipeline.validation import Snapshot
+from longcat_model.sequence import Batch, pack
+from longcat_model.training import checkpoint, loop
+from longcat_model.training.loop import Row, Stage, train
+from longcat_model.training.model_stages import joint
+from longcat_model.training.optim import adamw
+from longcat_model.training.pipelined import Pipelined, Plan
+from longcat_model.training.post_validated import PostValidated
+
+STEPS, DEVICES = 4, 2
+
+
+@pytest.mark.parametrize(("devices", "microbatches"), [(1, 2), (2, 5), (4, 8), (8, 3)])
+@pytest.mark.parametrize("name", small.SCHEDULES)
+def test_what_may_be_done_again_is_forwards_whose_messages_stay_inside(
+    name: str, devices: int, microbatches: int
+) -> None:
+    make, place = small.SCHEDULES[name]
+    placement = place(devices)
+    schedule = lower(make(devices, microbatches), placement, microbatches)
+    early = [row[:end] for row, end in zip(schedule, revocable_prefix(schedule, placement), strict=True)]
+    inside = {action for row in early for action in row}
+    assert {action.kind for action in inside} <= {Kind.F, Kind.SEND_F, Kind.RECV_F}
+    assert all(counterpart(action) in inside for action in inside if action.kind in SENDS | RECEIVES)
+    assert Action(0, Kind.F, 0) in inside
+
+
+def test_on_every_device_of_v_half_forwards_come_first() -> None:
+    """Or there would be no time in which the norm could arrive."""
+    schedule = lower(v_half(4, 8), v_placement(4), 8)
+    early = [row[:end] for row, end in zip(schedule, revocable_prefix(schedule, v_placement(4)), strict=True)]
+    assert [sum(action.kind is Kind.F for action in row) for row in early] == [6, 6, 6, 6]
+
+
+def test_the_prefix_ends_before_a_message_that_leaves_it() -> None:
+    rows = parse(
+        "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1\n1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1"
+    )
+    assert revocable_prefix(rows, (0, 1)) == (3, 2)  # 0SEND_F1 is received after 1B0
+
+
+@pytest.mark.parametrize("rendezvous", [False, True])
+@pytest.mark.parametrize("name", small.SCHEDULES)
+def test_forwards_that_are_done_again_use_the_weights_of_now(name: str, rendezvous: bool) -> None:
+    """The first time with other weights: no stale message and no stale gradient is left."""
+    make, place = small.SCHEDULES[name]
+    placement, parts = place(3), small.batches(4)
+    schedule = lower(make(3, 4), placement, 4)
+    ends, models = InProcess.connect(3, rendezvous=rendezvous), [small.model(seed=1) for _ in range(3)]
+    right, (want, _) = small.model().state_dict(), small.piped(small.model(), schedule, placement, parts)
+
+    def work(device: int) -> None:
+        own = small.runtime(models[device], schedule, placement, ends[device])
+
+        def stands() -> bool:
+            models[device].load_state_dict(right)
+            models[device].zero_grad()
+            return False
+
+        own.step(Microbatch.of(parts), stands)
+
+    small.in_threads(work, 3)
+    wanted = small.gradients(want)
+    for model in models:  # a table on two devices has two parts, which are not added up here
+        for key, weight in model.named_parameters():
+            is_apart = key == "embed_tokens.weight" and placement[0] != placement[-1]
+            assert weight.grad is None or is_apart or torch.equal(weight.grad, wanted.pop(key))
+    assert wanted.keys() <= {"embed_tokens.weight"}
+
+
+def test_a_snapshot_gives_every_bit_back() -> None:
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(4))]
+    counts, optimizer = torch.tensor([1, 2]), adamw(weights, 0.1)
+    optimizer.param_groups[0]["lr"] = 0.1
+    snapshot = Snapshot(optimizer, weights, [counts])
+
+    def state() -> list[Tensor]:
+        found = [value for weight in weights for value in optimizer.state.get(weight, {}).values()]
+        return [tensor.detach().clone() for tensor in (*weights, counts, *found)]
+
+    for kept in (3, 9, 9):  # nothing of the optimizer is there at first
+        before = state()
+        assert len(before) == kept
+        snapshot.take()
+        for again in (True, False):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            counts += 1
+            optimizer.step()
+            if again:
+                snapshot.restore()
+                assert len(state()) == kept and all(map(torch.equal, state(), before))
+
+
+def batch(step: int) -> Batch:
+    documents = small.documents()
+    return pack([documents[(step + i) % 5] for i in range(6)], 30)
+
+
+def trained(kind: type[Pipelined], directory: Path, spoilt: int = -1) -> tuple[list[Row], dict[str, Any], list[Stage]]:
+    """Rows, last checkpoint and stages of a run; in step `spoilt` a gradient of one device is not finite."""
+    ends, models = InProcess.connect(DEVICES), [small.model() for _ in range(DEVICES)]
+    reached = [0] * DEVICES
+
+    def drawn(device: int, step: int) -> Batch:
+        reached[device] = step
+        return batch(step)
+
+    stages = [
+        joint(model, partial(drawn, device), steps=STEPS, learning_rate=1e-2, weights=small.WEIGHTS)
+        for device, model in enumerate(models)
+    ]
+    cuts = small.cuts(len(models[0].backbone.layers), 2 * DEVICES)
+    plan = Plan(placement=v_placement(DEVICES), cuts=cuts, microbatches=3)
+
+    def work(device: int) -> list[Row]:
+        engine = kind(stages[device], plan, ends[device], small.WEIGHTS)
+        if "lm_head.weight" in engine.own:
+            weight = models[device].lm_head.weight
+            weight.register_hook(lambda grad: grad * (torch.inf if reached[device] == spoilt else 1))
+        return train(stages[device], directory / str(device), save_every=2, quiet=True, engine=engine)
+
+    (rows, *_) = small.in_threads(work, DEVICES)
+    return rows, checkpoint.load(directory / "0" / "language_joint.pt"), stages
+
+
+def flat(state: Any) -> list[Any]:
+    if isinstance(state, dict):
+        return [(key, leaf) for key, value in state.items() for leaf in flat(value)]
+    return [state]
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, tuple):
+        return one[0] == other[0] and same(one[1], other[1])
+    return torch.equal(one, other) if isinstance(one, Tensor) else bool(one == other)
+
+
+@pytest.mark.parametrize(("most", "spoilt"), [(1e9, 1), (None, -1), (1e-3, 0), (1e9, STEPS - 1)])
+def test_training_is_that_of_ranks_that_wait(
+    most: float | None, spoilt: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing, everything, and some steps are clipped; where one is left out, the first and the last, too."""
+    if most is None:
+        monkeypatch.setattr(loop, "CLIP_NORM", 1e9)
+        norms = sorted(row["gradient_norm"] for row in trained(Pipelined, tmp_path / "free")[0])
+        most = norms[STEPS // 2]
+    monkeypatch.setattr(loop, "CLIP_NORM", most)
+    rows, state, _ = trained(Pipelined, tmp_path / "wait", spoilt)
+    found_rows, found, _ = trained(PostValidated, tmp_path / "go", spoilt)
+    for row, found_row in zip(rows, found_rows, strict=True):
+        assert row.keys() == found_row.keys()
+        for name in row.keys() - {"bubble", "tokens_per_s"}:
+            assert row[name] == found_row[name] or (spoilt == row["step"] and name == "gradient_norm"), name
+    one, other = flat(state), flat(found)
+    assert len(one) == len(other) and all(map(same, one, other))
+    clipped = sum(math.isfinite(row["gradient_norm"]) and row["gradient_norm"] > most for row in rows)
+    assert clipped == {1e9: 0, 1e-3: STEPS - (spoilt >= 0)}.get(most, clipped) and (
+        most in (1e9, 1e-3) or 0 < clipped < STEPS
+    )
+    assert sum(not math.isfinite(row["gradient_norm"]) for row in found_rows) == (spoilt >= 0)
+
+
+def test_a_loss_that_is_not_finite_ends_training_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CLIP_NORM", 1e9)  # or step 2 is taken back, and with it what step 3 is given here
+    ends, models = InProcess.connect(DEVICES), [small.model() for _ in range(DEVICES)]
+    plan = Plan(placement=v_placement(DEVICES), cuts=(1, 2, len(models[0].backbone.layers) + 2), microbatches=3)
+    said: list[str] = []
+
+    def work(device: int) -> None:
+        def spoilt(step: int) -> Batch:
+            if step == 3:
+                models[device].backbone.norm.weight.data.fill_(torch.nan)
+            return batch(step)
+
+        stage = joint(models[device], spoilt, steps=STEPS, learning_rate=1e-2, weights=small.WEIGHTS)
+        engine = PostValidated(stage, plan, ends[device], small.WEIGHTS)
+        with pytest.raises(FloatingPointError, match="loss must be finite, got nan at step 3") as error:
+            train(stage, tmp_path / str(device), save_every=2, quiet=True, engine=engine)
+        said.append(str(error.value))
+
+    small.in_threads(work, DEVICES)
+    assert len(said) == DEVICES
+    assert checkpoint.load(tmp_path / "0" / "language_joint.pt")["step"] == 2
