@@ -36,7 +36,7 @@ from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.schedules.linear import one_f_one_b
 from longcat_model.pipeline.schedules.v import v_half, v_zb
 from longcat_model.pipeline.simulate import bubble, peak_bytes, simulate, unit_bytes
-from longcat_model.pipeline.transport import Distributed, InProcess
+from longcat_model.pipeline.transport import Distributed, InProcess, Transport
 from longcat_model.pipeline.validation import PostValidation, gradient_norms
 from peers_pipeline import SCHEDULES, TorchPipeline
 from peers_schedules import torch_dualpipev, torch_zbv
@@ -71,12 +71,10 @@ def connected(rank: Rank, stages: int) -> Distributed:
     return end
 
 
-def our_runtime(
-    schedule: Schedule, placement: Placement, make: Callable[[int], nn.Module], end: Any, kind: type[Runtime] = Runtime
-) -> Runtime:
+def our_runtime(schedule: Schedule, placement: Placement, make: Callable[[int], nn.Module], end: Transport) -> Runtime:
     last = len(placement) - 1
     own = {s: OurStage(make(s), s == last) for s, device in enumerate(placement) if device == end.device}
-    return kind(schedule, placement, own, end)
+    return Runtime(schedule, placement, own, end)
 
 
 def timed(end: Distributed, step: Callable[[], Any], repeats: int) -> tuple[float, Any]:
@@ -108,14 +106,14 @@ def sleep_on_rank(rank: Rank, file: str, microbatches: int) -> None:
         batch = [torch.zeros(SIZE)] * microbatches
         wall, result = timed(end, partial(runtime.step, batch), 2)
         live = max(end.gather(result.peak_live)) / chunks
-        rows.append({"schedule": name, **row(plan, placement, wall), "peak, units": live})
+        rows.append({"schedule": name, **timing(plan, placement, wall), "peak, units": live})
     for name in SCHEDULES if microbatches >= 2 * ranks else ():
         plan, placement = PEERS[name](ranks, microbatches) or (), v_placement(ranks)
         modules = {s: sleeper(2, s) for s, device in enumerate(placement) if device == rank.rank}
         peer = TorchPipeline(
             name, rank.rank, ranks, modules, torch.zeros(microbatches * SIZE[0], SIZE[1]), microbatches
         )
-        rows.append({"schedule": name, **row(plan, placement, timed(end, peer.step, 2)[0]), "peak, units": None})
+        rows.append({"schedule": name, **timing(plan, placement, timed(end, peer.step, 2)[0]), "peak, units": None})
     finish(end, file, rows)
 
 
@@ -125,7 +123,7 @@ def sleeper(chunks: int, stage: int, pace: float = 1.0) -> nn.Module:
     return Sleeper((forward, input, weight))
 
 
-def row(plan: Schedule, placement: Placement, wall: float) -> dict[str, float]:
+def timing(plan: Schedule, placement: Placement, wall: float) -> dict[str, float]:
     devices, chunks = len(plan), len(placement) // len(plan)
     microbatches = 1 + max(action.microbatch for action in plan[0])
     scale = 2 / chunks

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
@@ -207,11 +207,16 @@ class Distributed:
         self.ranks, self._stages, self._store = list(ranks), stages, store
         self._up, self._down = (dist.new_group(self.ranks, timeout=limit) for _ in range(2))
         self._all, self._news = (dist.new_group(self.ranks, timeout=limit, backend="gloo") for _ in range(2))
-        self._announcer = ThreadPoolExecutor(1)
+        self._announced: SimpleQueue[tuple[Future[list[Any]], Any] | None] = SimpleQueue()
         self.device, self.devices = dist.get_group_rank(self._all, dist.get_rank()), len(self.ranks)
         self._sent: SimpleQueue[tuple[Any, Tensor] | None] = SimpleQueue()
-        self._drain = threading.Thread(target=_release, args=(self._sent, limit), daemon=True)
-        self._drain.start()
+        # Daemons: a rank that fails must not stay, at its end, for what its peers will never send.
+        self._threads = [
+            threading.Thread(target=_release, args=(self._sent, limit), daemon=True),
+            threading.Thread(target=self._tell, daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     def connect(
@@ -260,7 +265,17 @@ class Distributed:
         return self._gather(value, self._all)
 
     def announce(self, value: Any) -> Callable[[], list[Any]]:
-        return self._announcer.submit(self._gather, value, self._news).result
+        future: Future[list[Any]] = Future()
+        self._announced.put((future, value))
+        return future.result
+
+    def _tell(self) -> None:
+        while (item := self._announced.get()) is not None:
+            future, value = item
+            try:
+                future.set_result(self._gather(value, self._news))
+            except PipelineError as error:
+                future.set_exception(error)
 
     def _gather(self, value: Any, group: Any) -> list[Any]:
         found: list[Any] = [None] * self.devices
@@ -286,8 +301,9 @@ class Distributed:
     def close(self) -> None:
         """Waits until all that was sent has arrived."""
         self._sent.put(None)
-        self._drain.join()
-        self._announcer.shutdown()
+        self._announced.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _tag(self, action: Action) -> int:
         kinds = 2
