@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -148,7 +149,9 @@ class Toy:
     gives = takes
 
 
-def toys(schedule: Schedule, placement: Placement, timeout_s: float, **trouble: Callable[[int], None]) -> list[str]:
+def toys(
+    schedule: Schedule, placement: Placement, microbatches: int, timeout_s: float, **trouble: Callable[[int], None]
+) -> list[str]:
     """Runs a step of toys; gives what each device raised."""
     ends, messages = InProcess.connect(len(schedule), timeout_s), [""] * len(schedule)
 
@@ -159,7 +162,7 @@ def toys(schedule: Schedule, placement: Placement, timeout_s: float, **trouble: 
             if home == device
         }
         try:
-            Runtime(schedule, placement, own, ends[device]).step(range(4))
+            Runtime(schedule, placement, own, ends[device]).step(range(microbatches))
         except (PipelineError, RuntimeError) as error:
             messages[device] = str(error)
 
@@ -168,8 +171,8 @@ def toys(schedule: Schedule, placement: Placement, timeout_s: float, **trouble: 
 
 
 def test_who_waits_in_vain_names_action_peer_and_microbatch() -> None:
-    schedule = parse("0F0 0SEND_F0 0RECV_B0 0B0\n\n")
-    first, second = toys(schedule, (0, 1), 0.2)
+    schedule = parse("0F0 0SEND_F0 0RECV_B0 0B0\n1RECV_F0 1F0 1B0 1SEND_B0\n")
+    first, second = toys(schedule, (0, 1), 1, 0.2, stage1=lambda microbatch: time.sleep(1))
     assert first == "pipeline: device 0, 0RECV_B0 (microbatch 0) from device 1 stopped: nothing came for 0.2 s"
     assert not second
 
@@ -179,7 +182,7 @@ def test_a_failing_stage_stops_all_devices_with_its_reason() -> None:
         if microbatch == 2:
             raise RuntimeError("out of luck")
 
-    messages = toys(lower(v_half(3, 4), v_placement(3), 4), v_placement(3), 30.0, stage4=trouble)
+    messages = toys(lower(v_half(3, 4), v_placement(3), 4), v_placement(3), 4, 30.0, stage4=trouble)
     assert messages[1] == "out of luck"
     assert all("device 1 failed: out of luck" in messages[device] for device in (0, 2))
 
@@ -273,6 +276,25 @@ def test_the_comparison_sees_both_answers() -> None:
             doubled = (*row[: i + 1], *row[i:])
             assert not agrees((*plain[:device], doubled, *plain[device + 1 :]), placement, 2)
     assert 5 < sum(answers) < len(answers) - 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0F0 0F0 0B0", "0F0 cannot run here, it must run once"),
+        ("0B0 0F0", "0B0 cannot run here, it must run once, F before I before W"),
+        ("0F0 0I0 0I0 0W0", "0I0 cannot run here, it must run once, F before I before W"),
+        ("0F0 0W0 0I0", "0W0 cannot run here, it must run once, F before I before W"),
+        ("0F0 0R0 0R0 0B0", "0R0 cannot run here, it must run once"),
+        ("0F0 0FREE0 0B0", "0FREE0 cannot run here, W must come first"),
+        ("0F0 0I0", "must bring each of 1 microbatches through every stage and leave nothing behind"),
+        ("", "must bring each of 1 microbatches through every stage and leave nothing behind"),
+    ],
+)
+def test_a_schedule_that_was_not_verified_is_refused_where_it_breaks(text: str, message: str) -> None:
+    (end,) = InProcess.connect(1)
+    with pytest.raises(ValueError, match=f"{message}.*`verify` says"):
+        Runtime((parse(text) or ((),))[:1], (0,), {0: Toy(True)}, end).step(range(1))
 
 
 def test_refuses_what_it_cannot_run() -> None:

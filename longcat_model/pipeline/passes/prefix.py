@@ -6,7 +6,7 @@ from longcat_model.pipeline.ir import RECEIVES, SENDS, Action, Kind, Placement, 
 
 
 def revocable_prefix(schedule: Schedule, placement: Placement) -> tuple[int, ...]:
-    """How many actions of each device come before anything that adds to gradients, and may be done again.
+    """How many actions of each device come before any backward, and may be done again.
 
     The longest prefixes of forwards and their transfers such that no transfer has its SEND in one and its RECV outside,
     or the other way round: all devices can drop what they did in them and begin anew, and no message is left over.
