@@ -23,6 +23,7 @@ from longcat_model.training.loss import Totals, loss
 from longcat_model.training.model_stages import joint, pre_align
 from longcat_model.training.optim import adamw, learning_rate
 from longcat_model.training.pipelined import Pipelined, Plan, cut, train_pipelined, v_half_plan
+from longcat_model.training.post_validated import PostValidated
 
 STEPS, RATE = 4, 1e-2
 
@@ -162,13 +163,14 @@ def test_frozen_parts_stay(tmp_path: Path) -> None:
     assert moved == {"embed_tokens", "pre_buffer", "visual_head", "audio_head"}
 
 
-def test_processes_train_as_threads_do(tmp_path: Path) -> None:
+def test_processes_that_do_not_wait_train_as_threads_that_do(tmp_path: Path) -> None:
     model = small.model()
     stage = partial(joint, model, batch, steps=2, learning_rate=RATE, weights=small.WEIGHTS)
-    assert train_pipelined(stage, tmp_path / "two", 2, microbatches=3, weights=small.WEIGHTS)
+    assert train_pipelined(stage, tmp_path / "two", 2, microbatches=3, weights=small.WEIGHTS, engine=PostValidated)
     (rows, *_) = piped(tmp_path / "one", 2, make(small.model(), steps=2))
     found = train(stage(), tmp_path / "two", quiet=True)
     assert [row["loss"] for row in found] == [row["loss"] for row in rows][:2]
+    assert [row["gradient_norm"] for row in found] == [row["gradient_norm"] for row in rows][:2]
     assert all(0 <= row["bubble"] < 1 and row["tokens_per_s"] > 0 for row in found)
 
 
