@@ -29,11 +29,10 @@ from longcat_model import config
 from longcat_model.backbone.attention import Context
 from longcat_model.backbone.moe import ShortcutLayer
 from longcat_model.pipeline.costs import uniform
-from longcat_model.pipeline.ir import Placement, Schedule, loop_placement, v_placement
+from longcat_model.pipeline.ir import Placement, Schedule, v_placement
 from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.lower import lower
 from longcat_model.pipeline.runtime import Runtime
-from longcat_model.pipeline.schedules.linear import one_f_one_b
 from longcat_model.pipeline.schedules.v import v_half, v_zb
 from longcat_model.pipeline.simulate import bubble, peak_bytes, simulate, unit_bytes
 from longcat_model.pipeline.transport import Distributed, InProcess, Transport
@@ -41,15 +40,11 @@ from longcat_model.pipeline.validation import PostValidation, gradient_norms
 from peers_pipeline import SCHEDULES, TorchPipeline
 from peers_schedules import torch_dualpipev, torch_zbv
 from pipeline_memory import memory
-from pipeline_stages import DURATIONS, SIZE, OurStage, Sleeper, Watched, blocks, loss_of, parameters
+from pipeline_stages import DURATIONS, SHORT, SIZE, OurStage, Sleeper, Watched, blocks, loss_of, parameters
 
 TESTS = ("tests/pipeline", "tests/test_deferred.py")
 KEEPING_MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_MMAP_THRESHOLD_": str(1 << 34)}
-ORDERS: dict[str, tuple[Callable[[int, int], Schedule], Callable[[int], Placement]]] = {
-    "ours, V-Half": (v_half, v_placement),
-    "ours, V-ZB": (v_zb, v_placement),
-    "ours, 1F1B": (one_f_one_b, loop_placement),
-}
+ORDERS = {"ours, V-Half": v_half, "ours, V-ZB": v_zb}
 PEERS = {"torch ZBV": torch_zbv, "torch DualPipeV": torch_dualpipev}
 WIDTH, TOKENS, BLOCKS, MICROBATCHES = 256, 128, 2, 8  # of the real stages, on two ranks
 
@@ -99,42 +94,31 @@ def sleeping(ranks: int, microbatches: int) -> Table:
 
 def sleep_on_rank(rank: Rank, file: str, microbatches: int) -> None:
     ranks, end, rows = rank.ranks, connected(rank, 2 * rank.ranks), []
-    for name, (make, place) in ORDERS.items():
-        plan, placement = make(ranks, microbatches), place(ranks)
-        chunks = len(placement) // ranks
-        runtime = our_runtime(lower(plan, placement, microbatches), placement, partial(sleeper, chunks), end)
-        batch = [torch.zeros(SIZE)] * microbatches
-        wall, result = timed(end, partial(runtime.step, batch), 2)
-        live = max(end.gather(result.peak_live)) / chunks
-        rows.append({"schedule": name, **timing(plan, placement, wall), "peak, units": live})
-    for name in SCHEDULES if microbatches >= 2 * ranks else ():
-        plan, placement = PEERS[name](ranks, microbatches) or (), v_placement(ranks)
-        modules = {s: sleeper(2, s) for s, device in enumerate(placement) if device == rank.rank}
-        peer = TorchPipeline(
-            name, rank.rank, ranks, modules, torch.zeros(microbatches * SIZE[0], SIZE[1]), microbatches
-        )
-        rows.append({"schedule": name, **timing(plan, placement, timed(end, peer.step, 2)[0]), "peak, units": None})
+    placement, data = v_placement(ranks), torch.zeros(microbatches * SIZE[0], SIZE[1])
+    for name, make in ORDERS.items():
+        plan = make(ranks, microbatches)
+        runtime = our_runtime(lower(plan, placement, microbatches), placement, lambda stage: Sleeper(), end)
+        wall, result = timed(end, partial(runtime.step, data.chunk(microbatches)), 2)
+        rows.append({"schedule": name, **timing(plan, wall), "peak, units": max(end.gather(result.peak_live)) / 2})
+    for name in SCHEDULES:
+        plan = PEERS[name](ranks, microbatches) or ()
+        modules = {s: Sleeper() for s, device in enumerate(placement) if device == rank.rank}
+        peer = TorchPipeline(name, rank.rank, ranks, modules, data, microbatches)
+        rows.append({"schedule": name, **timing(plan, timed(end, peer.step, 2)[0]), "peak, units": None})
     finish(end, file, rows)
 
 
-def sleeper(chunks: int, stage: int, pace: float = 1.0) -> nn.Module:
-    """With one stage a device, each is as much as two."""
-    forward, input, weight = (2 * pace * seconds / chunks for seconds in DURATIONS)
-    return Sleeper((forward, input, weight))
-
-
-def timing(plan: Schedule, placement: Placement, wall: float) -> dict[str, float]:
-    devices, chunks = len(plan), len(placement) // len(plan)
-    microbatches = 1 + max(action.microbatch for action in plan[0])
-    scale = 2 / chunks
-    costs = uniform(len(placement), microbatches, *(scale * seconds for seconds in DURATIONS), saved=1000)
+def timing(plan: Schedule, wall: float) -> dict[str, float]:
+    """Of a V schedule of sleepers: as it was, and as planned."""
+    placement, microbatches = v_placement(len(plan)), 1 + max(action.microbatch for action in plan[0])
+    costs = uniform(len(placement), microbatches, *DURATIONS)
     makespan = simulate(plan, placement, costs).makespan
     return {
         "wall, s": wall,
         "by plan": wall / makespan,
         "bubble, %": 100 * (1 - 2 * microbatches * sum(DURATIONS) / wall),
         "bubble planned, %": 100 * bubble(makespan, placement, costs),
-        "peak planned, units": max(peak_bytes(plan, costs)) / unit_bytes(costs, devices),
+        "peak planned, units": max(peak_bytes(plan, costs)) / unit_bytes(costs, len(plan)),
     }
 
 
@@ -147,9 +131,9 @@ def post_validation(ranks: int, microbatches: int) -> Table:
 def post_validate_on_rank(rank: Rank, file: str, microbatches: int) -> None:
     ranks, end, rows = rank.ranks, connected(rank, 2 * rank.ranks), []
     batch, steps, placement = [torch.zeros(SIZE)] * microbatches, 3, v_placement(ranks)
-    for name in ("ours, V-Half", "ours, V-ZB"):
-        schedule = lower(ORDERS[name][0](ranks, microbatches), placement, microbatches)
-        runtime = our_runtime(schedule, placement, partial(sleeper, 2, pace=0.5), end)
+    for name, make in ORDERS.items():
+        schedule = lower(make(ranks, microbatches), placement, microbatches)
+        runtime = our_runtime(schedule, placement, lambda stage: Sleeper(SHORT), end)
         own = {str(s): weight for s, stage in runtime.stages.items() for weight in parameters(stage)}
         optimizer = torch.optim.AdamW(own.values())
         checks = PostValidation(end, optimizer, own, [], lambda norms: torch.stack(list(norms.values())).norm())
@@ -203,8 +187,8 @@ def train_on_rank(rank: Rank, file: str) -> None:
             {"contender": name, "step, ms": 1e3 * wall, "most MB": max(peaks) / 1e6, "least MB": min(peaks) / 1e6}
         )
 
-    for name in ("ours, V-Half", "ours, V-ZB"):
-        schedule = lower(ORDERS[name][0](ranks, MICROBATCHES), placement, MICROBATCHES)
+    for name, make in ORDERS.items():
+        schedule = lower(make(ranks, MICROBATCHES), placement, MICROBATCHES)
         runtime = our_runtime(schedule, placement, lambda s: blocks(s, WIDTH, BLOCKS), end)
         note(name, partial(runtime.step, batch))
     for name in SCHEDULES:

@@ -17,7 +17,8 @@ from longcat_model.pipeline.ir import Action
 from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.stage import Border, Output
 
-DURATIONS = (0.020, 0.024, 0.016)  # forward, input gradient, weight gradient: F : I : W as in U1
+DURATIONS = (0.030, 0.036, 0.024)  # forward, input gradient, weight gradient: F : I : W as in U1
+SHORT = (0.010, 0.012, 0.008)
 SIZE = (4, 8)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -179,9 +179,10 @@ class Runtime:
         return revocable_prefix(self._schedule, self.placement)[self.transport.device]
 
     def _run(self, step: _Step, actions: Sequence[Action], began: float) -> None:
+        named = _range if torch.cuda.is_available() else nullcontext
         for action in actions:
             start = time.perf_counter()
-            with _range(action):
+            with named(action):
                 _HANDLERS[action.kind](self, step, action)
             start += step.waited_s
             step.waited_s = 0.0
@@ -331,9 +332,6 @@ def _edge(tensor: Tensor | None) -> GradientEdge | None:
 @contextmanager
 def _range(action: Action) -> Iterator[None]:
     """Shows the action in a profiler of CUDA."""
-    if not torch.cuda.is_available():
-        yield
-        return
     torch.cuda.nvtx.range_push(str(action))
     try:
         yield

@@ -6,6 +6,9 @@ step, and looks at the norm when it is there. Where the step was wrong, what it 
 and the step is done again as it should have been; so all weights are those of a run that waits (Qi et al., arXiv
 2401.10241, section 4; there the step is undone by arithmetic).
 
+What there is to gain depends on the schedule: the bubble that lies between two steps. All of today's generators keep
+device 0 from the first action of a step to its last, so that only the wait for the norm itself is saved.
+
 Memory: a copy of a rank's parameters and of its optimizer's state (with AdamW, three times the parameters), and the
 gradients until the next step's first backward.
 """
