@@ -19,6 +19,7 @@ from longcat_model.pipeline.schedules.linear import interleaved_1f1b, one_f_one_
 from longcat_model.pipeline.schedules.searched import Effort, searched
 from longcat_model.pipeline.schedules.v import v_half, v_min, v_zb
 from longcat_model.pipeline.split import Microbatch, split, tied
+from longcat_model.pipeline.stage import Border, Output
 from longcat_model.pipeline.transport import InProcess, Transport
 from longcat_model.sequence import Batch, Document, Layout, pack
 from longcat_model.tokenizers.text import ByteTokenizer
@@ -168,3 +169,21 @@ def gradients(models: Sequence[LongcatNext]) -> dict[str, Tensor]:
                 assert name not in found or torch.equal(found[name], parameter.grad), name
                 found[name] = parameter.grad
     return found
+
+
+class Toy:
+    """A stage of one product, other for each microbatch; `trouble` is called before each forward."""
+
+    def __init__(self, is_last: bool, trouble: Callable[[int], None] = lambda microbatch: None) -> None:
+        self.weight, self.is_last, self.trouble = torch.nn.Parameter(torch.eye(2) + 0.1), is_last, trouble
+
+    def __call__(self, hidden: Tensor | None, microbatch: int) -> Output:
+        self.trouble(microbatch)
+        x = torch.tensor([[1.0, 2.0 + microbatch]]) if hidden is None else hidden
+        out = torch.nn.functional.linear(x, self.weight).sin()
+        return Output(None, out.sum()) if self.is_last else Output(out)
+
+    def takes(self, microbatch: int) -> Border:
+        return Border((1, 2), torch.float32, torch.device("cpu"))
+
+    gives = takes

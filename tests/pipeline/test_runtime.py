@@ -13,7 +13,7 @@ import small
 import torch
 from hypothesis import given, settings
 from hypothesis.strategies import data, integers, sampled_from
-from small import SCHEDULES
+from small import SCHEDULES, Toy
 from torch import Tensor
 
 from longcat_model.pipeline.costs import uniform
@@ -32,7 +32,7 @@ from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.simulate import peak_bytes
 from longcat_model.pipeline.split import Microbatch, split
-from longcat_model.pipeline.stage import Border, Output
+from longcat_model.pipeline.stage import Output
 from longcat_model.pipeline.transport import InProcess, PipelineError
 from longcat_model.pipeline.verify import verify
 
@@ -129,24 +129,6 @@ def test_no_logits_live_between_forward_and_backward() -> None:
     weights = {tuple(p.shape) for p in whole.parameters()}
     positions = part.batch.inputs.text.numel()
     assert not [shape for shape in shapes - weights if shape[1] in classes and shape[0] <= positions and shape[0] > 1]
-
-
-class Toy:
-    """A stage of one product, other for each microbatch; `trouble` is called before each forward."""
-
-    def __init__(self, is_last: bool, trouble: Callable[[int], None] = lambda microbatch: None) -> None:
-        self.weight, self.is_last, self.trouble = torch.nn.Parameter(torch.eye(2) + 0.1), is_last, trouble
-
-    def __call__(self, hidden: Tensor | None, microbatch: int) -> Output:
-        self.trouble(microbatch)
-        x = torch.tensor([[1.0, 2.0 + microbatch]]) if hidden is None else hidden
-        out = torch.nn.functional.linear(x, self.weight).sin()
-        return Output(None, out.sum()) if self.is_last else Output(out)
-
-    def takes(self, microbatch: int) -> Border:
-        return Border((1, 2), torch.float32, torch.device("cpu"))
-
-    gives = takes
 
 
 def toys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from longcat_model.pipeline.ir import RECEIVES, SENDS, Action, Kind, counterpart, parse, v_placement
 from longcat_model.pipeline.lower import lower
 from longcat_model.pipeline.passes.prefix import revocable_prefix
+from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.split import Microbatch
 from longcat_model.pipeline.transport import InProcess
-from longcat_model.pipeline.validation import Snapshot
+from longcat_model.pipeline.validation import PostValidation, Snapshot
 from longcat_model.sequence import Batch, pack
 from longcat_model.training import checkpoint, loop
 from longcat_model.training.loop import Row, train
@@ -111,6 +113,38 @@ def test_a_snapshot_gives_every_bit_back() -> None:
             if again:
                 snapshot.restore()
                 assert len(state()) == kept and all(map(torch.equal, state(), before))
+
+
+def test_the_next_step_begins_before_the_norm_is_known() -> None:
+    """Device 1 tells nothing of its first step until device 0 has begun with the second."""
+    schedule, placement, ends = lower(v_half(2, 4), v_placement(2), 4), v_placement(2), InProcess.connect(2, 20.0)
+    begun, forwards, stood = threading.Event(), [], []
+
+    def count(microbatch: int) -> None:
+        forwards.append(microbatch)
+        if len(forwards) > 4:
+            begun.set()
+
+    def work(device: int) -> None:
+        toys = {
+            s: small.Toy(s == 3, count if s == 0 else lambda _: None) for s, d in enumerate(placement) if d == device
+        }
+        own, weights = Runtime(schedule, placement, toys, ends[device]), {str(s): toy.weight for s, toy in toys.items()}
+        optimizer = torch.optim.AdamW(weights.values())
+        steps = PostValidation(
+            ends[device], optimizer, weights, [], lambda norms: torch.stack(list(norms.values())).norm()
+        )
+        for step in range(2):
+            own.step(range(4), lambda: not steps.is_open or steps.settle()[1])
+            if (device, step) == (1, 0):
+                assert begun.wait(20)
+            steps.begin(1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+        stood.append(steps.settle()[1])
+
+    small.in_threads(work, 2)
+    assert stood == [True, True] and forwards == [0, 1, 2, 3] * 2
 
 
 def batch(step: int) -> Batch:
