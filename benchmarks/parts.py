@@ -61,7 +61,8 @@ def section(file: Path, document: Mapping[str, Any]) -> str:
     for name, part in parts.items():
         header, *rows = cells(part["rows"])
         environment = part["environment"]
-        lines.append(f"**{name}** (commit `{environment['commit']}`, {environment['date']})\n")
+        when = f"commit `{environment['commit']}`, {environment['date']}, load before {environment['load']}"
+        lines.append(f"**{name}** ({when})\n")
         table = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         lines.append("\n".join(f"| {' | '.join(line)} |" for line in table) + "\n")
     return "\n".join(lines)

@@ -272,14 +272,14 @@ def test_parts_are_kept_beside_what_was_measured_before(tmp_path: Path, capsys: 
     module = SimpleNamespace(PARTS={name: lambda name=name: tables[name] for name in tables}, QUICK="second")
     module.PLOTTED = {"first": ("who", ("s",))}
     for date, case in (("today", "first"), ("later", "sec")):
-        environment = {"device": "CPU X", "commit": "abc", "date": date}
+        environment = {"device": "CPU X", "commit": "abc", "date": date, "load": 0.1}
         parts.run(module, folder / "op.json", case, False, environment)
     parts.run(module, None, "", True, {})
     assert capsys.readouterr().out.count("peer | 0.25 | -") == 2
     parts.plot(folder / "op.json", module)
     assert (folder / "op.png").read_bytes().startswith(b"\x89PNG")
     table = report.markdown(tmp_path / "results")
-    assert "**first** (commit `abc`, today)" in table and "**second** (commit `abc`, later)" in table
+    assert "**first** (commit `abc`, today, load before 0.1)" in table and "**second** (commit `abc`, later, " in table
     assert "| who | s |\n| --- | ---: |\n| ours | 0.5 |" in table and "| peer | 0.25 | - |" in table
 
 
