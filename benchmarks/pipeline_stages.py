@@ -151,10 +151,11 @@ class Alive(TorchDispatchMode):
         for tensor in tensors:
             self._known.pop(tensor.untyped_storage()._cdata, None)
 
-    def bytes(self, wanted: Callable[[tuple[int, ...]], bool] = lambda shape: True) -> int:
-        """Of tensors made with a shape that is `wanted`."""
+    def bytes(self, wanted: Callable[[tuple[int, ...]], bool] = lambda shape: False) -> tuple[int, int]:
+        """Of all, and of those made with a shape that is `wanted`."""
         self._known = {key: found for key, found in self._known.items() if not found[0].expired()}
-        return sum(size for _, size, shape in self._known.values() if wanted(shape))
+        sizes = [(size, wanted(shape)) for _, size, shape in self._known.values()]
+        return sum(size for size, _ in sizes), sum(size for size, is_wanted in sizes if is_wanted)
 
 
 class Observed(Runtime):
@@ -169,7 +170,7 @@ class Observed(Runtime):
                 super()._run(step, [action], began)
                 weights = (weight for stage in self.stages.values() for weight in parameters(stage))
                 alive.forget([p.grad for p in weights if p.grad is not None])
-                self.samples.append((action, alive.bytes(), alive.bytes(self.wanted)))
+                self.samples.append((action, *alive.bytes(self.wanted)))
 
 
 class Watched(Alive):
@@ -179,5 +180,5 @@ class Watched(Alive):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        self.peak = max(self.peak, self.bytes())
+        self.peak = max(self.peak, self.bytes()[0])
         return out
