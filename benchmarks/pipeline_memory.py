@@ -19,7 +19,7 @@ from longcat_model.pipeline.simulate import peak_bytes
 from longcat_model.pipeline.split import Microbatch, split, tied
 from longcat_model.pipeline.transport import InProcess
 from longcat_model.sequence import Layout, pack
-from longcat_model.training.pipelined import unit_cuts
+from longcat_model.training.plan import unit_cuts
 from longcat_model.vocabulary import Vocabulary
 from pipeline_stages import Observed
 

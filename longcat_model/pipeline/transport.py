@@ -61,10 +61,6 @@ class Transport(Protocol):
         """As `gather`, but waits only when what it gives is called. Announcements are in one order on all devices."""
         ...
 
-    def collect(self, value: Any) -> list[Any]:
-        """Every device's value, on device 0; elsewhere an empty list."""
-        ...
-
     def fail(self, error: BaseException | None) -> None:
         """Tells all other devices that this one stops, and why."""
         ...
@@ -140,10 +136,6 @@ class InProcess:
                 return [found[device] for device in range(self.devices)]
 
         return wait
-
-    def collect(self, value: Any) -> list[Any]:
-        found = self.gather(value)
-        return found if self.device == 0 else []
 
     def fail(self, error: BaseException | None) -> None:
         with self._shared.changed:
@@ -281,11 +273,6 @@ class Distributed:
         found: list[Any] = [None] * self.devices
         self._together("gathering", lambda: dist.all_gather_object(found, value, group=group))
         return found
-
-    def collect(self, value: Any) -> list[Any]:
-        found = [None] * self.devices if self.device == 0 else None
-        self._together("collecting", lambda: dist.gather_object(value, found, self.ranks[0], group=self._all))
-        return found or []
 
     def _together(self, what: str, collective: Callable[[], None]) -> None:
         try:
