@@ -94,7 +94,7 @@ def main(arguments: Arguments) -> int:
         for op in [op for op, module in green.items() if hasattr(module, "PARTS")]:
             measure_parts(op, green.pop(op), arguments)
         compare(green, arguments, device)
-    except (harness.WrongResult, RuntimeError) as error:
+    except (harness.WrongResult, RuntimeError, ChildProcessError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
     return 1 if red else 0
