@@ -122,7 +122,7 @@ _op = register(
 
 
 def _why_not_cpu(a: Tensor, *_: Any) -> str | None:
-    if a.device.type != "cpu":
+    if not a.is_cpu:
         return f"takes tensors on the CPU, got {a.device}"
     if a.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {a.dtype}"

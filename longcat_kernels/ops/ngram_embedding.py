@@ -175,7 +175,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     inputs = (ids_BS, word_VD, tables, projections, documents_BS, history_BP, numbers, sparse)
     outputs = _allocate(*inputs, backend)
-    if ids_BS.numel() and ids_BS.device.type == "cpu":
+    if ids_BS.numel() and ids_BS.is_cpu:
         low, high = (int(bound) for bound in ids_BS.aminmax())
         wrong, rows = low if low < -1 else high, len(word_VD)
         check(-1 <= wrong < rows, lambda: f"ngram_embedding: ids must be in [-1, {rows}), got {wrong}")
@@ -304,7 +304,7 @@ _op = register(
 def _why_not_cpu(
     ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], *_: Any
 ) -> str | None:
-    if word_VD.device.type != "cpu":
+    if not word_VD.is_cpu:
         return f"takes tensors on the CPU, got {word_VD.device}"
     if word_VD.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, got {word_VD.dtype}"

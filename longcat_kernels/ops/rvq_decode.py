@@ -68,7 +68,7 @@ def _allocate(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor
 
 def _run(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor:
     out_TD = _allocate(codes_TL, codebooks, backend)
-    if codes_TL.device.type == "cpu" and codes_TL.numel():
+    if codes_TL.is_cpu and codes_TL.numel():
         _check_codes(codes_TL, codebooks)
     choose("rvq_decode", IMPLS, backend, codes_TL, codebooks).run(codes_TL, codebooks, out_TD)
     return out_TD
@@ -143,7 +143,7 @@ def _cuda_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads
 
 
 def _why_not_cpu(codes_TL: Tensor, codebooks: list[Tensor]) -> str | None:
-    if codes_TL.device.type != "cpu":
+    if not codes_TL.is_cpu:
         return f"takes tensors on the CPU, got {codes_TL.device}"
     if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
         return "needs codebooks whose rows have adjacent elements"
@@ -155,7 +155,7 @@ def _cpu(codes_TL: Tensor, codebooks: list[Tensor], out_TD: Tensor) -> None:
 
 
 def _why_not_cpu_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> str | None:
-    return native.why_not() if grad_TD.device.type == "cpu" else f"takes tensors on the CPU, got {grad_TD.device}"
+    return native.why_not() if grad_TD.is_cpu else f"takes tensors on the CPU, got {grad_TD.device}"
 
 
 def _cpu_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads: Tensor) -> None:
