@@ -85,6 +85,33 @@ def test_a_ratio_is_of_the_same_round() -> None:
     assert statistics.median(peer) / statistics.median(ours) != script("harness").paired_ratio(peer, ours) == 2.0
 
 
+def test_a_ratio_is_to_ours_at_the_same_precision_where_there_is_one() -> None:
+    harness = script("harness")
+    contenders = [
+        harness.Contender("ours", lambda: busy(0.004)),
+        harness.Contender("ours", lambda: busy(0.002), precisions=("medium",)),
+        harness.Contender("peer", lambda: busy(0.008), precisions=("highest", "medium")),
+    ]
+    rows = harness.measure("op", fake_case(contenders), CEILINGS, quick())
+    ratios = {(row.contender, row.precision): row.ratio_to_ours for row in rows}
+    assert ratios["ours", "highest"] == ratios["ours", "medium"] == 1.0
+    assert ratios["peer", "highest"] == pytest.approx(2, rel=0.3)
+    assert ratios["peer", "medium"] == pytest.approx(4, rel=0.3)
+
+
+def test_ratios_to_a_bound_say_what_can_be() -> None:
+    harness = script("harness")
+    contenders = [
+        harness.Contender("ours", lambda: busy(0.004)),
+        harness.Contender("copy", lambda: busy(0.002), is_bound=True),
+        harness.Contender("peer", lambda: busy(0.008)),
+    ]
+    rows = harness.measure("op", fake_case(contenders), CEILINGS, quick())
+    found = {row.contender: row.ratio_to_bound for row in rows}
+    assert found["copy"] == 1.0
+    assert found["ours"] == pytest.approx(2, rel=0.3) and found["peer"] == pytest.approx(4, rel=0.3)
+
+
 def test_known_times_come_out() -> None:
     harness = script("harness")
     contenders = [
