@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "testing": {"spec"},
     "triton": {"backends", "layouts", "reference"},
     "ops": {"backends", "cuda", "deferred", "library", "native", "prepared", "reference", "spec", "triton"},
-    "modules": {"ops", "prepared", "reference"},  # the last for types of arguments
+    "modules": {"ops", "prepared", "reference"},  # the last for types of arguments and what no op computes alone
     "integrations": {"modules", "ops", "prepared", "reference"},
 }
 
