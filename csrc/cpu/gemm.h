@@ -32,7 +32,7 @@ struct Left {
     }
 };
 
-// The same for the largest block of all groups, of which `left(group)` gives the rows.
+// Units of memory for the largest block of any group; `left(group)` gives its rows, which may be packed already.
 template <class LeftOf>
 int64_t most_block_units(const GemmKernels& kernels, int64_t groups, const LeftOf& left) {
     int64_t most = 0;
@@ -110,47 +110,26 @@ inline void pack(const GemmKernels& kernels, const Panel& panel, int64_t depth, 
                            width, out + h * width, kernels.panel_columns);
 }
 
-// What the tiles of one panel ask for of the next: the first tiles of one half of it, the others of the other, each as
-// much, and spread out evenly over its units: a burst of requests would hold up the loads behind it.
-class NextPanel {
-  public:
-    NextPanel(const GemmKernels& kernels, const Panel& panel, int64_t depth, int64_t tiles)
-        : first_tiles_((tiles + 1) / 2) {
-        const int64_t units = ceil_div(depth, kernels.step), size = bytes_of(panel.lines.dtype);
-        for (int h = 0; h < 2; ++h) {
-            const int64_t stride = panel.lines.stride * size, first = panel.halves.first[h],
-                          count = panel.halves.count[h], parts = h == 0 ? first_tiles_ : tiles - first_tiles_;
-            const char* data = static_cast<const char*>(panel.lines.data);
-            int64_t lines = 0;
-            if (panel.units != nullptr) {
-                lines = units * kernels.panel_columns / 2 * 4 / kLine;
-                half_[h] = {reinterpret_cast<const char*>(panel.units) + h * lines * kLine, kLine, 0};
-            } else if (panel.lines.index != nullptr || count == 0) {
-                continue;
-            } else if (panel.by_depth) {
-                lines = depth;
-                half_[h] = {data + first * size, stride, 0};
-            } else if (panel.lines.stride == depth) {
-                lines = ceil_div(count * stride, kLine);
-                half_[h] = {data + first * stride, kLine, 0};
-            }
-            each_[h] = ceil_div(lines, std::max<int64_t>(parts, 1));
-            half_[h].share = (each_[h] << 16) / std::max<int64_t>(units, 1);
-        }
-    }
-
-    Ahead of_tile(int64_t i) const {
-        const int h = i < first_tiles_ ? 0 : 1;
-        Ahead ahead = half_[h];
-        ahead.from += (i - h * first_tiles_) * each_[h] * ahead.step;
+// What tile i of `tiles` asks for of a panel: the first tiles of one half of it, the others of the other.
+inline Ahead ahead_of(const GemmKernels& kernels, const Panel& panel, int64_t depth, int64_t i, int64_t tiles) {
+    const int64_t first_tiles = (tiles + 1) / 2, h = i < first_tiles ? 0 : 1, size = bytes_of(panel.lines.dtype);
+    const int64_t part = h == 0 ? i : i - first_tiles, parts = h == 0 ? first_tiles : tiles - first_tiles;
+    const int64_t stride = panel.lines.stride * size, first = panel.halves.first[h], count = panel.halves.count[h];
+    const char* data = static_cast<const char*>(panel.lines.data);
+    Ahead ahead{};
+    if (panel.units != nullptr) {
+        ahead.count = ceil_div(depth, kernels.step) * kernels.panel_columns / 2 * 4 / kLine, ahead.step = kLine;
+        ahead.from = reinterpret_cast<const char*>(panel.units) + h * ahead.count * kLine;
+    } else if (panel.lines.index != nullptr || count == 0) {
         return ahead;
+    } else if (panel.by_depth) {
+        ahead = {data + first * size, stride, depth};
+    } else if (panel.lines.stride == depth) {
+        ahead = {data + first * stride, kLine, ceil_div(count * stride, kLine)};
     }
-
-  private:
-    int64_t first_tiles_;
-    Ahead half_[2] = {};
-    int64_t each_[2] = {};  // lines that a tile asks for
-};
+    const int64_t start = part * ahead.count / parts;
+    return {ahead.from + start * ahead.step, ahead.step, (part + 1) * ahead.count / parts - start};
+}
 
 // Multiplies the rows with panels [first, last): `panel(p)` gives panel p, and for `last` what will be read next;
 // `target(place, tile, pitch)` where a tile's sums go, `tile` itself or elsewhere, and with `add` go on from what is
@@ -172,17 +151,15 @@ void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64
                 kernels.pack_rows(left.lines, start, rows, left.depth, room.rows.data(), tile.pitch);
         }
         const uint32_t* base = tile.units;
-        const int64_t tiles = ceil_div(rows, kernels.tile_rows), least = rows / tiles, longer = rows % tiles;
+        const int64_t tiles = ceil_div(rows, kernels.tile_rows);
         for (int64_t p = first; p < last; ++p) {
-            const Panel columns = panel(p);
-            const NextPanel next(kernels, panel(p + 1 == last && start + rows < left.rows ? first : p + 1), left.depth,
-                                 tiles);
+            const Panel columns = panel(p), next = panel(p + 1 == last && start + rows < left.rows ? first : p + 1);
             const bool streams = few && !columns.by_depth && columns.units == nullptr;
             const uint32_t* packed = columns.units != nullptr ? columns.units : room.panel.data();
             if (packed != columns.units && !streams) pack(kernels, columns, left.depth, room.panel.data());
-            int64_t row = 0;
-            for (int64_t i = 0; i < tiles; ++i, row += tile.count) {
-                tile.count = int(least + (i < longer));
+            for (int64_t i = 0; i < tiles; ++i) {
+                const int64_t row = i * rows / tiles;
+                tile.count = int((i + 1) * rows / tiles - row);
                 tile.units = base + row * (left.by_depth ? 1 : tile.pitch);
                 const Place place{p, start + row, tile.count};
                 int64_t pitch = kernels.panel_columns;
@@ -190,7 +167,8 @@ void multiply(const GemmKernels& kernels, const Left& left, int64_t first, int64
                 if (streams)
                     kernels.stream(tile, columns.lines, columns.halves, left.depth, sums, pitch, add);
                 else
-                    kernels.product(tile, packed, units, next.of_tile(i), sums, pitch, add);
+                    kernels.product(tile, packed, units, ahead_of(kernels, next, left.depth, i, tiles), sums, pitch,
+                                    add);
                 take(place, sums);
             }
         }

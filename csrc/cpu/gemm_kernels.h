@@ -43,10 +43,10 @@ struct TileRows {
     int count;
 };
 
-// What a product asks the caches for meanwhile: lines that lie `step` bytes apart, `share` / 2^16 of one a unit.
+// What a product asks the caches for meanwhile: `count` lines, `step` bytes apart.
 struct Ahead {
     const char* from;
-    int64_t step, share;
+    int64_t step, count;
 };
 
 // A tile of up and gate projections, and what becomes of it.

@@ -212,8 +212,10 @@ static void product_tile(const uint32_t* rows, int64_t pitch, const uint32_t* pa
 #pragma GCC unroll 4
     for (int group = 0; group < kPointers; ++group) at[group] = rows + 3 * group * pitch;
     const uint32_t* end = panel + units * kPanelColumns;
+    // Spread out evenly: a burst of requests would hold up the loads behind it.
+    const int64_t share = (ahead.count << 16) / std::max<int64_t>(units, 1);
     int64_t asked = 0;
-    for (; panel != end; panel += kPanelColumns, asked += ahead.share) {
+    for (; panel != end; panel += kPanelColumns, asked += share) {
         __builtin_prefetch(ahead.from + (asked >> 16) * ahead.step, 0, 2);
         const Lanes columns[2] = {Lanes::load_units(panel), Lanes::load_units(panel + kWidth)};
 #pragma GCC unroll 16

@@ -162,7 +162,7 @@ def _allocate(
 ) -> tuple[Tensor, Tensor]:
     check_experts(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk)
     _check_optional(x_TD, gate_up_EFD, down_EDF, residual_TD, main_gate_up, main_down)
-    hidden_RF = torch.empty(0 if recompute else rows, gate_up_EFD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+    hidden_RF = x_TD.new_empty(0 if recompute else rows, gate_up_EFD.shape[1])
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format), hidden_RF
 
 
@@ -176,7 +176,7 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _allocate_hidden(
     x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids: Tensor, rows: int, backend: str
 ) -> Tensor:
-    return torch.empty(rows, gate_up_EFD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+    return x_TD.new_empty(rows, gate_up_EFD.shape[1])
 
 
 def _run_hidden(*arguments: Any) -> Tensor:

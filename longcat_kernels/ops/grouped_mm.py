@@ -82,7 +82,7 @@ def _check(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
 def _allocate(a: Tensor, b: Tensor, offs: Tensor | None, backend: str) -> Tensor:
     _check(a, b, offs)
     batch = [] if a.ndim + b.ndim == 5 else [offs.shape[0] if offs is not None else a.shape[0]]
-    return torch.empty(*batch, a.shape[-2], b.shape[-1], dtype=a.dtype, device=a.device)
+    return a.new_empty(*batch, a.shape[-2], b.shape[-1])
 
 
 def _run(a: Tensor, b: Tensor, offs: Tensor | None, backend: str) -> Tensor:
