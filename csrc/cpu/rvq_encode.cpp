@@ -177,8 +177,8 @@ void encode_unpacked(const Batch& batch, size_t level, Pieces& pieces) {
                 [&](const Share& share) { choose_all(batch, level, Part{packed, book, offset, share.terms}, share); });
 }
 
-// The same of all levels whose codebooks are packed already: no thread waits for another between levels whose tiles are
-// the same.
+// Finds the codes of all levels, whose codebooks are packed already. Threads wait for each other only where the next
+// level has other tiles.
 void encode_packed(const Batch& batch) {
     const RvqEncode& p = batch.p;
     for (size_t first = 0, last = 0; first < p.levels.size(); first = last) {
