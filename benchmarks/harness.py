@@ -25,7 +25,7 @@ from longcat_kernels.spec import Cost
 
 ROUNDS, QUICK_ROUNDS, MOST_ROUNDS = 7, 3, 400
 LONG_ROUNDS, LONG_S = 5, 60.0  # rounds that are enough once they have taken so long
-SECONDS, QUICK_SECONDS = 8.0, 0.2
+SECONDS, BRIEF_SECONDS, QUICK_SECONDS = 8.0, 0.5, 0.2
 SAMPLE_S = 1e-3  # a call shorter than this is repeated within its sample
 FLUSHED_BYTES = 1 << 28  # written between samples on a GPU or of a cold case, so that none finds its inputs in a cache
 
@@ -114,7 +114,8 @@ class Options:
     device: str = "cpu"
     threads: int = 1
     quick: bool = False
-    memory: Callable[[str], float | None] = lambda contender: None
+    brief: bool = False  # as many rounds at least, for a shorter time
+    memory: Callable[[str, Call], float | None] = lambda contender, call: None
     start: Callable[[Contender], Callable[[], float]] | None = None  # the sampler of one with an environment
     rivals: dict[str, Callable[[], float]] = field(default_factory=dict)  # samplers of ours at other commits
 
@@ -159,7 +160,7 @@ def sampler(
     def sample(repeats: int) -> float:
         torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(threads)
-        if cold:
+        if cold and device == "cpu":  # a GPU's are emptied always
             torch.empty(FLUSHED_BYTES, dtype=torch.uint8).fill_(1)
         return clock(call, repeats)
 
@@ -199,7 +200,8 @@ def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -
         return []
     judged, samples = _judged(case, made, options)
     samples.update({(name, "highest"): sample for name, sample in options.rivals.items()})
-    rounds, seconds = (QUICK_ROUNDS, QUICK_SECONDS) if options.quick else (ROUNDS, SECONDS)
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    seconds = QUICK_SECONDS if options.quick else BRIEF_SECONDS if options.brief else SECONDS
     with tqdm(desc=f"{op}: {case.name}", unit="round", leave=False) as bar:
         times = interleave(samples, rounds, seconds, bar.update)
     bound = next((series for key, series in times.items() if key in made and made[key][0].is_bound), None)
@@ -208,7 +210,8 @@ def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -
         contender = made[key][0] if key in made else made["ours", "highest"][0]
         ours = times.get(("ours", key[1]), times["ours", "highest"])
         row = _row(op, case, contender, series, ours, ceilings, options)
-        memory = options.memory(key[0]) if case.memory and key in judged and key[1] == "highest" else None
+        call = made[key][1] if key in judged and key[1] == "highest" else None
+        memory = options.memory(key[0], call) if case.memory and call is not None else None
         found: dict[str, Any] = dict(judged.get(key, {}))
         found["ratio_to_bound"] = None if bound is None else paired_ratio(series, bound)
         rows.append(replace(row, contender=key[0], precision=key[1], extra_mb=memory, **found))
@@ -240,10 +243,21 @@ def _judged(
                 raise WrongResult(f"{case.name}: {contender.name}: {how}") from how
             tqdm.write(f"  {contender.name}: {how}")
             continue
+        except Exception as error:
+            _leave_out(contender, error)
+            continue
         samples[key] = sampler(
             call, device=options.device, threads=threads, precision=key[1], wall=case.wall, cold=case.cold
         )
     return judged, samples
+
+
+def _leave_out(contender: Contender, error: Exception) -> None:
+    """Says that a peer fails, with whatever its code raises; raises `error` where it is one of ours."""
+    if contender.name.startswith("ours"):
+        raise error
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    tqdm.write(f"  {contender.name}: {type(error).__name__}: {first}")
 
 
 def _row(
@@ -256,6 +270,7 @@ def _row(
     options: Options,
 ) -> Row:
     median, threads = statistics.median(times), contender.threads or options.threads
+    ceiling = contender.ceiling if options.device == "cpu" else None  # names are those of a processor's instructions
     return Row(
         op=op,
         case=case.name,
@@ -268,7 +283,7 @@ def _row(
         ratio_to_ours=paired_ratio(times, ours),
         gflops=case.cost.flops / median * 1e-9,
         gbytes_s=case.cost.bytes / median * 1e-9,
-        fraction_of_ceiling=_fraction(case.cost, median, ceilings, contender.ceiling, threads),
+        fraction_of_ceiling=_fraction(case.cost, median, ceilings, ceiling, threads),
         extra_mb=None,
         wrong_codes=None,
     )
@@ -281,7 +296,7 @@ def _made(case: Case, options: Options) -> dict[tuple[str, str], tuple[Contender
     """
     made: dict[tuple[str, str], tuple[Contender, Call | None]] = {}
     for contender in case.contenders(options.device):
-        if contender.slow and options.quick:
+        if contender.slow and (options.quick or options.brief):
             continue
         if contender.only_cpu and options.device != "cpu":
             tqdm.write(f"  {contender.name}: not on a GPU")
@@ -293,6 +308,8 @@ def _made(case: Case, options: Options) -> dict[tuple[str, str], tuple[Contender
                 made[contender.name, precision] = (contender, call)
         except Skip as why:
             tqdm.write(f"  {contender.name}: {why}")
+        except Exception as error:
+            _leave_out(contender, error)
     return made
 
 

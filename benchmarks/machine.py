@@ -23,6 +23,7 @@ from longcat_kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED_BYTES = 1 << 28  # far beyond any cache
+LARGE_PRODUCT = (8192, 8192, 8192)  # of a GPU's ceiling where a case names no product of its own
 TRIES = 5
 # Large blocks go back to the system when freed, so that resident memory is memory in use; it makes calls slower.
 PLAIN_MALLOC = (("MALLOC_MMAP_THRESHOLD_", "65536"), ("MALLOC_TRIM_THRESHOLD_", "65536"))
@@ -61,15 +62,21 @@ def environment(device: str, threads: int) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
+    """What git prints; nothing where there is no git, or no repository."""
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout
 
 
 def ceilings(device: str, threads: int) -> tuple[dict[str, float], list[str]]:
     """What bounds any contender, and what of it cannot be had here.
 
-    "copy": bytes read and written a second by all threads. Others: operations a second of one core, by instruction.
+    "copy": bytes read and written a second by all threads. Others: operations a second of one core, by instruction, or
+    of a GPU, in a large product.
     """
     found, missing = {"copy": _copy_bandwidth(device, threads)}, []
+    if device == "cuda":
+        found[half_gemm_name(*LARGE_PRODUCT)] = half_gemm(*LARGE_PRODUCT)
     if device == "cpu":
         for kind, isa in (("fma", "avx2"), ("fma", "avx512"), ("bf16_dot", "avx512")):
             try:
@@ -79,6 +86,11 @@ def ceilings(device: str, threads: int) -> tuple[dict[str, float], list[str]]:
             except RuntimeError as error:
                 missing.append(f"{kind}_{isa}: {error}")
     return found, missing
+
+
+def half_gemm_name(rows: int, dim: int, entries: int) -> str:
+    """Of the ceiling that `half_gemm` measures."""
+    return f"half_gemm {rows}x{dim}x{entries}"
 
 
 def half_gemm(rows: int, dim: int, entries: int) -> float:

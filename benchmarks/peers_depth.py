@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness import Call, Skip
-from longcat_kernels import DepthSampling, PreparedDepth, depth_decode, native
+from longcat_kernels import DepthSampling, PreparedDepth, Workspace, depth_decode, native
 from longcat_kernels.ops import _depth_cpu
 from longcat_kernels.prepared import packed_depth
 from longcat_kernels.reference.depth_weights import DepthLayer, DepthWeights
@@ -29,10 +29,11 @@ GREEDY = DepthSampling(temperature=0.0)
 
 
 def ours(hidden: Tensor, weights: DepthWeights, precision: str | None = None, **more: Any) -> Call:
-    """The op with prepared weights; its sampling numbers are made once, as a server does."""
-    prepared = PreparedDepth(weights, precision)
-    prepared.refresh()
+    """The op with prepared weights; its memory and what is made of numbers are made once, as a server does."""
+    prepared, workspace = PreparedDepth(weights, precision).refresh(), Workspace()
     table = GREEDY.table(len(hidden), weights.config, hidden.device)
+    more |= {"seed": torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device), "workspace": workspace}
+    more["step"] = more["seed"]
     return lambda: depth_decode(hidden, prepared, table, **more).codes
 
 
@@ -94,7 +95,9 @@ def floor(weights: DepthWeights) -> Call:
                 read(name, n, c.sets("ffn_sets")[level], getattr(layer, name))
         head = weights.head_weights[level]
         read("head", 0, 0 if head is None else level, None if head is None else head.expand(c.levels, *head.shape))
-    memory, sections = torch.ones(end, dtype=torch.uint8), torch.tensor(order)
+    memory, sections = torch.empty(end, dtype=torch.uint8), torch.tensor(order)
+    native.module().prefer_large_pages(memory)  # as packed weights have
+    memory.fill_(1)
     read_sections = native.module().read_sections
 
     def call() -> None:

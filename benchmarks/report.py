@@ -29,6 +29,7 @@ shortest time that the ceilings allow by the time taken; sizes that fit in a cac
 "extra MB" is what one call adds to resident memory.
 "error" is relative, against float64 on the same inputs; "saved MB" is what forward keeps for backward besides weights.
 "by bound" is the time by that of a copy of the bytes that must move: about the most that "by ours" can be.
+On a GPU the ceiling of arithmetic is a float16 product by cuBLAS, of the case's size where it has one.
 """
 
 
@@ -85,27 +86,31 @@ def summary(results: Path) -> str:
     """The README's tables: how ours fares in each case of the results files that has the peers of `SUMMARIES`."""
     parts = []
     for op, (start, peers) in SUMMARIES.items():
-        lines = [
-            f"| `{op}`, one thread | time | GFLOP/s | of the ceiling | {' | '.join(peers.values())} |",
-            "|---|" + "---:|" * (3 + len(peers)),
-        ]
         for file in sorted(results.glob(f"*/{op}.json")):
             document = json.loads(file.read_text())
-            for case, rows in _by_case(document["rows"]).items():
-                known = {label(row): row for row in rows}
-                if case.startswith(start) and set(peers) <= set(known):
-                    lines.append(_summary_line(case.removeprefix(start), known, peers))
+            cases = [(case, {label(row): row for row in rows}) for case, rows in _by_case(document["rows"]).items()]
+            lines = [
+                _summary_line(case.removeprefix(start), known, peers)
+                for case, known in cases
+                if case.startswith(start) and set(peers) <= set(known)
+            ]
+            if not lines:
+                continue
             environment = document["environment"]
-            lines.append(f"\nOn {environment['device']} at commit `{environment['commit']}`, {environment['date']}.\n")
-        parts += lines
+            parts += [
+                f"| `{op}`, one thread | time | GFLOP/s | of the ceiling | {' | '.join(peers.values())} |",
+                "|---|" + "---:|" * (3 + len(peers)),
+                *lines,
+                f"\nOn {environment['device']} at commit `{environment['commit']}`, {environment['date']}.\n",
+            ]
     return "\n".join([*parts, "A peer's column is its time by ours. All of it: `benchmarks/RESULTS.md`."])
 
 
-def insert(readme: str, table: str) -> str:
-    """The README with `table` in its place."""
-    before, _, rest = readme.partition("<!-- benchmarks -->\n")
-    after = rest.partition("<!-- end of benchmarks -->")[2]
-    return f"{before}<!-- benchmarks -->\n{table}\n<!-- end of benchmarks -->{after}"
+def insert(readme: str, place: str, table: str) -> str:
+    """The README with `table` between the marks of its place."""
+    first, last = f"<!-- {place} -->\n", f"<!-- end of {place} -->"
+    before, _, rest = readme.partition(first)
+    return f"{before}{first}{table}\n{last}{rest.partition(last)[2]}"
 
 
 def _summary_line(case: str, rows: dict[str, Document], peers: Iterable[str]) -> str:
@@ -120,7 +125,8 @@ def _section(file: Path, document: Document) -> str:
     parts = [
         f"## {file.stem}, {environment['device']}\n",
         f"Commit `{environment['commit']}`, {environment['date']}, torch {environment['torch']}, "
-        f"{environment['threads']} thread(s) of {environment['processors']}. "
+        f"{environment['threads']} thread(s) of {environment['processors']}"
+        f"{', a brief run' if environment.get('brief') else ''}. "
         f"Ceilings: {', '.join(ceiling_lines(document['ceilings']))}.\n",
     ]
     if file.with_suffix(".png").exists():
@@ -132,10 +138,12 @@ def _section(file: Path, document: Document) -> str:
     return "\n".join(parts)
 
 
-def _by_case(rows: Iterable[Document]) -> dict[str, list[Document]]:
+def _by_case(rows: Sequence[Document]) -> dict[str, list[Document]]:
+    """By case, and by op too where there are several."""
+    several = len({row["op"] for row in rows}) > 1
     cases: dict[str, list[Document]] = {}
     for row in rows:
-        cases.setdefault(row["case"], []).append(row)
+        cases.setdefault(f"{row['op']}: {row['case']}" if several else row["case"], []).append(row)
     return cases
 
 
@@ -208,7 +216,11 @@ def _bars(panel: Any, case: str, rows: list[Document]) -> None:
 
 def _roofline(panel: Any, document: Document) -> None:
     """Achieved GFLOP/s of ours and of the fastest peer in each case over operations a byte, under the ceilings."""
-    ceilings, rows = document["ceilings"], document["rows"]
+    ceilings, rows = document["ceilings"], [row for row in document["rows"] if row["gflops"] > 0]
+    if not rows:
+        panel.set_axis_off()
+        panel.set_title("no roofline: it computes nothing, see GB/s", loc="left", fontsize=10)
+        return
     intensities = [row["gflops"] / row["gbytes_s"] for row in rows]
     low, high = min(intensities) / 4, max(intensities) * 4
     for name, top in ceilings.items():
@@ -225,5 +237,6 @@ def _roofline(panel: Any, document: Document) -> None:
         xs = [row["gflops"] / row["gbytes_s"] for row in chosen]
         panel.scatter(xs, [row["gflops"] for row in chosen], marker=marker, color=color, s=18, label=kind, zorder=3)
     panel.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="GFLOP/s")
-    panel.set_title("roofline of one thread", loc="left", fontsize=10)
+    whose = " of one thread" if rows[0]["device"] == "cpu" else ""
+    panel.set_title(f"roofline{whose}", loc="left", fontsize=10)
     panel.legend(fontsize=8)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import harness
 import machine
+import op_table
 import report
+from worker import extra_mb
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -27,28 +29,42 @@ RESULTS = HERE / "results"
 
 @dataclass(frozen=True)
 class Arguments:
-    """Times ops against their peers and against this machine's own ceilings, all in one run.
+    """What to measure, and how; `parse` says what each means."""
 
-    An op's tests run first; where one fails its speed is not reported. Prints a table a case, and writes
-    results/<device>/<op>.json and .png beside this file, unless --quick or --case leaves some out.
-    """
-
-    ops: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[OP ...]")] = ()
-    """Which, such as rvq_encode ema_update; all by default."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the JSON here instead, all ops in one file; no plot."""
+    ops: tuple[str, ...] = ()
+    out: Path | None = None
     threads: int = 1
-    """Of every contender that sets none. One is timed by processor time, several by the clock on the wall."""
     quick: bool = False
-    """Only the first, tiny case of each op, a few rounds: shows that all of it works, and nothing else."""
-    case: Annotated[str, tyro.conf.arg(metavar="SUBSTRING")] = ""
-    """Only cases whose name contains this."""
-    against: Annotated[str | None, tyro.conf.arg(metavar="GIT_REF")] = None
-    """Also build the repository at this commit, and run its version of ours as a contender in the same rounds."""
-    device: Annotated[str, tyro.conf.arg(metavar="auto|cpu|cuda")] = "auto"
-    """auto: the GPU where torch has one."""
+    brief: bool = False
+    tested: bool = False
+    case: str = ""
+    against: str | None = None
+    device: str = "auto"
     table: bool = False
-    """Only write RESULTS.md, and the table in the README, from the JSON files in results/."""
+
+
+def parse(words: Sequence[str] | None = None) -> Arguments:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Times ops against their peers and against this machine's own ceilings, all in one run. An op's "
+        "tests run first; where one fails its speed is not reported. Prints a table a case, and writes "
+        "results/<device>/<op>.json and .png beside this file, unless --quick or --case leaves some out."
+    )
+    add = parser.add_argument
+    add("ops", nargs="*", metavar="OP", help="which, such as rvq_encode ema_update; all by default")
+    add("--out", type=Path, metavar="FILE", help="write JSON and plot there instead, all ops in one file")
+    add("--threads", type=int, default=1, help="of every contender that sets none; one is timed by processor time, "
+        "several by the clock on the wall")  # fmt: skip
+    add("--quick", action="store_true", help="only the first, tiny case of each op: shows that it works, nothing else")
+    add("--brief", action="store_true", help="all cases, as few rounds as will do, nothing that takes long to set up")
+    add("--tested", action="store_true", help="the tests have just passed: do not run them again")
+    add("--case", default="", metavar="SUBSTRING", help="only cases whose name contains this")
+    add("--against", metavar="GIT_REF", help="also build the repository at this commit, and run its version of ours "
+        "as a contender in the same rounds")  # fmt: skip
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: the GPU where torch has one")
+    add("--table", action="store_true", help="only write RESULTS.md, and the README's tables, from what is in results/")
+    found = vars(parser.parse_args(words))
+    return Arguments(**{**found, "ops": tuple(found["ops"])})
 
 
 def main(arguments: Arguments) -> int:
@@ -56,19 +72,20 @@ def main(arguments: Arguments) -> int:
     if arguments.table:
         (HERE / "RESULTS.md").write_text(report.markdown(RESULTS))
         readme = HERE.parent / "README.md"
-        readme.write_text(report.insert(readme.read_text(), report.summary(RESULTS)))
+        text = report.insert(readme.read_text(), "benchmarks", report.summary(RESULTS))
+        readme.write_text(report.insert(text, "ops", op_table.table(text, RESULTS)))
         return 0
     known = sorted(file.stem.removeprefix("bench_") for file in HERE.glob("bench_*.py"))
     unknown = set(arguments.ops) - set(known)
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if unknown or device not in ("cpu", "cuda") or arguments.threads < 1:
-        rule = f"there are benchmarks of {', '.join(known)}; devices are auto, cpu and cuda; threads are at least 1"
+    if unknown or arguments.threads < 1:
+        rule = f"there are benchmarks of {', '.join(known)}; threads are at least 1"
         print(f"run.py: {rule}", file=sys.stderr)
         return 2
     modules = {op: importlib.import_module(f"bench_{op}") for op in arguments.ops or known}
-    red = [op for op, module in modules.items() if not tests_pass(op, module)]
+    red = [op for op, module in modules.items() if not (arguments.tested or tests_pass(op, module))]
     for op in red:
         print(f"{op}: its tests fail, so its speed is not reported", file=sys.stderr)
     green = {op: module for op, module in modules.items() if op not in red}
@@ -85,7 +102,7 @@ def compare(modules: dict[str, ModuleType], arguments: Arguments, device: str) -
     if not modules:
         return
     ceilings, missing = machine.ceilings(device, arguments.threads)
-    environment = machine.environment(device, arguments.threads)
+    environment = machine.environment(device, arguments.threads) | ({"brief": True} if arguments.brief else {})
     for line in [f"{key}: {value}" for key, value in environment.items()] + report.ceiling_lines(ceilings) + missing:
         print(line)
     rows = []
@@ -104,8 +121,9 @@ def compare(modules: dict[str, ModuleType], arguments: Arguments, device: str) -
             if file is not None:
                 report.plot(file)
                 print(file)
-    if arguments.out is not None:
+    if arguments.out is not None and rows:
         harness.save(arguments.out, environment, ceilings, rows)
+        report.plot(arguments.out)
 
 
 def tests_pass(op: str, module: ModuleType) -> bool:
@@ -128,11 +146,12 @@ def bench(
     cases = module.CASES[:1] if arguments.quick else module.CASES
     for case in tqdm([case for case in cases if arguments.case in case.name], desc=op, unit="case", leave=False):
         own = ceilings
-        if device == "cuda":  # bounded by the product of this case's size alone
-            own = {"copy": ceilings["copy"]}
-            if case.product is not None:
-                own["half_gemm {}x{}x{}".format(*case.product)] = machine.half_gemm(*case.product)
-            ceilings.update(own)
+        if device == "cuda":  # bounded by the product of this case's size alone, where it has one
+            product = case.product or machine.LARGE_PRODUCT
+            name = machine.half_gemm_name(*product)
+            if name not in ceilings:
+                ceilings[name] = machine.half_gemm(*product)
+            own = {key: ceilings[key] for key in ("copy", name)}
         with contextlib.ExitStack() as stack:
             found = harness.measure(op, case, own, options(op, case, arguments, device, older, stack))
         tqdm.write(report.text(found))
@@ -161,9 +180,11 @@ def options(
             raise harness.Skip(str(error)) from error
         return lambda: started.ask("time")
 
-    def memory(contender: str) -> float | None:
-        if arguments.quick:
+    def memory(contender: str, call: harness.Call) -> float | None:
+        if arguments.quick or (arguments.brief and device == "cpu"):
             return None
+        if device == "cuda":  # torch counts every byte: no process of its own is needed
+            return extra_mb(call, device)
         with contextlib.closing(worker(contender, more=machine.PLAIN_MALLOC)) as started:
             try:
                 return started.ask("memory")
@@ -181,6 +202,7 @@ def options(
         device=device,
         threads=arguments.threads,
         quick=arguments.quick,
+        brief=arguments.brief,
         memory=memory,
         start=lambda contender: start(contender.name, more=contender.environment),
         rivals=rivals,
@@ -197,4 +219,4 @@ def clean_environment() -> None:
 
 if __name__ == "__main__":
     clean_environment()
-    sys.exit(main(tyro.cli(Arguments, config=(tyro.conf.FlagCreatePairsOff,))))
+    sys.exit(main(parse()))

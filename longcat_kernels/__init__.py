@@ -21,6 +21,7 @@ from longcat_kernels.reference.depth_decode import DepthDecoding
 from longcat_kernels.reference.depth_sampling import DepthSampling
 from longcat_kernels.reference.depth_weights import DepthConfig, DepthLayer, DepthWeights, rope_table
 from longcat_kernels.reference.sampling import sample
+from longcat_kernels.workspace import Workspace
 
 __all__ = [
     "DepthConfig",
@@ -34,6 +35,7 @@ __all__ = [
     "RVQEncoding",
     "RoutingPlan",
     "WeightGrads",
+    "Workspace",
     "defer_weight_grads",
     "depth_decode",
     "ema_update",

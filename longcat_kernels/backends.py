@@ -29,7 +29,7 @@ class Impl:
     """One implementation.
 
     `run(*inputs, *outputs)` fills preallocated outputs and returns nothing; `why_not(*inputs)` gives None, or the
-    reason why it cannot take these inputs.
+    reason why it cannot take these inputs. Where an op has a workspace, `run` is also given `new`, which gives memory.
     """
 
     run: Callable[..., None]
@@ -38,7 +38,7 @@ class Impl:
 
 def reference(function: Callable[..., tuple[Tensor, ...]]) -> Impl:
     """The implementation that is the definition itself: computes `function(*inputs)` and copies into the outputs."""
-    return Impl(lambda *arguments: _copy_results(function, arguments), lambda *inputs: None)
+    return Impl(lambda *arguments, **memory: _copy_results(function, arguments), lambda *inputs: None)
 
 
 def choose(op: str, impls: dict[str, Impl], backend: str, *inputs: Any) -> Impl:

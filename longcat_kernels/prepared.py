@@ -15,7 +15,7 @@ from torch import Tensor
 from longcat_kernels import cuda, native, triton
 from longcat_kernels.layouts import HalfLayout
 from longcat_kernels.reference._depth_checks import check_shapes, check_weights
-from longcat_kernels.reference.depth_weights import DepthWeights
+from longcat_kernels.reference.depth_weights import DepthConfig, DepthWeights
 
 
 class PreparedCodebook:
@@ -209,19 +209,21 @@ class PreparedDepth:
 
     weights: DepthWeights
     tensors: list[Tensor]  # of `weights`
+    like: Tensor  # one of them: `weights.like`
     packed: list[Tensor]  # uint8, opaque; empty where no kernel wants them
 
     def __init__(self, weights: DepthWeights, precision: str | None = None) -> None:
         if precision not in (None, "int8"):
             raise ValueError(f"PreparedDepth: precision must be None or int8, got {precision!r}")
         check_weights(weights)
-        like = next(tensor for tensor in weights.tensors() if tensor.numel())
+        like = weights.like
         check_shapes(weights, like)
         if precision is not None and like.dtype != torch.float32:
             raise ValueError(f"PreparedDepth: weights must be float32 for precision int8, got {like.dtype}")
         self.weights = weights if precision is None else weights.map_matrices(rounded_to_int8)
         self.precision, self.packed = precision, []
-        self.tensors = self.weights.tensors()
+        self.tensors, self.like = self.weights.tensors(), self.weights.like
+        self._counted = [tensor for tensor in self.tensors if tensor.numel() and not tensor.is_inference()]
         self._versions: list[int] | None = None
 
     @property
@@ -238,7 +240,7 @@ class PreparedDepth:
         return self
 
     def _now(self) -> list[int]:
-        return [-1 if tensor.is_inference() else tensor._version for tensor in self.tensors]
+        return [tensor._version for tensor in self._counted]
 
     def mark_stale(self) -> None:
         """Says that the weights have changed by a write that their versions do not count."""
@@ -246,11 +248,9 @@ class PreparedDepth:
 
     def _pack(self) -> None:
         """Fills `packed` in the layout of the weights' device."""
-        tensors = self.weights.tensors()
-        like = next(tensor for tensor in tensors if tensor.numel())
-        on_cpu = like.device.type == "cpu" and like.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        on_cpu = self.like.device.type == "cpu" and self.like.dtype in (torch.float32, torch.bfloat16, torch.float16)
         if on_cpu and native.why_not() is None:
-            self.packed = [packed_depth(tensors, self.weights.config.numbers(), self.precision)]
+            self.packed = [packed_depth(self.weights.tensors(), self.weights.config.numbers(), self.precision)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the weights alone."""
@@ -265,7 +265,7 @@ def packed_depth(
 ) -> Tensor:
     """uint8: the weights of a depth transformer as the kernel on the CPU streams them."""
     tensors = [w.detach() if not w.ndim or w.stride(-1) == 1 else w.detach().contiguous() for w in weights]
-    dtype = next(w.dtype for w in weights if w.numel())
+    dtype = DepthWeights.of(weights, DepthConfig.of(config, 0.0)).like.dtype
     module, options = native.module(), {"precision": precision or "", "isa": isa}
     packed = torch.empty(module.packed_depth_bytes(tensors, config, dtype, **options), dtype=torch.uint8)
     module.pack_depth(tensors, packed, config, dtype, threads=torch.get_num_threads(), **options)

@@ -1,4 +1,4 @@
-"""The command line: `longcat demo | train | generate | schedule | inspect`."""
+"""The command line: `longcat demo | tokenize | train | generate | schedule | inspect`."""
 
 from __future__ import annotations
 
@@ -47,17 +47,54 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Tokenize:
+    """Turn documents into ids, once, for any number of trainings.
+
+    DATA is JSON lines; a line is one document; paths are relative to its file. The same command given again goes on
+    after the last whole shard.
+
+    A document may be a conversation in the official format, {"messages": [{"role": "user", "content": "..."}, ...]},
+    of which what the assistant says, paints and speaks is learnt. In a content,
+    <longcat_img_start>FILE<longcat_img_end> is an image, <longcat_audio_start>FILE<longcat_audio_end> sound, and
+    <longcat_audiogen_start>TEXT<longcat_audio_start>FILE<longcat_audio_end><longcat_audiogen_end> speech to be learnt.
+
+    Or it is a list of parts in order: {"text": "...", "loss": true}, {"image": "FILE"}, {"paint": "FILE"},
+    {"hear": "FILE"}, {"say": "FILE", "transcript": "..."}.
+    """
+
+    data: tyro.conf.Positional[tuple[Path, ...]]
+    """Files of documents."""
+    out: Path
+    """Directory for the shards."""
+    run: Path = RUN
+    """Directory of the trained system whose tokenizers are used."""
+    workers: int = 0
+    """Processes; 0: this one alone, with all its threads."""
+    longest: int = 32_768
+    """Positions that a document may have."""
+    shard_documents: int = 1024
+    """Documents of a shard."""
+    seed: int = 0
+    """Of how far speech lags behind its transcript."""
+
+    def __call__(self) -> None:
+        from longcat_model.data.tokenize import Job, Settings, tokenize
+
+        settings = Settings(longest=self.longest, seed=self.seed, shard_documents=self.shard_documents)
+        shards = tokenize(Job.of(self.data, self.run, settings), self.out, workers=self.workers)
+        positions = int(shards.counts[:, 0].sum(dtype="int64"))
+        print(f"{len(shards)} documents, {positions} positions, the longest {shards.longest}: {self.out}")
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a system's language model further on your own documents: text, images and speech.
 
-    DATA is JSON lines; a line is one document, a list of parts in order. A part is one of
-    {"text": "...", "loss": true}, {"image": "file.png"}, {"paint": "file.png"}, {"hear": "file.wav"},
-    {"say": "file.wav", "transcript": "..."}. Paths are relative to DATA. The same command given again goes on from the
-    last checkpoint.
+    The same command given again goes on from the last checkpoint.
     """
 
     data: tyro.conf.Positional[Path]
-    """Documents as JSON lines."""
+    """What `longcat tokenize` made, or its JSON lines, which are tokenized to OUT/data first."""
     run: Path = RUN
     """Directory of the trained system to start from."""
     out: Path = Path("runs/train")
@@ -72,11 +109,18 @@ class Train:
     """Peak of a linear warm-up and a cosine to a tenth."""
     seed: int = 0
     """Of the order of the documents."""
+    workers: int = 1
+    """Processes that tokenize, and that prepare the next batches of every rank; 0: none of their own."""
     pipeline: int = 1
     """Processes that train the model together, each with a part of it; torchrun may start them, on many machines."""
+    data_parallel: int = 1
+    """How many such pipelines train together, each on a part of every batch."""
+    expert_parallel: int = 1
+    """How many of those share their experts out, each having a part of them."""
 
     def __call__(self) -> None:
         from longcat_model.training import finetune
+        from longcat_model.training.mesh import Mesh
 
         finetune.run(
             self.data,
@@ -89,56 +133,125 @@ class Train:
                 learning_rate=self.learning_rate,
                 seed=self.seed,
             ),
-            ranks=self.pipeline,
+            Mesh(pipeline=self.pipeline, data=self.data_parallel, experts=self.expert_parallel),
+            workers=self.workers,
         )
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Use a trained system: read an image, paint a number, transcribe speech, speak.
+    """Use a trained system: read an image, paint a number, transcribe speech, speak; or answer conversations.
 
-    see and hear take a file and print text; paint and say take text and write a file.
+    see and hear take a file and print text; paint and say take text and write a file. --messages takes conversations in
+    the official format, any tasks at once, prints a line of JSON for each, and writes images and speech to --out.
     """
 
-    task: tyro.conf.Positional[Literal["see", "paint", "hear", "say"]]
+    task: tyro.conf.Positional[Literal["see", "paint", "hear", "say"] | None] = None
     """What to do."""
-    subject: tyro.conf.Positional[str]
+    subject: tyro.conf.Positional[str | None] = None
     """An image or sound file (see, hear), or the text to paint or say."""
+    messages: Path | None = None
+    """A JSON file, - for standard input: a list of {"role": ..., "content": ...}, or a list of such lists. Content may
+    hold <longcat_img_start>file.png<longcat_img_end>, <longcat_audio_start>file.wav<longcat_audio_end>, and at the end
+    <longcat_img_start> or <longcat_audiogen_start>, to be answered with an image or with speech."""
     run: Path = RUN
     """Directory of the trained system."""
     out: Path | None = None
-    """File to write: paint.png or say.wav by default."""
+    """File to write: paint.png or say.wav by default. With --messages a directory: runs/answers by default."""
+    roles: bool = True
+    """--messages: write role markers; --no-roles for a system trained without, like the demo's."""
+    stream: bool = False
+    """--messages: print text and codes as they come, too."""
     mode: Literal["serial", "parallel"] = "serial"
     """say: the whole transcript before the speech, or both together."""
     temperature: float | None = None
-    """0 takes the most likely one. By default 0 to see and hear, 0.5 for the codes of paint and say."""
-    top_k: int = 0
-    """Sample among the K most likely; 0: all."""
-    top_p: float = 0.9
-    """Sample among the most likely that together have this probability."""
-    guidance: float = 1.5
-    """paint: classifier-free guidance scale; 1: none."""
+    """0 takes the most likely one. By default 0 to see and hear, 0.5 for the codes of paint and say; with --messages
+    this, top-k, top-p and the penalty are the released model's recommendations for each task."""
+    top_k: int | None = None
+    """Sample among the K most likely; 0: all, the default."""
+    top_p: float | None = None
+    """Sample among the most likely that together have this probability: 0.9 by default."""
+    repetition_penalty: float | None = None
+    """Makes what was written before less likely; 1: no penalty, the default."""
+    truncation: Literal["sequential", "joint"] = "sequential"
+    """top-p of what top-k kept, as the released transformers code does, or of everything, as the released server."""
+    guidance: float | None = None
+    """Images: classifier-free guidance scale; 1: none. 1.5 by default, 3 with --messages."""
+    cfg_uncond: Literal["null", "bare", "all_null"] = "null"
+    """--messages: what guidance compares with: the prompt blanked, its size alone, or all of it blanked."""
+    height: int = 37
+    """--messages: cells of an image whose size the message does not say."""
+    width: int = 37
+    """Likewise."""
+    max_tokens: int = 1024
+    """--messages: most ids of text."""
+    max_text: int = 512
+    """--messages: most ids of a transcript."""
+    max_frames: int = 1000
+    """--messages: most frames of speech, 80 ms each."""
+    stop: tuple[str, ...] = ()
+    """--messages: text ends before any of these."""
+    media: int = 0
+    """--messages: images and utterances that a text may begin by itself."""
+    max_memory: int = 1 << 32
+    """--messages: most bytes of the cache; more is refused before any work."""
     seed: int = 0
-    """Same seed, same result."""
+    """Same seed, same result; conversation number i draws with seed + i."""
 
     def __call__(self) -> None:
+        if (self.messages is None) == (self.task is None or self.subject is None):
+            raise ValueError("generate: a task and its subject, or --messages, must be given, and not both")
+        if self.messages is None:
+            print(self._task())
+        else:
+            self._answer(self.messages)
+
+    def _task(self) -> str:
         from longcat_model.demo.generate import Request, generate
         from longcat_model.generation import Sampling
 
         temperature = self.temperature
         if temperature is None:
             temperature = 0.5 if self.task in ("paint", "say") else 0.0
-        sampling = Sampling(temperature=temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=self.top_k or 0,
+            top_p=0.9 if self.top_p is None else self.top_p,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            order=self.truncation,
+            seed=self.seed,
+        )
         request = Request(
-            task=self.task,
-            subject=self.subject,
+            task=self.task or "",
+            subject=self.subject or "",
             run=self.run,
             out=self.out,
             mode=self.mode,
             sampling=sampling,
-            guidance=self.guidance,
+            guidance=1.5 if self.guidance is None else self.guidance,
         )
-        print(generate(request))
+        return generate(request)
+
+    def _answer(self, messages: Path) -> None:
+        from longcat_model.generation import Settings, command
+
+        given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+        same = ("truncation", "cfg_uncond", "height", "width", "mode", "max_tokens", "max_text", "max_frames")
+        settings = Settings(
+            **{name: getattr(self, name) for name in (*same, "stop", "media")},
+            numbers={name: value for name, value in given.items() if value is not None},
+            guidance=Settings.guidance if self.guidance is None else self.guidance,
+        )
+        command.answer(
+            messages,
+            self.run,
+            self.out or Path("runs/answers"),
+            settings,
+            seed=self.seed,
+            roles=self.roles,
+            stream=self.stream,
+            max_memory=self.max_memory,
+        )
 
 
 @dataclass(frozen=True)
@@ -182,19 +295,34 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Print what a trained system or a preset consists of: parameters by part, ids, codebooks."""
+    """Print what a trained system, a released checkpoint or a preset consists of: parameters by part, ids, codebooks.
+
+    A released checkpoint is checked first; every tensor that is missing or wrong is listed.
+    """
 
     subject: tyro.conf.Positional[str] = str(RUN)
-    """Directory of a trained system, or a preset: longcat_next, demo, tiny."""
+    """Directory of a trained system or of a released checkpoint, or a preset: longcat_next, demo, tiny."""
+    plan: bool = False
+    """Print what of a released checkpoint (or longcat_next) goes where: GPU, host, file."""
+    memory: tuple[float, ...] = (141e9,)
+    """--plan: bytes of each GPU, as in 80e9 80e9; 0: no GPU."""
+    rows: int = 2
+    """--plan: decoded together; classifier-free guidance takes two an image."""
+    positions: int = 8192
+    """--plan: of a row, prompt and answer together."""
 
     def __call__(self) -> None:
         from longcat_model import inspection
 
-        print(inspection.describe(self.subject))
+        if self.plan:
+            print(inspection.describe_plan(self.subject, self.memory, rows=self.rows, positions=self.positions))
+        else:
+            print(inspection.describe(self.subject))
 
 
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Schedule, tyro.conf.subcommand("schedule")]
@@ -219,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"longcat: {error}; this command needs: pip install 'longcat-kernels[demo]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "; give the same command again to go on" if isinstance(command, Demo | Train) else ""
+        again = "; give the same command again to go on" if isinstance(command, Demo | Tokenize | Train) else ""
         print(f"\nlongcat: interrupted{again}", file=sys.stderr)
         return 130
     return 0

@@ -6,9 +6,7 @@ import io
 import os
 from pathlib import Path
 
-import librosa
 import numpy as np
-import soundfile
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -28,7 +26,7 @@ def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
             opaque = Image.new("RGBA", file.size, "white")
             opaque.alpha_composite(file.convert("RGBA"))
             picture = opaque.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"image: path must name a readable image, got {path}: {error}") from error
     scale = 1 if height is None else height / picture.height
     wide, high = (max(cell, round(side * scale / cell) * cell) for side in picture.size)
@@ -52,6 +50,8 @@ def read_speech(path: Path, rate: int) -> Tensor:
     Raises:
         ValueError: the file is missing, no sound, or silent.
     """
+    import soundfile  # here, because images and checkpoints do without it
+
     try:
         samples, found = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
@@ -60,12 +60,16 @@ def read_speech(path: Path, rate: int) -> Tensor:
     if not waveform.size or not np.abs(waveform).max() > 0:
         raise ValueError(f"speech: path must name a file with sound, got silence in {path}")
     if found != rate:
+        import librosa
+
         waveform = librosa.resample(waveform, orig_sr=found, target_sr=rate)
     return torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
 
 
 def wav(waveform: Tensor, rate: int) -> bytes:
     """[samples] in [-1, 1] as a 16-bit WAV file."""
+    import soundfile
+
     buffer = io.BytesIO()
     soundfile.write(buffer, waveform.clamp(-1, 1).numpy(), rate, subtype="PCM_16", format="WAV")
     return buffer.getvalue()

@@ -1,14 +1,18 @@
-"""`longcat inspect`: what a system consists of, as a table."""
+"""`longcat inspect`: what a system consists of and where a released checkpoint goes, as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from longcat_model import config, presets
+from longcat_model.released import checkpoint
+from longcat_model.released.plan import Part, cache_bytes, expert_bytes, plan, table_bytes
+from longcat_model.released.sizes import Sizes
 from longcat_model.system import System
 from longcat_model.vocabulary import Vocabulary
 
@@ -16,19 +20,71 @@ PRESETS = {"longcat_next": presets.longcat_next, "demo": presets.demo, "tiny": p
 
 
 def describe(subject: str) -> str:
-    """Parameters by part, extents of the id space and codebooks of a trained system or a preset.
+    """Parameters by part, extents of the id space and codebooks of a trained system, a checkpoint or a preset.
 
     Raises:
-        ValueError: `subject` is neither a preset's name nor a directory with a trained system.
+        ValueError: `subject` is neither a preset's name nor a directory with a trained system or a whole checkpoint.
     """
-    if subject in PRESETS:
+    if subject in PRESETS or _is_released(subject):
+        sizes = PRESETS[subject]() if subject in PRESETS else checkpoint.check(Path(subject))[0].model
         with torch.device("meta"):  # sizes without memory: the released model would need 300 GB
-            system = System.create(PRESETS[subject]())
+            system = System.create(sizes)
     elif Path(subject).is_dir():
         system = System.load(Path(subject))
     else:
         raise ValueError(f"inspect: subject must be a directory or one of {', '.join(PRESETS)}, got {subject!r}")
     return "\n\n".join((_parameters(system), _ids(system.sizes), _quantizers(system)))
+
+
+def describe_plan(subject: str, memory: Sequence[float], *, rows: int, positions: int) -> str:
+    """Where the parts of a checkpoint of the released format go, what each device holds, and what does not fit.
+
+    Args:
+        subject: directory, or "longcat_next".
+        memory: bytes of each GPU; zeros count as no GPU.
+        rows, positions: see `released.plan.plan`.
+
+    Raises:
+        ValueError: `subject` is neither, the checkpoint has faults, or a number is out of range.
+    """
+    if subject == "longcat_next":
+        sizes = Sizes(model=presets.longcat_next())
+    elif _is_released(subject):
+        sizes, _ = checkpoint.check(Path(subject))
+    else:
+        raise ValueError(f"inspect: --plan needs a released checkpoint's directory or longcat_next, got {subject!r}")
+    if not all(0 <= size < 2**63 for size in memory):
+        raise ValueError(f"inspect: memory must be bytes of each GPU, got {' '.join(map(str, memory))}")
+    gpus = {f"cuda:{i}": int(size) for i, size in enumerate(size for size in memory if size)}
+    found, backbone = plan(sizes, gpus, rows=rows, positions=positions), sizes.model.backbone
+    parts = [("part", "place", "bytes"), *((p.name, p.place, f"{p.bytes:,}") for p in _merged(found.parts))]
+    places = [("place", "used", "of")]
+    for place in dict.fromkeys(part.place for part in found.parts):
+        places.append((place, f"{found.used(place):,}", f"{gpus[place]:,}" if place in gpus else ""))
+    notes = [
+        f"A position takes {cache_bytes(backbone):,} bytes of cache.",
+        f"It reads {table_bytes(backbone):,} bytes of n-gram tables",
+        f"and, on average, {expert_bytes(backbone):,} bytes of each layer's experts.",
+        "Tables in their file take no memory but the operating system's cache.",
+    ]
+    for gpu, size in found.lacking().items():
+        notes.append(f"DOES NOT FIT: {gpu} lacks {size:,} bytes; fewer rows or positions need less.")
+    return "\n\n".join((_table(parts), _table(places), "\n".join(notes)))
+
+
+def _is_released(subject: str) -> bool:
+    return (Path(subject) / checkpoint.INDEX).is_file()
+
+
+def _merged(parts: Sequence[Part]) -> list[Part]:
+    """Experts of successive layers in one place as one part."""
+    merged: list[Part] = []
+    for _, run in groupby(parts, lambda part: (part.place, part.name.rstrip("0123456789"))):
+        several = list(run)
+        first, last = several[0].name, several[-1].name.rpartition(" ")[2]
+        name = f"{first.replace('layer', 'layers')} to {last}" if len(several) > 1 else first
+        merged.append(Part(name, several[0].place, sum(part.bytes for part in several)))
+    return merged
 
 
 def _parameters(system: System) -> str:

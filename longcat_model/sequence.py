@@ -37,8 +37,12 @@ class Inputs:
     audio: Tensor  # [B, S, L] local codes of a frame, whose embedding is added to the text's; -1: none
     documents: Tensor  # [B, S] number of the document in its row; -1: padding
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same function of every field."""
+        return Inputs(*map(function, _tensors(self)))
+
     def to(self, device: torch.device | str) -> Inputs:
-        return Inputs(*(field.to(device) for field in _tensors(self)))
+        return self.map(lambda field: field.to(device))
 
 
 @dataclass(frozen=True)
@@ -278,36 +282,56 @@ def pack(documents: Sequence[Document], length: int) -> Batch:
     """First-fit packing: each document goes into the first row that has room, in the given order.
 
     Args:
-        length: positions of a row; what documents leave over is padding (document -1, no input, no loss).
+        length: positions of a row.
 
     Returns:
-        as many rows as needed; `inputs.documents` numbers the documents of a row from 0.
+        as many rows as needed; see `pack_rows`.
 
     Raises:
         ValueError: no documents, or one longer than a row.
     """
+    rows: list[list[Document]] = []
+    room: list[int] = []
+    for document in documents:
+        row = next((r for r, left in enumerate(room) if len(document) <= left), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(document)
+        room[row] -= len(document)
+    return pack_rows(rows, length)
+
+
+def pack_rows(rows: Sequence[Sequence[Document]], length: int) -> Batch:
+    """The documents of each row, one after another.
+
+    Args:
+        length: positions of a row; what documents leave over is padding (document -1, no input, no loss).
+
+    Returns:
+        one row each; `inputs.documents` numbers the documents of a row from 0.
+
+    Raises:
+        ValueError: no documents, or those of a row are longer than it.
+    """
+    documents = [document for row in rows for document in row]
     if not documents:
         raise ValueError("sequence: documents must not be empty, got 0")
-    used: list[int] = []
-    counts: list[int] = []
     places, numbers = [], []
-    for document in documents:
-        if len(document) > length:
-            raise ValueError(f"sequence: document must fit a row of {length} positions, got {len(document)}")
-        row = next((r for r, taken in enumerate(used) if taken + len(document) <= length), len(used))
-        if row == len(used):
-            used.append(0)
-            counts.append(0)
-        places.append(row * length + used[row] + torch.arange(len(document)))
-        numbers.append(torch.full((len(document),), counts[row]))
-        used[row] += len(document)
-        counts[row] += 1
+    for row, members in enumerate(rows):
+        used = 0
+        for number, document in enumerate(members):
+            places.append(row * length + used + torch.arange(len(document)))
+            numbers.append(torch.full((len(document),), number))
+            used += len(document)
+        if used > length:
+            raise ValueError(f"sequence: document must fit a row of {length} positions, got {used}")
     place_N = torch.cat(places)
 
     def spread(parts: Sequence[Tensor], fill: int) -> Tensor:
-        flat = parts[0].new_full((len(used) * length, *parts[0].shape[1:]), fill)
+        flat = parts[0].new_full((len(rows) * length, *parts[0].shape[1:]), fill)
         flat.index_copy_(0, place_N, torch.cat(list(parts)))
-        return flat.view(len(used), length, *flat.shape[1:])
+        return flat.view(len(rows), length, *flat.shape[1:])
 
     text, marker, visual, audio, _ = zip(*(_tensors(d.inputs) for d in documents), strict=True)
     targets = zip(*(_tensors(d.targets) for d in documents), strict=True)

@@ -57,20 +57,50 @@ class System:
         Raises:
             ValueError: a file is missing, damaged or does not fit the config.
         """
-        path = directory / "config.json"
-        if not path.is_file():
-            raise ValueError(
-                f"system: {directory} must hold a trained system, but has no config.json; run `longcat demo`"
-            )
-        try:
-            sizes = config.from_dict(config.Model, json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"system: {path} must be JSON, got: {error}") from error
+        sizes = read_sizes(directory)
         system = cls.create(sizes)
         for name, module in system.parts().items():
-            try:
-                load_model(module, str(directory / f"{name}.safetensors"))
-            except (FileNotFoundError, SafetensorError, RuntimeError) as error:
-                raise ValueError(f"system: {directory / name}.safetensors must fit the config, got: {error}") from error
-            module.eval()
+            _load(module, directory, name)
         return system
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """What turns images, sound and text into ids: a system without its language model."""
+
+    sizes: config.Model
+    vision: VisionTokenizer
+    audio: AudioTokenizer
+    text: ByteTokenizer
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizers:
+        """As `System.load`, but of these parts only."""
+        sizes = read_sizes(directory)
+        tokenizers = cls(sizes, VisionTokenizer(sizes.vision), AudioTokenizer(sizes.audio), ByteTokenizer())
+        _load(tokenizers.vision, directory, "vision")
+        _load(tokenizers.audio, directory, "audio")
+        return tokenizers
+
+
+def read_sizes(directory: Path) -> config.Model:
+    """The config of a system.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"system: {directory} must hold a trained system, but has no config.json; run `longcat demo`")
+    try:
+        return config.from_dict(config.Model, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"system: {path} must be JSON, got: {error}") from error
+
+
+def _load(module: nn.Module, directory: Path, name: str) -> None:
+    try:
+        load_model(module, str(directory / f"{name}.safetensors"))
+    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"system: {directory / name}.safetensors must fit the config, got: {error}") from error
+    module.eval()

@@ -18,9 +18,18 @@ INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get(
 def pytest_runtest_setup(item: Any) -> None:
     """Tests of the Triton implementations run in a process with the interpreter: it must be on before kernels load."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    wants = parameters.get("backend") == "triton" or item.path.parent.name == "interpreter"
-    if wants and not INTERPRETED:
+    on_cpu = parameters.get("backend") == "triton" and parameters.get("device") != "cuda"
+    if (on_cpu or item.path.parent.name == "interpreter") and not INTERPRETED:
         pytest.skip("triton: run in a process of its own, with TRITON_INTERPRET=1")
+
+
+def pytest_runtest_teardown(item: Any) -> None:
+    """After an illegal access every call of a process fails: its other tests would only repeat the error."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the GPU was lost in {item.nodeid}: {str(error).splitlines()[0]}", returncode=3)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from longcat_kernels import native
+from longcat_kernels.ops import OPS
 from longcat_kernels.spec import Cost
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -173,6 +174,40 @@ def test_contenders_that_cannot_run_here_are_named(capsys: pytest.CaptureFixture
     assert "peer: not installed" in capsys.readouterr().out
 
 
+def test_a_peer_may_fail_as_it_likes_ours_may_not(capsys: pytest.CaptureFixture[str]) -> None:
+    harness = script("harness")
+
+    def broken() -> None:
+        raise NotImplementedError("no float32 here\nand more")
+
+    contenders = [harness.Contender("ours", lambda: lambda: None), harness.Contender("peer", lambda: broken)]
+    rows = harness.measure("op", fake_case(contenders), CEILINGS, quick())
+    assert [row.contender for row in rows] == ["ours"]
+    assert "peer: NotImplementedError: no float32 here\n" in capsys.readouterr().out
+    with pytest.raises(NotImplementedError):
+        harness.measure("op", fake_case([harness.Contender("ours", lambda: broken)]), CEILINGS, quick())
+
+
+def test_a_brief_run_leaves_out_what_takes_long_to_make() -> None:
+    harness = script("harness")
+    slow = harness.Contender("peer", lambda: pytest.fail("made"), slow=True)
+    contenders = [harness.Contender("ours", lambda: busy(0.001)), slow]
+    (row,) = harness.measure("op", fake_case(contenders), CEILINGS, harness.Options(brief=True))
+    assert row.rounds >= harness.ROUNDS and row.rounds * row.median_s < 5
+
+
+def test_on_a_gpu_no_ceiling_is_that_of_a_processors_instructions() -> None:
+    harness = script("harness")
+    contender = harness.Contender("ours", lambda: lambda: None, ceiling="fma_avx512")
+    ceilings = {"copy": 1e9, "half_gemm 8x8x8": 1e12}
+    row = harness._row(
+        "op", fake_case([contender]), contender, [1e-3], [1e-3], ceilings, harness.Options(device="cuda")
+    )
+    assert row.fraction_of_ceiling == pytest.approx(10**5 / 1e9 / 1e-3)
+    here = harness._row("op", fake_case([contender]), contender, [1e-3], [1e-3], ceilings, harness.Options())
+    assert here.fraction_of_ceiling is None
+
+
 def test_an_older_ours_competes_in_the_same_rounds() -> None:
     harness = script("harness")
     options = quick(rivals={"ours at HEAD~1": lambda: 1.0})
@@ -204,10 +239,14 @@ def test_red_tests_refuse_speed(
     monkeypatch.setattr(bench, "TESTS", [str(test)], raising=False)
     out = tmp_path / "out.json"
     assert run.main(run.Arguments(("rvq_decode",), out=out, quick=True, device="cpu")) == code
-    assert out.exists() == ok
+    assert out.exists() == out.with_suffix(".png").exists() == ok
     printed = capsys.readouterr()
     assert ("by ours" in printed.out) == ok
     assert ok or "rvq_decode: its tests fail, so its speed is not reported" in printed.err
+
+
+def test_every_op_has_a_benchmark() -> None:
+    assert [op.name for op in OPS if not (FOLDER / f"bench_{op.name}.py").is_file()] == []
 
 
 def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +257,15 @@ def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("op", "least"),
-    [("rvq_encode", 8), ("ema_update", 8), ("fused_moe", 8), ("grouped_mm", 5), ("ngram_embedding", 5)],
+    [
+        ("rvq_encode", 8),
+        ("ema_update", 8),
+        ("fused_moe", 8),
+        ("grouped_mm", 5),
+        ("ngram_embedding", 5),
+        ("moe_route", 3),
+        ("moe_plan", 3),
+    ],
 )
 def test_a_tiny_case_of_each_op_runs(op: str, least: int) -> None:
     run, bench = script("run"), script(f"bench_{op}")
@@ -274,8 +321,23 @@ def test_the_table_is_made_from_the_files(tmp_path: Path) -> None:
     (folder / "op.json").write_text(json.dumps(document()))
     (folder / "demo.json").write_text("{}")  # results of another kind
     table = script("report").markdown(tmp_path / "results")
-    assert "## op, CPU X" in table and "copy: 10 GB/s" in table and "demo" not in table
+    assert (
+        "1 thread(s) of 2. " in table and "## op, CPU X" in table and "copy: 10 GB/s" in table and "demo" not in table
+    )
     assert "| peer, medium | 9 ms | 4.50x | 5.0 | 0.50 | 50% | - | 0.00% |" in table
+
+
+def test_the_readme_says_nothing_of_a_device_without_the_peers_that_it_shows(tmp_path: Path) -> None:
+    report = script("report")
+    start, peers = report.SUMMARIES["rvq_encode"]
+    row = {**document()["rows"][0], "case": f"{start}8x8"}
+    for device, contenders in (("cpu-x", ["ours", *peers]), ("gpu-x", ["ours"])):
+        (tmp_path / device).mkdir()
+        rows = [{**row, "contender": contender} for contender in contenders]
+        found = document(rows=rows) | {"environment": {**document()["environment"], "device": device}}
+        (tmp_path / device / "rvq_encode.json").write_text(json.dumps(found))
+    summary = report.summary(tmp_path)
+    assert "| 8x8 | 2 ms | 5 | 50% |" in summary and "On cpu-x" in summary and "gpu-x" not in summary
 
 
 def test_a_judge_may_fill_columns_of_its_own(tmp_path: Path) -> None:
@@ -291,6 +353,16 @@ def test_the_plot_stands_beside_its_file(tmp_path: Path) -> None:
     (tmp_path / "op.json").write_text(json.dumps(document()))
     script("report").plot(tmp_path / "op.json")
     assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_of_several_ops_without_arithmetic_has_a_plot_too(tmp_path: Path) -> None:
+    found = document()
+    rows = [{**row, "op": op, "gflops": 0.0} for op in ("one", "other") for row in found["rows"]]
+    (tmp_path / "all.json").write_text(json.dumps({**found, "rows": rows}))
+    report = script("report")
+    assert list(report._by_case(rows)) == ["one: 8x8", "other: 8x8"]
+    report.plot(tmp_path / "all.json")
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_results_file_is_whole_or_not_there(tmp_path: Path) -> None:
@@ -309,7 +381,7 @@ def test_the_committed_table_is_the_one_of_the_committed_results() -> None:
 
 def test_help_names_every_option() -> None:
     run = subprocess.run([sys.executable, str(FOLDER / "run.py"), "--help"], capture_output=True, text=True, check=True)
-    for option in ("--out", "--threads", "--quick", "--case", "--against", "--device", "--table"):
+    for option in ("--out", "--threads", "--quick", "--brief", "--tested", "--case", "--against", "--device"):
         assert option in run.stdout
 
 

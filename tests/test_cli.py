@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -10,10 +11,9 @@ import torch
 
 from longcat_model import presets
 from longcat_model.cli import main
-from longcat_model.files import png, wav, write
+from longcat_model.files import png, read_image, wav, write
 from longcat_model.system import System
 from longcat_model.tokenizers.vision import VisionTokenizer
-from longcat_model.training import finetune
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,84 @@ def test_a_picture_is_read_at_the_height_of_the_demos(
     assert shapes == [(3, 16, 48)]
 
 
+def ask(system: Path, media: Path, conversations: object, *options: str) -> list[str]:
+    """Arguments that answer conversations; small limits."""
+    (media / "chat.json").write_text(json.dumps(conversations))
+    small = {"height": 2, "width": 3, "max-tokens": 6, "max-text": 4, "max-frames": 3}
+    limits = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    out = ["--run", str(system), "--out", str(media / "answers")]
+    return ["generate", "--messages", str(media / "chat.json"), *out, *limits, *options]
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": content}]
+    for content in (
+        "what is <longcat_img_start>a.png<longcat_img_end>",
+        "paint<longcat_img_start>",
+        'hear <longcat_audio_start>{"path": "a.wav"}<longcat_audio_end>',
+        "say<longcat_audiogen_start>",
+    )
+]
+
+
+def test_generate_answers_conversations(system: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ask(system, media, CONVERSATIONS, "--temperature", "1")
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.out.splitlines()]
+    assert [line["conversation"] for line in lines] == [1, 2, 3, 4]
+    assert [sorted(part) for line in lines for part in line["parts"]] == [
+        ["text"],
+        ["image"],
+        ["text"],
+        ["speech", "text"],
+    ]
+    answers = media / "answers"
+    assert sorted(path.name for path in answers.iterdir()) == ["2-1.png", "4-1.wav"]
+    assert read_image(answers / "2-1.png", 1).shape == (3, 16, 24)
+    assert "bytes; conversations: 4" in captured.err
+    first = [path.read_bytes() for path in sorted(answers.iterdir())]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == captured.out
+    assert [path.read_bytes() for path in sorted(answers.iterdir())] == first
+
+
+def test_generate_streams_what_it_answers(
+    system: Path, media: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From standard input, one conversation, with paths relative to here."""
+    arguments = ask(system, media, [], "--stream", "--no-roles", "--media", "1", "--temperature", "1")
+    arguments[2] = "-"
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps([{"role": "user", "content": "paint<longcat_img_start>"}])))
+    assert main(arguments) == 0
+    *pieces, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(piece["cell"]) for piece in pieces if "cell" in piece] == [3] * 6
+    assert "".join(piece.get("text", "") for piece in pieces) == last["parts"][1]["text"]
+
+
+def test_bad_conversations_write_nothing(system: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = [{"role": "user", "content": "<longcat_img_start>a.wav<longcat_img_end>"}]
+    for conversations, options, message in (
+        ([*CONVERSATIONS, bad], [], "conversation 5: image: path must name a readable image"),
+        (CONVERSATIONS, ["--max-memory", "1000"], "the cache must fit max_memory = 1000 bytes, got"),
+        (CONVERSATIONS, ["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (CONVERSATIONS, ["--stop", ""], "stop must be a tuple of strings that are not empty"),
+        ({"role": "user"}, [], "messages must be a list of messages or of such lists"),
+    ):
+        assert main(ask(system, media, conversations, *options)) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert message in error and error.startswith("longcat: ")
+        assert not (media / "answers").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["generate"], "a task and its subject, or --messages, must be given, and not both"),
+        (["generate", "see"], "a task and its subject, or --messages, must be given, and not both"),
+        (["generate", "see", "a.png", "--messages", "-"], "must be given, and not both"),
+        (["generate", "--messages", "none.json"], "messages must be a readable file, got none.json"),
+        (["generate", "--messages", "MEDIA/a.png"], "messages must be a readable file"),
         (["inspect", "nowhere"], "subject must be a directory or one of longcat_next, demo, tiny"),
         (["generate", "paint", "4", "--run", "nowhere"], "must hold a trained system"),
         (["generate", "paint", "four", "--run", "SYSTEM"], "must be a number of 1 to 3 digits, got 'four'"),
@@ -98,6 +173,11 @@ def test_a_picture_is_read_at_the_height_of_the_demos(
         (["generate", "paint", "4", "--run", "SYSTEM", "--out", "none/a.png"], "directory must exist"),
         (["train", "none.jsonl", "--run", "SYSTEM"], "data must be a readable text file"),
         (["train", "none.jsonl", "--run", "SYSTEM", "--pipeline", "0"], "pipeline must be at least 1, got 0"),
+        (["train", "none.jsonl", "--run", "SYSTEM", "--data-parallel", "0"], "data-parallel must be at least 1, got 0"),
+        (
+            ["train", "none.jsonl", "--run", "SYSTEM", "--expert-parallel", "2"],
+            "expert-parallel must divide data-parallel (1), got 2",
+        ),
         (["demo", "--out", "MEDIA", "--fresh"], "holds other files"),
         (["demo", "--out", "MEDIA/run", "--seed", "4294967296"], "seed must be in [0, 2^31), got 4294967296"),
         (["demo", "--smoke", "--out", "MEDIA/run", "--speech-dir", "MEDIA/none"], "directory must exist"),
@@ -121,7 +201,18 @@ def test_a_damaged_system_is_refused(system: Path, tmp_path: Path, capsys: pytes
 
 def train_arguments(system: Path, media: Path, lines: list[str]) -> list[str]:
     (media / "data.jsonl").write_text("\n".join(lines))
-    options = ["--rows", "2", "--row-length", "96", "--learning-rate", "0.01", "--out", str(media / "out")]
+    options = [
+        "--rows",
+        "2",
+        "--row-length",
+        "96",
+        "--learning-rate",
+        "0.01",
+        "--out",
+        str(media / "out"),
+        "--workers",
+        "0",
+    ]
     return ["train", str(media / "data.jsonl"), "--run", str(system), *options]
 
 
@@ -149,7 +240,7 @@ def test_train_in_a_pipeline_is_train(system: Path, media: Path, capsys: pytest.
     assert main(arguments) == 0
     assert capsys.readouterr().out == piped
     for name, tensor in System.load(media / "out").model.state_dict().items():
-        torch.testing.assert_close(trained[name], tensor, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-4)  # a hundredth of an update
 
 
 def test_train_goes_on_with_the_same_training_only(
@@ -175,29 +266,13 @@ def test_a_training_that_diverges_ends_in_one_line(
     assert "loss must be finite" in capsys.readouterr().err
 
 
-def test_speech_to_learn_lags_at_random(system: Path, media: Path) -> None:
-    (media / "data.jsonl").write_text('[{"say": "a.wav", "transcript": "abc"}]\n' * 12)
-    settings = finetune.Settings(steps=1, rows=1, row_length=40, learning_rate=0.1, seed=0)
-    loaded = System.load(system)
-    documents = finetune.read_documents(media / "data.jsonl", loaded, settings)
-    begin = [int((document.inputs.marker >= 0).nonzero()) - 1 for document in documents]
-    assert min(begin) == 1 and max(begin) > 1
-    again = finetune.read_documents(media / "data.jsonl", loaded, settings)
-    assert [int((document.inputs.marker >= 0).nonzero()) - 1 for document in again] == begin
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 2: Expecting"),
-        ("3", "line 2: a document must be a list of parts, got 3"),
-        ("[]", "line 2: a document must be a list of parts"),
-        ('[{"smell": "rose"}]', "line 2: a part must be one of text, image, paint, hear, say"),
-        ('[{"text": "a", "transcript": "b"}]', "line 2: a part must be one of"),
         ('[{"image": "none.png"}]', "line 2: image: path must name a readable image"),
-        ('[{"say": "a.wav"}]', "line 2: say needs a transcript"),
-        ('[{"image": "large.png"}]', "line 2: image must fit a row of 96 positions, got 256"),
-        (json.dumps([{"text": "a" * 200}]), "line 2: document must fit a row of 96 positions, got 202"),
+        ('[{"image": "large.png"}]', "line 2: image must be at most 96 positions long, got 256"),
+        (json.dumps([{"text": "a" * 200}]), "line 2: document must be at most 96 positions long, got 202"),
     ],
 )
 def test_train_names_the_bad_line(

@@ -484,6 +484,29 @@ def test_one_compiled_graph_serves_every_step_seed_and_top_k() -> None:
     assert counter.frame_count == 2  # one for numbers as constants, one for numbers as such
 
 
+def test_prepared_weights_refuse_states_of_another_dtype() -> None:
+    prepared = PreparedDepth(longcat())
+    message = r"hidden must be torch.float32 on cpu, as the weights are, got torch.bfloat16 on cpu"
+    with pytest.raises(ValueError, match=f"depth_decode: {message}"):
+        depth_decode(hidden(3).bfloat16(), prepared)
+
+
+def test_the_dtype_of_weights_is_not_that_of_their_rope() -> None:
+    """Which comes first where there is neither a projection nor a norm around the layers."""
+    config = DepthConfig((5, 4), hidden=6, dim=6, layers=1, heads=1, kv_heads=1, head_dim=4, ffn=5, conditioning="last")
+    like = random_weights(spec.Case(1, config, "qwen", dtype=torch.bfloat16), "cpu", torch.Generator().manual_seed(1))
+    weights = like._replace(input_norm=None, projection=None, projection_bias=None, final_norm=None)
+    assert weights.rope is not None and weights.rope.dtype == torch.float32
+    h = hidden(3, width=6).bfloat16()
+    assert torch.equal(depth_decode(h, PreparedDepth(weights)).codes, depth_decode(h, weights).codes)
+
+
+def test_weights_without_any_tensor_are_refused() -> None:
+    config = DepthConfig((5,), 6, 6, 0, 1, 1, 4, 5, conditioning="last", given=1)
+    with pytest.raises(ValueError, match="depth_decode: weights must have a tensor, got none"):
+        PreparedDepth(DepthWeights(config, [None], [], [None]))
+
+
 @pytest.mark.parametrize(
     ("code", "level", "message"),
     [

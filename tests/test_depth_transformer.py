@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from longcat_kernels import defer_weight_grads
 from longcat_kernels.modules import DepthTransformer
 
 SIZES = (6, 5, 4, 4)
@@ -214,3 +220,56 @@ def test_gradients_of_inputs_and_of_weights_may_be_asked_for_apart() -> None:
     of_weights = torch.autograd.grad(loss, parameters)
     for a, b in zip(together, [of_input, *of_weights], strict=True):
         assert torch.equal(a, b)
+
+
+def test_weight_gradients_can_wait_and_nothing_is_computed_twice() -> None:
+    """B has no gradient of a weight and exactly the products that input gradients take, W the others; together they
+    are those of one backward, and so are the gradients, bit for bit."""
+    module, tables = head()
+    tables = [torch.nn.Parameter(table) for table in tables]
+    weights = [*(p for p in module.parameters() if p.requires_grad), *tables[:-1]]
+    h, codes = torch.randn(5, 10, dtype=torch.float64, requires_grad=True), torch.randint(4, (5, 4))
+
+    def forward(pending: AbstractContextManager[Any]) -> torch.Tensor:
+        with pending:
+            return sum(x.logsumexp(1).sum() for x in module.logits(h, codes, tables))
+
+    def products(run: Callable[[], Any]) -> Counter[tuple[int, ...]]:
+        with Products() as seen:
+            run()
+        return seen.counts
+
+    loss = forward(nullcontext())
+    together = products(loss.backward)
+    want = [tensor.grad for tensor in (h, *weights)]
+    for tensor in (h, *weights):
+        tensor.grad = None
+    inputs_alone = products(lambda: torch.autograd.grad(forward(nullcontext()), [h])) - products(
+        lambda: forward(nullcontext())
+    )
+    with defer_weight_grads() as pending:
+        loss = forward(nullcontext())
+    first = products(loss.backward)
+    assert torch.equal(h.grad, want[0]) and all(weight.grad is None for weight in weights)
+    second = products(pending.run)
+    assert not len(pending)
+    for weight, grad in zip(weights, want[1:], strict=True):
+        assert torch.equal(weight.grad, grad)
+    assert first == inputs_alone and first + second == together and second.total() > first.total() // 2
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products, and attention's, by the numbers of multiplications that they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm"):
+            left, right = args[-2:]
+            self.counts[tuple(sorted((*left.shape, right.shape[-1])))] += 1
+        elif "attention" in name:
+            self.counts[name] += 1
+        return out

@@ -59,6 +59,14 @@ def test_refuses_unreadable_files(tmp_path: Path, content: bytes | None) -> None
         read_speech(path, 16_000)
 
 
+def test_refuses_an_image_broken_inside(tmp_path: Path) -> None:
+    """PIL tells of it by a SyntaxError."""
+    first, second, *rest = png(torch.rand(3, 200, 200)).split(b"IDAT")
+    (tmp_path / "a.png").write_bytes(first + b"IDAT" + second + b"\x1a\xff\xd4\t" + b"IDAT".join(rest))
+    with pytest.raises(ValueError, match="must name a readable image"):
+        read_image(tmp_path / "a.png", 8)
+
+
 def test_refuses_silence(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
     with pytest.raises(ValueError, match="silence"):

@@ -27,12 +27,24 @@ MAY_IMPORT = {
     "layouts": set(),
     "jit": set(),
     "deferred": set(),
+    "workspace": set(),
     "cuda": {"jit", "layouts", "native"},
     "prepared": {"cuda", "native", "layouts", "reference", "triton"},
     "reference": {"spec"},
     "testing": {"spec"},
-    "triton": {"backends", "layouts", "reference"},
-    "ops": {"backends", "cuda", "deferred", "library", "native", "prepared", "reference", "spec", "triton"},
+    "triton": {"backends", "layouts", "reference", "workspace"},
+    "ops": {
+        "backends",
+        "cuda",
+        "deferred",
+        "library",
+        "native",
+        "prepared",
+        "reference",
+        "spec",
+        "triton",
+        "workspace",
+    },
     "modules": {"ops", "prepared", "reference"},  # the last for types of arguments and what no op computes alone
     "integrations": {"modules", "ops", "prepared", "reference"},
 }
@@ -180,6 +192,7 @@ sys.addaudithook(forbid)
 import longcat_kernels, longcat_kernels.modules
 import longcat_kernels.integrations.transformers, longcat_kernels.integrations.vector_quantize_pytorch
 import longcat_kernels.integrations.csm, longcat_kernels.integrations.moshi, longcat_kernels.integrations.qwen3_omni
+import longcat_kernels.integrations.mimi
 assert torch.get_num_threads() == threads
 assert "longcat_kernels._C" not in sys.modules, "the compiled module is loaded by the import"
 assert "moshi" not in sys.modules, "the original is loaded by its adapter"

@@ -81,7 +81,7 @@ def test_a_codebook_read_by_columns_is_left_to_the_reference() -> None:
 @pytest.mark.skipif(native.why_not() is not None, reason="rvq_decode, cpu: the compiled module is missing")
 def test_the_kernel_trusts_no_code_and_no_shape() -> None:
     module, out = native.module(), torch.full((2, 3), 7.0)
-    with pytest.raises(ValueError, match="codes must be below"):
+    with pytest.raises(ValueError, match="codes must be below 4 at level 0, got 4"):
         module.rvq_decode(torch.tensor([[0], [4]]), [torch.ones(4, 3)], out, threads=1)
     with pytest.raises(ValueError, match="codes must have one column a level"):
         module.rvq_decode(torch.tensor([[0], [1]]), [torch.ones(4, 3)] * 2, out, threads=1)
@@ -90,3 +90,17 @@ def test_the_kernel_trusts_no_code_and_no_shape() -> None:
     with pytest.raises(ValueError, match="codes must be below"):
         module.rvq_decode_backward(out, torch.tensor([[0], [4]]), [torch.zeros(4, 3)], threads=1)
     assert torch.equal(out, torch.full((2, 3), 7.0))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="rvq_decode, cpu: the compiled module is missing")
+@pytest.mark.parametrize("width", [1, 15, 64, 191, 260])
+def test_every_instruction_set_has_the_definitions_bits(width: int) -> None:
+    books = [torch.randn(k, width) for k in (9, 4, 6)]
+    codes = torch.stack([torch.randint(-1, len(book), (50,)) for book in books], 1)
+    codes[7] = -1
+    truth = rvq_decode(codes, books, backend="reference")
+    for isa in native.module().build_info()["isas_available"]:
+        for threads in (1, 3):
+            out = torch.full((50, width), torch.nan)
+            native.module().rvq_decode(codes, books, out, threads=threads, isa=isa)
+            assert torch.equal(out, truth), (isa, threads)

@@ -110,7 +110,7 @@ def test_refuses_what_depth_decode_has_not(changes: dict[str, Any], message: str
         csm.depth_weights(csm_decoder(**changes))
 
 
-def test_greedy_tokens_and_the_next_input_are_those_of_qwen3_omni() -> None:
+def qwen_talker() -> Any:
     config = Qwen3OmniMoeTalkerCodePredictorConfig(
         vocab_size=40,
         hidden_size=16,
@@ -124,7 +124,12 @@ def test_greedy_tokens_and_the_next_input_are_those_of_qwen3_omni() -> None:
     )
     predictor = livened(qwen.Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration(config))
     embedding = torch.nn.Embedding(60, 16)
-    talker = SimpleNamespace(code_predictor=predictor, get_input_embeddings=lambda: embedding)
+    return SimpleNamespace(code_predictor=predictor, get_input_embeddings=lambda: embedding)
+
+
+def test_greedy_tokens_and_the_next_input_are_those_of_qwen3_omni() -> None:
+    talker = qwen_talker()
+    predictor, embedding = talker.code_predictor, talker.get_input_embeddings()
     hidden, first = torch.randn(24, 16), torch.randint(0, 60, (24, 1))
     with torch.no_grad():
         inputs = torch.cat([hidden[:, None], embedding(first)], 1)

@@ -257,8 +257,8 @@ inline void bind_depth_decode(pybind11::module_& m) {
            const std::optional<TensorView>& active, const std::optional<TensorView>& leaders,
            const std::optional<TensorView>& history, const std::optional<TensorView>& offsets,
            const std::vector<int64_t>& config, double eps, const TensorView& logprobs, const TensorView& drawn_logprobs,
-           const TensorView& embedding, const TensorView& logits, const TensorView& codes, int threads,
-           const std::string& isa) {
+           const TensorView& embedding, const TensorView& logits, const TensorView& codes, const py::function& allocate,
+           int threads, const std::string& isa) {
             DepthDecode p{};
             p.shape = depth_shape(config, eps), p.dtype = hidden.dtype, p.isa = isa_named(isa);
             LC_CHECK(is_float(p.dtype), "depth_decode: hidden must be float32, bfloat16 or float16");
@@ -277,14 +277,17 @@ inline void bind_depth_decode(pybind11::module_& m) {
             set_numbers(p, params, seeds, steps);
             set_options(p, {start, prefix, active, leaders, history, offsets});
             set_outputs(p, logprobs, drawn_logprobs, embedding, logits, codes);
+            const int64_t bytes = depth_scratch_bytes(p);
+            const py::object scratch = allocate(bytes);
+            p.scratch = scratch.cast<TensorView>().whole("depth_decode: scratch", DType::uint8, {bytes});
             py::gil_scoped_release unlocked;
             depth_decode(p);
         },
         py::arg("hidden"), py::arg("weights"), py::arg("tables"), py::arg("packed"), py::arg("params"),
         py::arg("seeds"), py::arg("steps"), py::arg("start"), py::arg("prefix"), py::arg("active"), py::arg("leaders"),
         py::arg("history"), py::arg("offsets"), py::arg("config"), py::arg("eps"), py::arg("logprobs"),
-        py::arg("drawn_logprobs"), py::arg("embedding"), py::arg("logits"), py::arg("codes"), py::kw_only(),
-        py::arg("threads"), py::arg("isa") = "auto");
+        py::arg("drawn_logprobs"), py::arg("embedding"), py::arg("logits"), py::arg("codes"), py::arg("allocate"),
+        py::kw_only(), py::arg("threads"), py::arg("isa") = "auto");
 }
 
 }  // namespace longcat

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/tensor_view.h"
+#include "cpu/large_pages.h"
 #include "longcat/check.h"
 #include "longcat/peak.h"
 
@@ -34,6 +35,13 @@ inline void bind_peak(pybind11::module_& m) {
             return read_sections(data, pairs, count);
         },
         py::arg("memory"), py::arg("sections"));
+    m.def(
+        "prefer_large_pages",
+        [](const TensorView& memory) {
+            prefer_large_pages(memory.whole("prefer_large_pages: memory", DType::uint8, {memory.shape.at(0)}),
+                               memory.shape[0]);
+        },
+        py::arg("memory"));
 }
 
 }  // namespace longcat

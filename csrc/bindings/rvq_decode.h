@@ -49,14 +49,17 @@ inline void bind_rvq_decode(pybind11::module_& m) {
     namespace py = pybind11;
     m.def(
         "rvq_decode",
-        [](const TensorView& codes, const std::vector<TensorView>& codebooks, const TensorView& out, int threads) {
+        [](const TensorView& codes, const std::vector<TensorView>& codebooks, const TensorView& out, int threads,
+           const std::string& isa) {
             RvqDecode p = rvq_decode_params(codes, codebooks, out);
             LC_CHECK(threads >= 1, "rvq_decode: threads must be at least 1");
             p.threads = at_most_threads(threads);
+            p.isa = isa_named(isa);
             py::gil_scoped_release unlocked;
             rvq_decode(p);
         },
-        py::arg("codes"), py::arg("codebooks"), py::arg("out"), py::kw_only(), py::arg("threads"));
+        py::arg("codes"), py::arg("codebooks"), py::arg("out"), py::kw_only(), py::arg("threads"),
+        py::arg("isa") = "auto");
     m.def(
         "rvq_decode_backward",
         [](const TensorView& grad, const TensorView& codes, const std::vector<TensorView>& gradients, int threads) {

@@ -10,8 +10,19 @@ namespace {
 
 template <class Body>
 void each_thread(int threads, const Body& body) {
+    if (threads == 1) return body(0);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; ++t) body(t);
+}
+
+WeightFormat format_of(const DepthDecode& p) {
+    if (p.packed != nullptr) return p.format;
+    const bool in_pairs = p.isa == Isa::avx512_bf16 && p.dtype == DType::bfloat16;
+    return in_pairs ? WeightFormat::bfloat16 : WeightFormat::float32;
+}
+
+char* on_a_line(void* scratch) {
+    return reinterpret_cast<char*>(ceil_div(reinterpret_cast<uintptr_t>(scratch), uintptr_t(kLine)) * kLine);
 }
 
 // One call. A stage is a step that all threads finish before the next one begins.
@@ -27,18 +38,18 @@ class Frame {
           rows_(active_rows(p)),
           count_(int64_t(rows_.size())),
           desks_(size_t(p.threads)) {
-        const int64_t floats = p.packed == nullptr ? vector_floats(s_, *p.weights) : 0;
-        Arena counter{nullptr};
-        lay_out(counter, floats);
-        room_ = std::make_unique<Buffer<char>>(counter.used);
-        Arena arena{room_->data()};
-        lay_out(arena, floats);
+        Arena arena{on_a_line(p.scratch)};
+        m_.lay_out(arena, p_, kernels_, count_);
+        for (DepthDesk& desk : desks_) {
+            desk.lay_out(arena, p_, kernels_, m_, count_);
+            desk.worker.number = int(&desk - desks_.data()), desk.worker.threads = p_.threads;
+        }
         model_ = p.packed == nullptr ? unpacked_model(s_, *p.weights, m_.vectors) : packed_model(s_, p.packed);
-        begin();
     }
 
     void run() {
         if (count_ == 0) return;
+        begin();
         for (int64_t level = 0; level < s_.levels; ++level) {
             project(level);
             for (int64_t layer = 0; layer < s_.layers; ++layer) {
@@ -57,20 +68,6 @@ class Frame {
     }
 
   private:
-    static WeightFormat format_of(const DepthDecode& p) {
-        if (p.packed != nullptr) return p.format;
-        const bool in_pairs = p.isa == Isa::avx512_bf16 && p.dtype == DType::bfloat16;
-        return in_pairs ? WeightFormat::bfloat16 : WeightFormat::float32;
-    }
-
-    void lay_out(Arena& arena, int64_t floats) {
-        m_.lay_out(arena, p_, kernels_, count_, floats);
-        for (DepthDesk& desk : desks_) {
-            desk.lay_out(arena, p_, kernels_, m_, count_);
-            desk.worker.number = int(&desk - desks_.data()), desk.worker.threads = p_.threads;
-        }
-    }
-
     // Elements of products past the end of a row are read, too.
     void begin() {
         std::memset(m_.mixed, 0, size_t(count_ * m_.mixed_pitch));
@@ -101,7 +98,7 @@ class Frame {
         if (step == a_level - 1) return {{&model_.heads[size_t(level)]}};
         const DepthBlock& b = model_.layers[size_t((step - 1) / 4)];
         const auto attention = size_t(s_.attention_sets[level]), ffn = size_t(s_.ffn_sets[level]);
-        if (step % 4 == 1) return {{&b.q[attention], &b.k[attention], &b.v[attention]}};
+        if (step % 4 == 1) return {{&b.k[attention], &b.v[attention], level == 0 ? nullptr : &b.q[attention]}};
         if (step % 4 == 2) return {{&b.out[attention]}};
         return {{step % 4 == 3 ? &b.up[ffn] : &b.down[ffn]}};
     }
@@ -131,8 +128,8 @@ class Frame {
     void project(int64_t level) {
         const bool has_both = s_.conditioning == Conditioning::last_and_hidden;
         const float* x = has_both || level == 0 ? m_.hidden : m_.input;
+        if (!has_projection()) return keep(x, has_both);
         if (has_both) std::copy_n(m_.input, count_ * s_.dim, m_.z);
-        if (stage(number(level, 0)).matrices[0]->columns == 0 || !has_projection()) return keep(x, has_both);
         products(
             number(level, 0),
             [&](const DepthDesk& desk) { return normed(desk.wide, m_.hidden_pitch, x, model_.input_norm, s_.hidden); },
@@ -146,24 +143,20 @@ class Frame {
 
     // Without a projection the normed input goes into the layers as it is.
     void keep(const float* x, bool add) {
-        std::vector<float> row(size_t(s_.dim));
-        for (int64_t i = 0; i < count_; ++i) {
-            std::copy_n(x + i * s_.dim, s_.dim, row.data());
-            kernels_.turn(row.data(), model_.input_norm, s_.eps, nullptr, 0, 1, s_.dim);
-            float* z = m_.z + i * s_.dim;
-            for (int64_t j = 0; j < s_.dim; ++j) z[j] = add ? z[j] + row[size_t(j)] : row[size_t(j)];
-        }
+        std::copy_n(x, count_ * s_.dim, m_.z);
+        kernels_.turn(m_.z, model_.input_norm, s_.eps, nullptr, 0, count_, s_.dim);
+        for (int64_t j = 0; add && j < count_ * s_.dim; ++j) m_.z[j] += m_.input[j];
     }
 
     void attend(int64_t level, int64_t layer) {
         const DepthBlock& block = model_.layers[size_t(layer)];
         const int64_t queries = s_.heads * s_.head_dim, keys = s_.kv_heads * s_.head_dim, slots = s_.levels * keys;
-        float* const targets[] = {m_.q, m_.keys + layer * count_ * slots + level * keys,
-                                  m_.values + layer * count_ * slots + level * keys};
+        float* const targets[] = {m_.keys + layer * count_ * slots + level * keys,
+                                  m_.values + layer * count_ * slots + level * keys, m_.q};
         products(
             number(level, 4 * layer + 1), [&](const DepthDesk& desk) { return normed_z(desk, block.norm1); },
             [&](int matrix, int64_t column, const DepthSums& sums) {
-                kernels_.put(sums, targets[matrix] + column, matrix == 0 ? queries : slots, false);
+                kernels_.put(sums, targets[matrix] + column, matrix == 2 ? queries : slots, false);
             });
         each_thread(p_.threads, [&](int t) {
             const auto [first, last] = desks_[size_t(t)].worker.share(count_ * s_.kv_heads);
@@ -184,7 +177,7 @@ class Frame {
         const float* rope = model_.rope == nullptr ? nullptr : model_.rope + level * (width / 2);
         const int64_t sines = s_.levels * (width / 2);
         kernels_.turn(m_.keys + first + level * keys, block.k_norm, s_.eps, rope, sines, 1, width);
-        kernels_.turn(q, block.q_norm, s_.eps, rope, sines, heads, width);
+        if (level > 0) kernels_.turn(q, block.q_norm, s_.eps, rope, sines, heads, width);
         const DepthGroup shape{
             heads, width, level + 1, q, m_.keys + first, m_.values + first, keys, 1.0f / std::sqrt(float(width))};
         kernels_.attend(shape, desk.head, m_.mixed + row * m_.mixed_pitch + query * (4 / kernels_.step));
@@ -283,7 +276,6 @@ class Frame {
     std::vector<DepthRow> rows_;
     const int64_t count_;  // of active rows
     std::vector<DepthDesk> desks_;
-    std::unique_ptr<Buffer<char>> room_;
     DepthMemory m_{};
     DepthModel model_;
 };
@@ -305,6 +297,15 @@ void clear(const DepthDecode& p) {
 }
 
 }  // namespace
+
+int64_t depth_scratch_bytes(const DepthDecode& p) {
+    const DepthKernels& kernels = depth_kernels(p.isa, format_of(p));
+    Arena arena{nullptr};
+    DepthMemory memory{};
+    memory.lay_out(arena, p, kernels, p.rows);
+    for (int t = 0; t < p.threads; ++t) DepthDesk{}.lay_out(arena, p, kernels, memory, p.rows);
+    return arena.used + kLine;
+}
 
 void depth_decode(const DepthDecode& p) {
     clear(p);

@@ -25,14 +25,13 @@ std::vector<DepthRow> active_rows(const DepthDecode& p) {
     return rows;
 }
 
-void DepthMemory::lay_out(Arena& arena, const DepthDecode& p, const DepthKernels& kernels, int64_t rows,
-                          int64_t vector_floats) {
+void DepthMemory::lay_out(Arena& arena, const DepthDecode& p, const DepthKernels& kernels, int64_t rows) {
     const DepthShape& s = p.shape;
     const int64_t queries = s.heads * s.head_dim, cached = s.layers * rows * s.levels * s.kv_heads * s.head_dim;
     hidden_pitch = pitch_of(kernels, s.hidden), dim_pitch = pitch_of(kernels, s.dim);
     mixed_pitch = pitch_of(kernels, queries), act_pitch = pitch_of(kernels, s.ffn);
     logits_pitch = *std::max_element(s.classes, s.classes + s.levels) + 64;
-    vectors = arena.take<float>(vector_floats);
+    vectors = arena.take<float>(p.packed == nullptr ? vector_floats(s, *p.weights) : 0);
     hidden = arena.take<float>(rows * s.hidden);
     input = arena.take<float>(rows * s.table_width()), total = arena.take<float>(rows * s.table_width());
     z = arena.take<float>(rows * s.dim), q = arena.take<float>(rows * queries);

@@ -16,7 +16,7 @@ struct Arena {
     template <class T>
     T* take(int64_t count) {
         const int64_t begin = used;
-        used += ceil_div(count * int64_t(sizeof(T)), 64) * 64;
+        used += ceil_div(count * int64_t(sizeof(T)), kLine) * kLine;
         return base == nullptr ? nullptr : reinterpret_cast<T*>(base + begin);
     }
 };
@@ -40,7 +40,7 @@ struct DepthMemory {
     char *mixed, *act;
     float* logits;
 
-    void lay_out(Arena& arena, const DepthDecode& p, const DepthKernels& kernels, int64_t rows, int64_t vector_floats);
+    void lay_out(Arena& arena, const DepthDecode& p, const DepthKernels& kernels, int64_t rows);
 };
 
 // Memory of one thread.

@@ -25,8 +25,7 @@ struct DepthTile {
     float* sums;                    // row after row, `sums_pitch` floats apart; the second half's follow the first's
     int64_t sums_pitch;
     bool go_on;         // from the sums that are there, not from zero
-    const char* ahead;  // what to bring closer meanwhile, `ahead_step` bytes further a row of the panel; with both
-                        // halves it may be null
+    const char* ahead;  // what to bring closer meanwhile, `ahead_step` bytes further a row of the panel
     int64_t ahead_step;
 };
 
@@ -41,7 +40,7 @@ struct DepthSums {
 struct DepthGroup {
     int64_t heads, width;
     int64_t steps;         // cached levels, at most kMostLevels
-    const float* queries;  // [heads, width]
+    const float* queries;  // [heads, width]; not read at the first level, whose softmax is 1
     const float *keys, *values;
     int64_t pitch;  // floats from level to level in keys and values
     float scale;

@@ -36,7 +36,7 @@ struct Bytes {
 };
 #endif
 
-template <class Format, int kHalves, bool kAhead, int kRows>
+template <class Format, int kHalves, int kRows>
 static void product_tile(const DepthTile& t) {
     Lanes sums[kRows][2 * kHalves];
 #pragma GCC unroll 16
@@ -54,10 +54,8 @@ static void product_tile(const DepthTile& t) {
     const int64_t half_pitch = t.half_pitch, ahead_step = t.ahead_step;
     const int64_t row_pitch = t.row_pitch;
     for (const char* end = row + t.steps * row_pitch; row != end; row += row_pitch) {
-        if (kAhead) {
-            for (int line = 0; line < kHalves * Format::kRowBytes; line += 64) __builtin_prefetch(ahead + line);
-            ahead += ahead_step;
-        }
+        for (int line = 0; line < kHalves * Format::kRowBytes; line += 64) __builtin_prefetch(ahead + line);
+        ahead += ahead_step;
 #pragma GCC unroll 2
         for (int part = 0; part < Format::kParts; ++part) {
             Lanes columns[2 * kHalves];
@@ -81,21 +79,18 @@ static void product_tile(const DepthTile& t) {
 
 using Tile = void (*)(const DepthTile&);
 
-template <class Format, int kHalves, bool kAhead, int... kLess>
+template <class Format, int kHalves, int... kLess>
 static Tile tile_of(int rows, std::integer_sequence<int, kLess...>) {
-    static constexpr Tile tiles[] = {product_tile<Format, kHalves, kAhead, kLess + 1>...};
+    static constexpr Tile tiles[] = {product_tile<Format, kHalves, kLess + 1>...};
     return tiles[rows - 1];
 }
 
 template <class Format>
 static void product(const DepthTile& t) {
-    constexpr auto wide = std::make_integer_sequence<int, kWideRows>{};
     if (t.halves == 1)
-        tile_of<Format, 1, true>(t.rows, std::make_integer_sequence<int, kTileRows>{})(t);
-    else if (t.ahead == nullptr)
-        tile_of<Format, 2, false>(t.rows, wide)(t);
+        tile_of<Format, 1>(t.rows, std::make_integer_sequence<int, kTileRows>{})(t);
     else
-        tile_of<Format, 2, true>(t.rows, wide)(t);
+        tile_of<Format, 2>(t.rows, std::make_integer_sequence<int, kWideRows>{})(t);
 }
 
 // Results of `count` columns of a row. What is absent is not even read under a mask: that would cost a trap.
@@ -200,6 +195,10 @@ static void attend(const DepthGroup& g, float* room, void* out) {
     alignas(64) float weights[kMostLevels];
     for (int64_t h = 0; h < g.heads; ++h) {
         float largest = -std::numeric_limits<float>::infinity(), total = 0.0f;
+        if (g.steps == 1) {
+            to_elements(g.values, g.width, static_cast<Element*>(out) + h * g.width);
+            continue;
+        }
         for (int64_t t = 0; t < g.steps; ++t) {
             weights[t] = dot(g.queries + h * g.width, g.keys + t * g.pitch, g.width) * g.scale;
             largest = std::max(largest, weights[t]);

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "large_pages.h"
 #include "longcat/check.h"
 
 namespace longcat {
@@ -42,9 +43,9 @@ void walk(DepthModel& model, const DepthShape& s, const DepthWeights& w, Visit& 
         visit.vector(b.k_norm, l.k_norm, 0, s.head_dim), visit.vector(b.norm2, l.norm2, 0, s.dim);
         for (auto* matrices : {&b.q, &b.k, &b.v, &b.out}) matrices->resize(size_t(attentions));
         for (int64_t i = 0; i < attentions; ++i) {
-            visit.matrix(b.q[size_t(i)], {l.q, l.q_bias, i, queries, s.dim});
             visit.matrix(b.k[size_t(i)], {l.k, l.k_bias, i, keys, s.dim});
             visit.matrix(b.v[size_t(i)], {l.v, l.v_bias, i, keys, s.dim});
+            visit.matrix(b.q[size_t(i)], {l.q, l.q_bias, i, queries, s.dim});
             visit.matrix(b.out[size_t(i)], {l.out, l.out_bias, i, s.dim, queries});
         }
         b.up.resize(size_t(ffns)), b.down.resize(size_t(ffns));
@@ -211,6 +212,7 @@ int64_t packed_depth_bytes(const PackDepth& p) { return layout_of(p).end; }
 
 void pack_depth(const PackDepth& p) {
     const Layout layout = layout_of(p);
+    prefer_large_pages(p.packed, layout.end);
     auto* base = static_cast<char*>(p.packed);
     auto* header = static_cast<Header*>(p.packed);
     *header = {kMagic, layout.end, int64_t(p.isa), int64_t(p.format), int64_t(layout.offsets.size()), digest(p.shape)};

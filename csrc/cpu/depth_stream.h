@@ -45,7 +45,7 @@ struct Worker {
 };
 
 constexpr int64_t kChunkBytes = 32 << 10;  // of a panel, that stay in the first cache while all rows pass
-constexpr int64_t kAheadBytes = 8 << 10;   // from what few rows read to what is brought closer
+constexpr int64_t kAheadBytes = 16 << 10;  // from what few rows read to what is brought closer
 
 class Stream {
   public:
@@ -94,11 +94,8 @@ class Stream {
         t.half_pitch = kernels_.row_bytes, t.row_pitch = 2 * kernels_.row_bytes;
         t.steps = m.panel_bytes(kernels_) / t.row_pitch;
         t.sums = worker.sums, t.sums_pitch = 2 * kernels_.half_columns;
-        // Where memory sets the pace, the processor's own prefetching does better alone.
-        if (rows.count > 2 || kernels_.row_bytes < 4 * kernels_.half_columns) {
-            t.ahead = after != nullptr ? after : static_cast<const char*>(t.weights) + kAheadBytes;
-            t.ahead_step = t.row_pitch;
-        }
+        t.ahead = after != nullptr ? after : static_cast<const char*>(t.weights) + kAheadBytes;
+        t.ahead_step = t.row_pitch;
         kernels_.product(t);
     }
 

@@ -1,35 +1,92 @@
 #include "longcat/rvq_decode.h"
 
 #include <algorithm>
+#include <string>
+#include <vector>
 
+#include "lanes.h"
 #include "segments.h"
 
 namespace longcat {
 namespace {
 
-void add(float* sum, const float* terms, int64_t dim) {
-    for (int64_t d = 0; d < dim; ++d) sum[d] += terms[d];
+using Words = std::vector<const float*>;  // codewords of a row
+
+}  // namespace
+
+namespace portable {
+namespace {
+#include "rvq_decode_body.h"
+}
+}  // namespace portable
+
+#if LC_X86
+LC_TARGET_AVX2
+namespace avx2 {
+namespace {
+#include "rvq_decode_body.h"
+}
+}  // namespace avx2
+LC_TARGET_END
+
+LC_TARGET_AVX512
+namespace avx512 {
+namespace {
+#include "rvq_decode_body.h"
+}
+}  // namespace avx512
+LC_TARGET_END
+#endif
+
+namespace {
+
+using SumWords = void (*)(const Words&, const Words&, int64_t, float*);
+
+SumWords sum_words_for(Isa isa) {
+#if LC_X86
+    if (isa == Isa::avx512 || isa == Isa::avx512_bf16) return avx512::sum_words;
+    if (isa == Isa::avx2) return avx2::sum_words;
+#endif
+    (void)isa;
+    return portable::sum_words;
+}
+
+void find_words(const RvqDecode& p, int64_t row, Words& words) {
+    words.clear();
+    for (int64_t l = 0; l < p.codes.levels && row < p.codes.rows; ++l) {
+        const Codebook& book = p.codebooks[size_t(l)];
+        const int64_t code = p.codes.at(row, l);
+        if (code >= 0) words.push_back(book.words + code * book.stride);
+    }
 }
 
 void check_codes(const RvqDecode& p) {
-    for (int64_t t = 0; t < p.codes.rows; ++t)
-        for (int64_t l = 0; l < p.codes.levels; ++l)
-            LC_CHECK(p.codes.at(t, l) < p.codebooks[size_t(l)].entries,
-                     "rvq_decode: codes must be below the number of entries");
+    for (int64_t l = 0; l < p.codes.levels; ++l) {
+        int64_t largest = -1;
+        for (int64_t t = 0; t < p.codes.rows; ++t) largest = std::max(largest, p.codes.at(t, l));
+        const int64_t entries = p.codebooks[size_t(l)].entries;
+        LC_CHECK(largest < entries, "rvq_decode: codes must be below " + std::to_string(entries) + " at level " +
+                                        std::to_string(l) + ", got " + std::to_string(largest));
+    }
+}
+
+void add(float* sum, const float* terms, int64_t dim) {
+    for (int64_t d = 0; d < dim; ++d) sum[d] += terms[d];
 }
 
 }  // namespace
 
 void rvq_decode(const RvqDecode& p) {
     check_codes(p);
-#pragma omp parallel for schedule(static) num_threads(p.threads)
-    for (int64_t t = 0; t < p.codes.rows; ++t) {
-        float* out = p.out + t * p.dim;
-        std::fill(out, out + p.dim, 0.0f);
-        for (int64_t l = 0; l < p.codes.levels; ++l) {
-            const Codebook& book = p.codebooks[size_t(l)];
-            const int64_t code = p.codes.at(t, l);
-            if (code >= 0) add(out, book.words + code * book.stride, p.dim);
+    const SumWords sum_words = sum_words_for(p.isa);
+#pragma omp parallel num_threads(p.threads)
+    {
+        Words words, ahead;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < p.codes.rows; ++t) {
+            find_words(p, t, words);
+            find_words(p, t + 1, ahead);
+            sum_words(words, ahead, p.dim, p.out + t * p.dim);
         }
     }
 }

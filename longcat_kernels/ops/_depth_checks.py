@@ -12,13 +12,27 @@ from torch import Tensor
 
 from longcat_kernels.library import check
 from longcat_kernels.reference.depth_weights import DepthConfig
-from longcat_kernels.reference.sampling import COLUMNS, EXCLUDED, check_history, check_offsets, check_values
+from longcat_kernels.reference.sampling import (
+    COLUMNS,
+    EXCLUDED,
+    check_history,
+    check_offsets,
+    check_steps,
+    check_values,
+    distinct,
+)
 
 
 def check_hidden(hidden: Tensor, c: DepthConfig) -> None:
     if hidden.ndim != 2 or hidden.shape[1] != c.hidden or not hidden.dtype.is_floating_point:
         found = f"{hidden.dtype} {list(hidden.shape)}"
         raise ValueError(f"depth_decode: hidden must be [T, {c.hidden}] floating point, got {found}")
+
+
+def check_like(hidden: Tensor, weight: Tensor) -> None:
+    if hidden.dtype != weight.dtype or hidden.device != weight.device:
+        wanted, found = (f"{tensor.dtype} on {tensor.device}" for tensor in (weight, hidden))
+        raise ValueError(f"depth_decode: hidden must be {wanted}, as the weights are, got {found}")
 
 
 def check_rows(
@@ -67,6 +81,7 @@ def _check_row_tensor(name: str, tensor: Tensor, shape: list[int], dtype: torch.
 def check_contents(
     c: DepthConfig,
     params: Tensor,
+    steps: Tensor,
     prefix: Tensor | None,
     leaders: Tensor | None,
     history: Tensor | None,
@@ -78,7 +93,10 @@ def check_contents(
             check_offsets("depth_decode", history.shape[0], offsets)
         return
     check_values("depth_decode", params)
-    for level, (excluded, classes) in enumerate(zip(params[..., EXCLUDED].amax(0).tolist(), c.classes, strict=True)):
+    check_steps("depth_decode", steps)
+    rows = distinct(params)[..., EXCLUDED].tolist()
+    for level, classes in enumerate(c.classes):
+        excluded = max(row[level % len(row)] for row in rows)
         got = f"{excluded:g} of {classes}"
         _check(excluded < classes, f"excluded must leave a class at level {level}, got {got}")
     if prefix is not None and prefix.numel():
@@ -90,7 +108,8 @@ def check_contents(
 
 
 def _check_prefix(prefix: Tensor, c: DepthConfig) -> None:
-    for level, (low, high) in enumerate(zip(prefix.amin(0).tolist(), prefix.amax(0).tolist(), strict=True)):
+    for level, codes in enumerate(zip(*prefix.tolist(), strict=True)):
+        low, high = min(codes), max(codes)
         lowest, classes = 0 if level < c.given else -1, c.classes[level]
         wrong = low if low < lowest else high
         in_range = lowest <= wrong < classes

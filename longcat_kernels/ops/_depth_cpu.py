@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longcat_kernels import native
 from longcat_kernels.reference.depth_weights import ORDER
+from longcat_kernels.workspace import New, fresh, scratch_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,6 +44,7 @@ def decode(
     eps: float,
     wants_logits: bool,
     *outputs: Tensor,
+    new: New = fresh,
     isa: str = "auto",
 ) -> None:
     first, levels = 5 + len(ORDER) * config[3], config[0]
@@ -57,6 +59,7 @@ def decode(
         config,
         eps,
         *outputs,
+        scratch_of(new, hidden.device),
         threads=torch.get_num_threads(),
         isa=isa,
     )

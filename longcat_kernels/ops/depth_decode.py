@@ -25,6 +25,7 @@ from longcat_kernels.reference.depth_sampling import DepthSampling
 from longcat_kernels.reference.depth_weights import DepthConfig, DepthWeights
 from longcat_kernels.reference.sampling import row_seeds, row_steps
 from longcat_kernels.spec import Op
+from longcat_kernels.workspace import New, Workspace, fresh, scratch_of
 
 PAIRS = ("interleaved", "split")
 
@@ -42,6 +43,7 @@ def depth_decode(
     active: Tensor | None = None,
     history: tuple[Tensor, Tensor] | None = None,
     logits: bool = False,
+    workspace: Workspace | None = None,
     backend: str = "auto",
 ) -> DepthDecoding:
     """Draws the L codes of each position; no gradient.
@@ -63,11 +65,13 @@ def depth_decode(
             the numbers, seed, step, prefix, history and activity of its conditional row.
         start: [T, D], added to the input of level 0 of a "last+hidden" transformer: Moshi's text embedding.
         prefix: int64 [T, P], codes of the first P levels, not drawn but given; -1 draws.
-        active: bool [T]: the other rows are not read and get code -1 and zeros.
+        active: bool [T]: the other rows get code -1 and zeros; their states are not read, but numbers must be in range.
         history: codes [N, L] int64 of earlier positions, of all rows one after the other, and offsets int64 [T + 1]:
             row t owns codes[offsets[t] : offsets[t + 1]], which its repetition penalty is about. Ids that a level does
             not have are ignored.
         logits: also return the logits of all levels that have a head.
+        workspace: memory of the results, which the next call with it overwrites, and of all between. A call whose
+            numbers, seed, step and pairs are tensors then allocates none. Not used inside `torch.compile`.
         backend: "auto" or the name of an implementation.
 
     Returns:
@@ -90,6 +94,7 @@ def depth_decode(
     if isinstance(weights, PreparedDepth):
         packed = [] if torch.compiler.is_compiling() else weights.refresh().packed
         config, tensors = weights.weights.config, weights.tensors
+        checks.check_like(hidden, weights.like)
     else:
         check_weights(weights)
         config, tensors = weights.config, weights.tensors()
@@ -97,23 +102,26 @@ def depth_decode(
     rows, device = hidden.shape[0], hidden.device
     params = sampling if isinstance(sampling, Tensor) else (sampling or DepthSampling()).table(rows, config, device)
     numbers = (row_seeds("depth_decode", seed, rows, device), row_steps("depth_decode", step, rows, device))
+    arguments = (
+        hidden,
+        tensors,
+        packed,
+        params,
+        *numbers,
+        start,
+        prefix,
+        active,
+        _leaders(pairs, rows, device),
+        *_past(history),
+        config.numbers(),
+        config.eps,
+        logits,
+        backend,
+    )
+    new = None if workspace is None or torch.compiler.is_compiling() else workspace.new
     with torch.no_grad():
-        logprobs, drawn_logprobs, embedding, all_logits, codes = _op(
-            hidden,
-            tensors,
-            packed,
-            params,
-            *numbers,
-            start,
-            prefix,
-            active,
-            _leaders(pairs, rows, device),
-            *(history or (None, None)),
-            config.numbers(),
-            config.eps,
-            logits,
-            backend,
-        )
+        outputs = _op(*arguments) if new is None else _decode(arguments, new)
+    logprobs, drawn_logprobs, embedding, all_logits, codes = outputs
     return DepthDecoding(codes, logprobs, drawn_logprobs, embedding, all_logits)
 
 
@@ -133,6 +141,17 @@ def _leaders(pairs: str | Tensor | None, rows: int, device: torch.device) -> Ten
     return own_T // 2 * 2 if pairs == "interleaved" else own_T % max(1, rows // 2)
 
 
+def _past(history: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Codes and offsets."""
+    if history is None:
+        return None, None
+    found = [type(part).__name__ for part in history] if isinstance(history, (tuple, list)) else type(history).__name__
+    fits = isinstance(found, list) and len(found) == 2 and all(isinstance(part, Tensor) for part in history)
+    check(fits, lambda: f"depth_decode: history must be a tensor of codes and one of offsets, got {found}")
+    codes, offsets = history
+    return codes, offsets
+
+
 def _allocate(
     hidden: Tensor,
     weights: list[Tensor],
@@ -150,6 +169,7 @@ def _allocate(
     eps: float,
     wants_logits: bool,
     backend: str,
+    new: New = fresh,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     sizes = DepthConfig.of(config, eps)
     checks.check_hidden(hidden, sizes)
@@ -160,20 +180,24 @@ def _allocate(
     rows, device = hidden.shape[0], hidden.device
     classes = sum(sizes.classes[sizes.given :]) if wants_logits else 0
     return (
-        torch.empty(rows, sizes.levels, dtype=torch.float32, device=device),
-        torch.empty(rows, sizes.levels, dtype=torch.float32, device=device),
-        torch.empty(rows, sizes.width, dtype=hidden.dtype, device=device),
-        torch.empty(rows, classes, dtype=torch.float32, device=device),
-        torch.empty(rows, sizes.levels, dtype=torch.int64, device=device),
+        new("logprobs", (rows, sizes.levels), torch.float32, device),
+        new("drawn_logprobs", (rows, sizes.levels), torch.float32, device),
+        new("embedding", (rows, sizes.width), hidden.dtype, device),
+        new("logits", (rows, classes), torch.float32, device),
+        new("codes", (rows, sizes.levels), torch.int64, device),
     )
 
 
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
-    outputs = _allocate(*arguments)
+    return _decode(arguments, fresh)
+
+
+def _decode(arguments: tuple[Any, ...], new: New) -> tuple[Tensor, ...]:
+    outputs = _allocate(*(*arguments, new))
     *inputs, backend = arguments
-    params, prefix, leaders, history, offsets, config, eps = (inputs[i] for i in (3, 7, 9, 10, 11, 12, 13))
-    checks.check_contents(DepthConfig.of(config, eps), params, prefix, leaders, history, offsets)
-    choose("depth_decode", IMPLS, backend, *inputs).run(*inputs, *outputs)
+    config, *contents = (inputs[i] for i in (12, 3, 5, 7, 9, 10, 11))
+    checks.check_contents(DepthConfig.of(config, inputs[13]), *contents)
+    choose("depth_decode", IMPLS, backend, *inputs).run(*inputs, *outputs, new=new)
     return outputs
 
 
@@ -212,13 +236,14 @@ def _cuda(
     seeds: Tensor,
     steps: Tensor,
     *rest: Any,
+    new: New,
 ) -> None:
     """Reads the weights as they are: nothing is packed."""
     params = params if params.stride(-1) == 1 else params.contiguous()
     optional = (tensor if tensor is None else tensor.contiguous() for tensor in rest[:6])
-    context, allocate = cuda.context("depth_decode", hidden.device), cuda.allocator(hidden.device)
+    context = cuda.context("depth_decode", hidden.device)
     rows = (hidden.contiguous(), weights, params, seeds.contiguous(), steps)
-    native.module().depth_decode_cuda(*context, allocate, *rows, *optional, *rest[6:])
+    native.module().depth_decode_cuda(*context, scratch_of(new, hidden.device), *rows, *optional, *rest[6:])
 
 
 IMPLS: dict[str, Impl] = {

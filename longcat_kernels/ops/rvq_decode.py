@@ -68,14 +68,15 @@ def _allocate(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor
 
 def _run(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor:
     out_TD = _allocate(codes_TL, codebooks, backend)
-    if codes_TL.is_cpu and codes_TL.numel():
+    implementation = choose("rvq_decode", IMPLS, backend, codes_TL, codebooks)
+    # The compiled one looks at the codes itself. On a device that would cost a synchronisation.
+    if codes_TL.is_cpu and codes_TL.numel() and implementation is not IMPLS["cpu"]:
         _check_codes(codes_TL, codebooks)
-    choose("rvq_decode", IMPLS, backend, codes_TL, codebooks).run(codes_TL, codebooks, out_TD)
+    implementation.run(codes_TL, codebooks, out_TD)
     return out_TD
 
 
 def _check_codes(codes_TL: Tensor, codebooks: list[Tensor]) -> None:
-    """Only where reading the codes costs no synchronisation; elsewhere the device's own index check stands."""
     for level, (largest, codebook_KD) in enumerate(zip(codes_TL.amax(0).tolist(), codebooks, strict=True)):
         entries = codebook_KD.shape[0]
         if largest >= entries:

@@ -276,6 +276,7 @@ REFUSALS = (
     Refusal("temperature must be >= 0 and finite, got -1", _sampling(temperature=-1.0)),
     Refusal("temperature must be >= 0 and finite, got nan", _sampling(temperature=float("nan"))),
     Refusal("top_k must be >= 0 (0 keeps all), got -2", _sampling(top_k=-2)),
+    Refusal("top_k must be a whole number, got 2.5", _sampling(top_k=2.5)),
     Refusal("top_p must be in (0, 1], got 0", _sampling(top_p=0.0)),
     Refusal("min_p must be in [0, 1), got 1", _sampling(min_p=1.0)),
     Refusal("repetition_penalty must be > 0 and finite, got 0", _sampling(repetition_penalty=0.0)),
@@ -290,6 +291,10 @@ REFUSALS = (
         lambda a: {"hidden": torch.ones(1, 8), "sampling": -torch.ones(1, 2, 8)},
     ),
     Refusal(
+        "excluded must be a whole number, got 0.5",
+        lambda a: {"hidden": torch.ones(1, 8), "sampling": _excluding(0.5)},
+    ),
+    Refusal(
         "excluded must leave a class at level 0, got 5 of 5",
         lambda a: {"hidden": torch.ones(1, 8), "sampling": _excluding(5)},
     ),
@@ -298,6 +303,7 @@ REFUSALS = (
     Refusal("seed must be an int in [-2^63, 2^63 - 1] or a tensor, got 1.5", _given(seed=1.5)),
     Refusal("seed must be on cpu, got meta", _given(seed=torch.ones(0, dtype=torch.int64, device="meta"))),
     Refusal("step must be an int in [0, 2^63) or a tensor, got -1", _given(step=-1)),
+    Refusal("step must be in [0, 2^63), got -3", _given(hidden=torch.ones(2, 8), step=torch.tensor([1, -3]))),
     Refusal("step must be an int or int64 [0], got torch.int64 [1]", _given(step=torch.ones(1).long())),
     Refusal("start must be None, for conditioning is sum, got a tensor", _given(start=torch.ones(0, 4))),
     Refusal("prefix must be on cpu, got meta", _given(prefix=_NO_CODES.to("meta"))),
@@ -320,6 +326,11 @@ REFUSALS = (
         "pairs must give a row one follower at most, got [0, 0, 0]",
         _given(pairs=torch.tensor([0, 0, 0]), hidden=torch.ones(3, 8)),
     ),
+    Refusal("history must be a tensor of codes and one of offsets, got Tensor", _given(history=_NO_CODES)),
+    Refusal(
+        "history must be a tensor of codes and one of offsets, got ['Tensor', 'NoneType']",
+        _given(history=(_NO_CODES, None)),
+    ),
     Refusal(
         "history ids must be int64 [N, 2], got torch.int64 [0, 3]",
         _given(history=(torch.ones(0, 3).long(), torch.zeros(1).long())),
@@ -339,6 +350,6 @@ def _no_head(weights: DepthWeights) -> dict[str, Any]:
     return {"weights": weights._replace(head_weights=[weights.head_weights[0], None])}
 
 
-def _excluding(count: int) -> Tensor:
+def _excluding(count: float) -> Tensor:
     params = torch.tensor([1.0, 0, 1, 0, 1, count, 1, 0])
     return params.expand(1, 2, 8)

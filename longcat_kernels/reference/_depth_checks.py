@@ -55,6 +55,7 @@ def check_weights(w: DepthWeights) -> None:
         _check(level < c.given or head is not None, f"weights.head_weights must be given at level {level}, got None")
     if w.projection is None:
         _check(c.hidden == c.dim, f"weights.projection must be given where dim {c.dim} is not hidden {c.hidden}")
+    _check(any(tensor.numel() for tensor in w._replace(rope=None).tensors()), "weights must have a tensor, got none")
     for layer in w.layers:
         rule = "given" if c.gated else "None"
         found = "None" if layer.gate is None else "a tensor"

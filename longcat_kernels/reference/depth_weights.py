@@ -148,6 +148,11 @@ class DepthWeights(NamedTuple):
         every = [*single, *per_layer, *self.tables, *self.head_weights, *biases]
         return [nothing if tensor is None else tensor for tensor in every]
 
+    @property
+    def like(self) -> Tensor:
+        """One of the tensors whose dtype and device all have, but for `rope`."""
+        return next(tensor for tensor in self._replace(rope=None).tensors() if tensor.numel())
+
     def map_matrices(self, function: Callable[[Tensor], Tensor]) -> DepthWeights:
         """With `function` of every matrix that a row is multiplied by; tables, norms and biases stay."""
         layers = [

@@ -38,6 +38,7 @@ RANGES = (
     ("finite", -_LARGE, _LARGE),
     ("sequential or joint", 0.0, 1.0),
 )
+WHOLE = (TOP_K, EXCLUDED, ORDER)
 
 
 class Sampled(NamedTuple):
@@ -93,6 +94,7 @@ def sample(
     params_T8 = table("sample", values, (rows,), device)
     check_values("sample", params_T8)
     seeds_T, steps_T = row_seeds("sample", seed, rows, device), row_steps("sample", step, rows, device)
+    check_steps("sample", steps_T)
     seen_TV = None
     if history is not None:
         check_history("sample", history, rows, None, device)
@@ -218,7 +220,7 @@ def table(op: str, values: Sequence[float | Tensor], shape: tuple[int, ...], dev
     """[*shape, 8] float32 from a number or a tensor that broadcasts to `shape` for each column, numbers checked."""
     for column, value in enumerate(values):
         if not isinstance(value, Tensor):
-            check_range(op, column, value, value)
+            check_column(op, column, [value])
         elif not _broadcasts(value.shape, shape) or value.device != device:
             raise ValueError(
                 f"{op}: {COLUMNS[column]} must be a number or broadcast to {list(shape)} on {device}, got "
@@ -235,20 +237,30 @@ def _broadcasts(found: Sequence[int], shape: Sequence[int]) -> bool:
     return len(found) <= len(shape) and all(a in (1, b) for a, b in zip(reversed(found), reversed(shape), strict=False))
 
 
-def check_range(op: str, column: int, lowest: float, highest: float) -> None:
+def check_column(op: str, column: int, numbers: Sequence[float]) -> None:
     rule, low, high = RANGES[column]
-    for value in (lowest, highest):
+    total = sum(numbers)  # NaN if there is one
+    for value in (min(numbers), max(numbers)) if total == total else (total,):
         if not low <= value <= high:
             raise ValueError(f"{op}: {COLUMNS[column]} must be {rule}, got {value}")
+    for value in numbers if column in WHOLE else ():
+        if value != int(value):
+            raise ValueError(f"{op}: {COLUMNS[column]} must be a whole number, got {value}")
 
 
 def check_values(op: str, params: Tensor) -> None:
     """The numbers of a table; on an accelerator reading them would wait for the device."""
     if params.device.type != "cpu" or not params.numel():
         return
-    flat = params.reshape(-1, len(COLUMNS))
-    for column, bounds in enumerate(zip(flat.amin(0).tolist(), flat.amax(0).tolist(), strict=True)):
-        check_range(op, column, *bounds)
+    for column, numbers in enumerate(zip(*distinct(params).flatten(0, -2).tolist(), strict=True)):
+        check_column(op, column, numbers)
+
+
+def distinct(params: Tensor) -> Tensor:
+    """A table without the repetitions that it was expanded by."""
+    for axis in range(params.ndim - 1):
+        params = params.narrow(axis, 0, 1) if params.stride(axis) == 0 else params
+    return params
 
 
 def row_seeds(op: str, seed: int | Tensor, rows: int, device: torch.device) -> Tensor:
@@ -276,6 +288,12 @@ def _check_row_numbers(op: str, name: str, tensor: Tensor, rows: int, device: to
         raise ValueError(f"{op}: {name} must be an int or int64 [{rows}], got {tensor.dtype} {list(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
+
+
+def check_steps(op: str, steps: Tensor) -> None:
+    """No step below zero; on an accelerator reading them would wait for the device."""
+    if steps.device.type == "cpu" and min(steps.tolist(), default=0) < 0:
+        raise ValueError(f"{op}: step must be in [0, 2^63), got {min(steps.tolist())}")
 
 
 def check_history(op: str, history: tuple[Tensor, Tensor], rows: int, levels: int | None, device: torch.device) -> None:

@@ -25,7 +25,9 @@ NO_INTERPRETER = "takes CUDA tensors, got cpu; set TRITON_INTERPRET=1 before the
 
 def implementation(op: str) -> Impl:
     """The implementation in the module `op`, which is imported when it is first asked."""
-    return Impl(lambda *arguments: _module(op).run(*arguments), lambda *inputs: _why_not(op, inputs))
+    return Impl(
+        lambda *arguments, **memory: _module(op).run(*arguments, **memory), lambda *inputs: _why_not(op, inputs)
+    )
 
 
 def pack(words: Tensor, packed: Tensor) -> None:

@@ -13,6 +13,7 @@ Dimension key
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from longcat_kernels.triton._depth_sampling import (
 )
 from longcat_kernels.triton._gemm import TYPES
 from longcat_kernels.triton._numeric import DTYPES, INTERPRETED, folds
+from longcat_kernels.workspace import New, fresh
 
 ROWS = 64 if INTERPRETED else 1  # of a program of the sampler; the interpreter has a price a program, not a row
 WIDTH = 1024  # classes of a block
@@ -67,6 +69,8 @@ def run(
     embedding: Tensor,
     logits: Tensor,
     codes: Tensor,
+    *,
+    new: New = fresh,
 ) -> None:
     """Fills the outputs."""
     sizes = DepthConfig.of(config, eps)
@@ -75,13 +79,12 @@ def run(
     with on(hidden_TH.device):
         w = DepthWeights.of([tensor.contiguous() if tensor.ndim == 1 else tensor for tensor in weights], sizes)
         w = w._replace(rope=None if w.rope is None else w.rope.contiguous())
-        batch = _Batch.of(len(hidden_TH), w, params, seeds, steps, prefix, active, leaders)
-        if batch.active is not None:
-            idle_T1 = (batch.active == 0)[:, None]
-            hidden_TH = hidden_TH.masked_fill(idle_T1, 0)
-            start = None if start is None else start.masked_fill(idle_T1, 0)
-        stream = _Stream.of(hidden_TH, start, w)
-        seen = batch.seen(history, offsets, sizes) if history is not None and offsets is not None else None
+        batch = _Batch.of(len(hidden_TH), w, params, seeds, steps, prefix, active, leaders, new)
+        if batch.idle is not None:
+            hidden_TH = _without(hidden_TH, batch.idle, "hidden", new)
+            start = None if start is None else _without(start, batch.idle, "start", new)
+        stream = _Stream.of(hidden_TH, start, w, new)
+        seen = batch.seen(history, offsets, sizes, new) if history is not None and offsets is not None else None
         first = 0  # of the level's logits among all
         outputs = (codes, logprobs, drawn_logprobs)
         for level, classes in enumerate(sizes.classes):
@@ -95,8 +98,13 @@ def run(
             else:
                 batch.take(level, classes, outputs)
             stream.embed(level, codes, embedding)
-        if wants_logits and batch.active is not None:
-            logits.masked_fill_((batch.active == 0)[:, None], 0)
+        if wants_logits and batch.idle is not None:
+            logits.masked_fill_(batch.idle[:, None], 0)
+
+
+def _without(x: Tensor, idle_T: Tensor, name: str, new: New) -> Tensor:
+    """A copy with zeros in rows that are idle."""
+    return new(name, tuple(x.shape), x.dtype, x.device).copy_(x).masked_fill_(idle_T[:, None], 0)
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,7 @@ class _Batch:
     steps: Tensor  # [T]
     prefix: Tensor | None  # [T, P]
     active: Tensor | None  # [T] uint8, of the leaders
+    idle: Tensor | None  # [T] bool, its opposite
     leaders: Tensor  # [T]; not read unless paired
     followers: Tensor  # [T]: each row's own, itself where it has none; not read unless paired
     paired: bool
@@ -128,36 +137,41 @@ class _Batch:
         prefix: Tensor | None,
         active: Tensor | None,
         leaders: Tensor | None,
+        new: New,
     ) -> _Batch:
-        device, paired = params.device, leaders is not None
-        own = torch.arange(rows + 1, device=device)
-        first = followers = own[:rows]
+        memory = functools.partial(_memory, new, params.device)
+        own = torch.arange(rows, out=memory("own", rows, dtype=torch.int64))
+        first = followers = own
         if leaders is not None:
-            first = leaders.clamp(0, rows - 1)
-            followers = own.scatter(0, torch.where(first == followers, rows, first), followers)[:rows]
+            first = torch.clamp(leaders, 0, rows - 1, out=memory("first", rows, dtype=torch.int64))
+            followers = _followers(first, own, memory)
+        idle = None
+        if active is not None:
+            active = torch.index_select(active, 0, first, out=memory("active", rows, dtype=torch.bool))
+            idle = torch.logical_not(active, out=memory("idle", rows, dtype=torch.bool))
         most = max(w.config.classes[w.config.given :], default=1)
-        new = functools.partial(torch.empty, device=device)
-        logits, scores, masses = (new(rows, most) for _ in range(3))
+        logits, scores, masses = (memory(name, rows, most) for name in ("own_logits", "scores", "masses"))
         return cls(
             params if params.stride(2) == 1 else params.contiguous(),
             seeds.contiguous(),
             steps.contiguous(),
             None if prefix is None else prefix.contiguous(),
-            None if active is None else active[first].view(torch.uint8),
+            None if active is None else active.view(torch.uint8),
+            idle,
             first,
             followers,
-            paired,
+            leaders is not None,
             logits,
             scores,
             masses,
-            new(PLANES, rows, triton.cdiv(most, WIDTH), dtype=torch.float64),
-            new(2, rows, dtype=torch.int32),
+            memory("stats", PLANES, rows, triton.cdiv(most, WIDTH), dtype=torch.float64),
+            memory("limits", 2, rows, dtype=torch.int32),
         )
 
-    def seen(self, history: Tensor, offsets: Tensor, sizes: DepthConfig) -> Tensor:
+    def seen(self, history: Tensor, offsets: Tensor, sizes: DepthConfig, new: New) -> Tensor:
         """[T, sum V] uint8: which ids of each level stand in the rows' histories."""
         rows = len(self.seeds)
-        seen = torch.zeros(rows, sum(sizes.classes[sizes.given :]), dtype=torch.uint8, device=history.device)
+        seen = new("seen", (rows, sum(sizes.classes[sizes.given :])), torch.uint8, history.device).zero_()
         first, history, offsets = 0, history.contiguous(), offsets.contiguous()
         for level in range(sizes.given, sizes.levels):
             seen_kernel[(rows,)](
@@ -234,6 +248,19 @@ class _Batch:
         )
 
 
+def _followers(first: Tensor, own: Tensor, memory: Callable[..., Tensor]) -> Tensor:
+    """The row that follows each row, itself where there is none; those that lead write past the end."""
+    rows = len(own)
+    leads = torch.eq(first, own, out=memory("leads", rows, dtype=torch.bool))
+    place = memory("place", rows, dtype=torch.int64).copy_(first).masked_fill_(leads, rows)
+    found = torch.arange(rows + 1, out=memory("followers", rows + 1, dtype=torch.int64))
+    return found.scatter_(0, place, own)[:rows]
+
+
+def _memory(new: New, device: torch.device, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return new(name, shape, dtype, device)
+
+
 @dataclass
 class _Stream:
     """The transformer's weights and its workspace."""
@@ -251,21 +278,21 @@ class _Stream:
     ended: Tensor  # [L + 1, T] uint8: whether all codes before a level are "end"
 
     @classmethod
-    def of(cls, hidden: Tensor, start: Tensor | None, w: DepthWeights) -> _Stream:
-        c, rows, new = w.config, len(hidden), functools.partial(torch.empty, device=hidden.device)
+    def of(cls, hidden: Tensor, start: Tensor | None, w: DepthWeights, new: New) -> _Stream:
+        c, rows, memory = w.config, len(hidden), functools.partial(_memory, new, hidden.device)
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
         return cls(
             w,
             hidden if hidden.stride(1) == 1 else hidden.contiguous(),
             start if start is None or start.stride(1) == 1 else start.contiguous(),
-            new(rows, c.dim),
-            new(rows, queries + 2 * keys),
-            new(rows, queries, dtype=hidden.dtype),
-            new(rows, c.ffn, dtype=hidden.dtype),
-            new(c.layers, 2, rows, c.kv_heads, c.levels, c.head_dim),
-            new(rows, c.width),
-            new(rows, c.width),
-            new(c.levels + 1, rows, dtype=torch.uint8),
+            memory("z", rows, c.dim),
+            memory("qkv", rows, queries + 2 * keys),
+            memory("mixed", rows, queries, dtype=hidden.dtype),
+            memory("act", rows, c.ffn, dtype=hidden.dtype),
+            memory("caches", c.layers, 2, rows, c.kv_heads, c.levels, c.head_dim),
+            memory("total", rows, c.width),
+            memory("next", rows, c.width),
+            memory("ended", c.levels + 1, rows, dtype=torch.uint8),
         )
 
     def advance(self, level: int) -> None:

@@ -29,10 +29,11 @@ LOW_RANK_EPS = 1e-6  # the released low-rank norms keep their class's default in
 class Context:
     """What every sub-block of one forward shares: made once by `Context.of`."""
 
-    rotary: Tensor  # [S, P] complex64 turns of the new positions
+    rotary: Tensor  # [B or 1, S, P] complex64 turns of the new positions
     mask: Tensor | None  # [B or 1, 1, S, T] bool, True where a position may read; None: see is_causal
     is_causal: bool  # plain causal attention over the new positions alone
     cache: Cache | None
+    places: Tensor  # [B or 1, S] of the new positions in their rows
 
     @classmethod
     def of(cls, sizes: config.Attention, embeddings: Tensor, documents: Tensor | None, cache: Cache | None) -> Context:
@@ -42,24 +43,25 @@ class Context:
         attention only sees differences.
         """
         batch, new = embeddings.shape[:2]
-        start = 0 if cache is None else cache.length
-        rotary = rotary_table(sizes, torch.arange(start, start + new, device=embeddings.device))
+        places = torch.arange(new, device=embeddings.device)[None]
         if documents is None and cache is None:
-            return cls(rotary, None, True, None)
+            return cls(rotary_table(sizes, places), None, True, None, places)
         if documents is None:
             documents = torch.zeros(batch, new, dtype=torch.int64, device=embeddings.device)
-        seen = documents if cache is None else cache.reserve(documents)
-        return cls(rotary, block_causal_mask(documents, seen), False, cache)
+        seen = documents
+        if cache is not None:
+            places, seen = cache.reserve(documents)
+        return cls(rotary_table(sizes, places), block_causal_mask(documents, seen, places), False, cache, places)
 
 
 def rotary_table(sizes: config.Attention, positions: Tensor) -> Tensor:
-    """The turns [S, P] of positions [S] as complex64 numbers of size 1: pair i turns by theta^(-i/P) a position.
+    """The turns [..., P] of positions [...] as complex64 numbers of size 1: pair i turns by theta^(-i/P) a position.
 
     Angles are float32, as in the released code.
     """
     exponents = torch.arange(0, sizes.rope_dim, 2, dtype=torch.float32, device=positions.device) / sizes.rope_dim
-    angles_SP = positions[:, None].float() * (1.0 / sizes.rope_theta**exponents)
-    return torch.polar(torch.ones_like(angles_SP), angles_SP)
+    angles = positions[..., None].float() * (1.0 / sizes.rope_theta**exponents)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
@@ -68,14 +70,14 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(precise) * turns).flatten(-2).to(x.dtype)
 
 
-def block_causal_mask(documents: Tensor, seen: Tensor) -> Tensor:
-    """[B, 1, S, T] bool: the S last of T positions read those of their own document up to themselves.
+def block_causal_mask(documents: Tensor, seen: Tensor, places: Tensor) -> Tensor:
+    """[B, 1, S, T] bool: positions at `places` [B or 1, S] of documents [B, S] read, among those of the documents
+    `seen` [B, T], the ones of their own document up to themselves.
 
     Padding (-1) is a document like any other, so that no row of the softmax is empty.
     """
-    new, total = documents.shape[1], seen.shape[1]
-    causal_ST = torch.ones(new, total, dtype=torch.bool, device=seen.device).tril(total - new)
-    return ((documents[:, :, None] == seen[:, None, :]) & causal_ST)[:, None]
+    causal_BST = torch.arange(seen.shape[1], device=seen.device) <= places[..., None]
+    return ((documents[:, :, None] == seen[:, None, :]) & causal_BST)[:, None]
 
 
 class LatentAttention(nn.Module):
@@ -112,7 +114,7 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = self._queries(x, context)
         latents = self._latents(x, context)
         if context.cache is not None:
-            latents = context.cache.write(self.sub_block, latents)
+            latents = context.cache.write(self.sub_block, context.places, latents)
         absorb = not context.is_causal and self._absorbing_is_cheaper(x.shape[1], latents.shape[1])
         attend = self._attend_absorbed if absorb else self._attend_expanded
         out: Tensor = self.o_proj(attend(q_nope, q_rope, latents, context).flatten(2))
@@ -122,7 +124,7 @@ class LatentAttention(nn.Module):
         """Returns the parts [B, S, H, N] and [B, S, H, 2P], the second one rotated."""
         q_BSHC = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).unflatten(-1, (self.sizes.heads, -1))
         q_nope, q_rope = q_BSHC.split([self.sizes.nope_dim, self.sizes.rope_dim], -1)
-        return q_nope, rotate(q_rope, context.rotary[:, None])
+        return q_nope, rotate(q_rope, context.rotary[:, :, None])
 
     def _latents(self, x: Tensor, context: Context) -> Tensor:
         """Returns [B, S, R]: the normalised and scaled latent, then the rotated key that all heads share."""

@@ -74,7 +74,7 @@ class Backbone(nn.Module):
             router_logits.append(logits)
             expert_ids.append(ids)
         if cache is not None:
-            cache.length += embeddings.shape[1]
+            cache.advance(embeddings.shape[1])
         return BackboneOutput(self.norm(hidden), hidden, router_logits, expert_ids)
 
     def _check(self, embeddings: Tensor, documents: Tensor | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longcat_model import config, files, presets
-from longcat_model.demo import digits, language, speech
+from longcat_model.demo import digits, language, speech, speed
 from longcat_model.demo.data import Data, load_data
 from longcat_model.demo.evaluate import Exam, Result
 from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, SHOWN_TOO, Goals, picture, sections
@@ -19,10 +19,12 @@ from longcat_model.demo.report import render
 from longcat_model.demo.settings import Settings
 from longcat_model.demo.tasks import Tasks
 from longcat_model.demo.workspace import Workspace
+from longcat_model.pipeline.parts import Saved
 from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
 from longcat_model.training import audio_stages, model_stages, vision_stages
 from longcat_model.training.loop import Row, Stage, train
+from longcat_model.training.mesh import Mesh
 from longcat_model.training.pipelined import train_pipelined
 
 
@@ -49,7 +51,8 @@ def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: 
     results = evaluate_tasks(workspace, system, data, settings, seed)
     goals = GOALS | ({} if speech_dir is None else REAL_SPEECH_GOALS)
     goals |= {name: goal for name, goal in SHOWN_TOO.items() if name in results}
-    finish(workspace, system, data, pools, curves, results, goals)
+    speeds = workspace.once("speed", lambda: {"rows": speed.measure(system, settings, workspace.seconds())})["rows"]
+    finish(workspace, system, data, pools, curves, results, goals, speeds)
 
 
 def train_tokenizers(
@@ -113,22 +116,22 @@ def train_language(
         seed=seed,
     )
     align = partial(
-        model_stages.pre_align, system.model, batch, steps=sizes.pre_align_steps, learning_rate=sizes.pre_align_rate
+        model_stages.pre_align, batch=batch, steps=sizes.pre_align_steps, learning_rate=sizes.pre_align_rate
     )
     joint = partial(
         model_stages.joint,
-        system.model,
-        batch,
+        batch=batch,
         steps=sizes.joint_steps,
         learning_rate=sizes.joint_rate,
         weights=sizes.weights,
     )
     curves = {}
     for make, weights in ((align, None), (joint, sizes.weights)):
+        stage = make(system.model)
         if ranks > 1:
-            with workspace.timed(make().name):
-                train_pipelined(make, workspace.directory / "stages", ranks, weights=weights, seed=seed)
-        stage = make()
+            with workspace.timed(stage.name):
+                saved = Saved.of(system.model, workspace.directory / "stages" / "before.safetensors")
+                train_pipelined(make, saved, workspace.directory / "stages", Mesh(ranks), weights=weights, seed=seed)
         curves[stage.name] = run_stage(workspace, stage, seed)
     return curves
 
@@ -160,6 +163,7 @@ def finish(
     curves: dict[str, list[Row]],
     results: dict[str, Result],
     goals: Goals,
+    speeds: list[dict[str, Any]],
 ) -> None:
     """Writes report.json and report.html, prints the table and the report's path."""
     with workspace.timed("report"):
@@ -169,6 +173,7 @@ def finish(
     summary: dict[str, Any] = {
         **{name: {"value": r.value, "n": len(r.expected), "judge": r.judge} for name, r in results.items()},
         "seconds": workspace.seconds(),
+        "speed": speeds,
         "peak_rss_bytes": workspace.peak_rss_bytes(),
         "settings": workspace.settings,
         "commit": began,

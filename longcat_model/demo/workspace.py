@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import resource
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from longcat_model import files
-from longcat_model.training import checkpoint
 
 
 class Workspace:
@@ -45,10 +49,10 @@ class Workspace:
         """What `make` returned, from `<name>.pt` if an earlier run finished it."""
         path = self.directory / f"{name}.pt"
         if path.exists():
-            return checkpoint.load(path)
+            return _load(path)
         with self.timed(name):
             result = make()
-        checkpoint.save(path, result)
+        _save(path, result)
         return result
 
     @contextmanager
@@ -101,6 +105,25 @@ def commit() -> str | None:
     command = [git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
+
+
+def _save(path: Path, result: dict[str, Any]) -> None:
+    """Writes tensors and plain data; an interrupted call leaves the file that was there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        torch.save(result, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Reads what `_save` wrote, onto the CPU, without executing anything in the file."""
+    try:
+        result: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        raise ValueError(f"demo: {path} must be whole, got: {error}; start over with --fresh") from error
+    return result
 
 
 def _remove_run(directory: Path) -> None:

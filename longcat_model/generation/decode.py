@@ -1,200 +1,195 @@
-"""The loop of generation: one position for all rows through the cached backbone, then the heads its state asks for.
+"""The loop of generation: one position for all rows through the cached backbone, then the heads their states ask for.
+
+Rows of any tasks and lengths go on together; each has its own place in the cache, and a guided image's row has an
+unconditional partner there while the image lasts. Rows that end leave the batch.
 
 Dimension key
-    N rows of a group    M rows of the model: N, or 2 N interleaved (conditional, unconditional)    S prompt positions
-    D model    L quantizer levels
+    M rows of the cache    D model
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from longcat_kernels import PreparedDepth, depth_decode, sample
 from longcat_model.backbone import Cache
-from longcat_model.generation.machine import Answers, Heads, State
-from longcat_model.generation.sampling import Sampling
+from longcat_model.generation.chooser import Asking, Chooser, Written
+from longcat_model.generation.machine import Answer, Position, State, stack
+from longcat_model.generation.prefill import Prefixes, Reader
 from longcat_model.model import LongcatNext
-from longcat_model.sequence import NONE, Inputs
+from longcat_model.sequence import Inputs
+
+Observer = Callable[[int, str, Position], bool]  # row's number, mode, position -> whether the row shall stop
+Partner = Callable[[int], Inputs]  # positions before an image's size and start -> what its partner reads, both included
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chooser:
-    """Asks the heads. Row i of a group draws with `seeds[i]` plus the sampling's seed."""
+class Request:
+    """One row to continue."""
 
-    model: LongcatNext
-    visual: PreparedDepth
-    audio: PreparedDepth
-    text: Sampling
-    codes: Sampling
-    text_mask: Tensor  # bool [text rows]: ids the text head may choose
-    guidance: float | None = None  # scale of classifier-free guidance; hidden states are then interleaved pairs
+    prompt: Inputs  # without the row dimension, at least one position; an image that follows has begun
+    state: State
+    seed: int
+    partner: Inputs | None = None  # what an image that follows the prompt is guided against
+    later_partner: Partner | None = None  # what an image that begins later is guided against; None: the row has none
 
-    def answers(self, hidden_MD: Tensor, heads: Heads, seeds: Tensor, step: int, written: Inputs | None) -> Answers:
-        """Answers of the rows that ask; the others' are -1. On the CPU.
+    @property
+    def rooms(self) -> int:
+        """Rows of the cache."""
+        return 1 if self.partner is None and self.later_partner is None else 2
 
-        Args:
-            written: [N, positions] what each row has written since its prompt, or None.
-        """
-        ids, size = self.model.ids, seeds.shape[0]
-        text_N = torch.full((size,), NONE)
-        visual_NL = torch.full((size, len(ids.visual_sizes)), NONE)
-        audio_NL = torch.full((size, len(ids.audio_sizes)), NONE)
-        for rows, hidden_ND in _asking(heads.text, hidden_MD):
-            logits_NV = self.model.text_logits(hidden_ND).masked_fill(~self.text_mask, -torch.inf)
-            said = _history(self.text, None if written is None else written.text[rows], logits_NV)
-            drawn = sample(logits_NV, **self.text.numbers(), history=said, **self._stream(self.text, seeds[rows], step))
-            text_N[rows] = drawn.ids.cpu()
-        for rows, hidden_ND in _asking(heads.visual, hidden_MD):
-            past = None if written is None else written.visual[rows]
-            visual_NL[rows] = self._cells(hidden_ND, seeds[rows], step, past)
-        for rows, hidden_ND in _asking(heads.audio, hidden_MD):
-            past = None if written is None else written.audio[rows]
-            audio_NL[rows] = self._frames(hidden_ND, seeds[rows], step, past, heads.audio_may_end[rows])
-        return Answers(text_N, visual_NL, audio_NL)
-
-    def _cells(self, hidden_MD: Tensor, seeds: Tensor, step: int, past: Tensor | None) -> Tensor:
-        copies = hidden_MD.shape[0] // seeds.shape[0]
-        guided = self.guidance is not None
-        decoding = depth_decode(
-            hidden_MD,
-            self.visual,
-            self.codes.of_codes(guidance=1.0 if self.guidance is None else self.guidance),
-            pairs="interleaved" if guided else None,
-            history=_history(self.codes, past, hidden_MD, copies),
-            **self._stream(self.codes, seeds.repeat_interleave(copies), step),
-        )
-        return decoding.codes[::copies].cpu()
-
-    def _frames(self, hidden_ND: Tensor, seeds: Tensor, step: int, past: Tensor | None, may_end: Tensor) -> Tensor:
-        """The end is level 0's to say, in the rows that may."""
-        is_first_L = torch.arange(len(self.model.ids.audio_sizes)) == 0
-        decoding = depth_decode(
-            hidden_ND,
-            self.audio,
-            self.codes.of_codes(end=(may_end[:, None] & is_first_L).to(hidden_ND.device)),
-            history=_history(self.codes, past, hidden_ND),
-            **self._stream(self.codes, seeds, step),
-        )
-        return decoding.codes.cpu()
-
-    def _stream(self, sampling: Sampling, seeds: Tensor, step: int) -> dict[str, Any]:
-        return {"seed": (sampling.seed + seeds).to(self.text_mask.device), "step": step}
+    @property
+    def capacity(self) -> int:
+        """Positions that the longer of its rows may come to hold."""
+        partner = 0 if self.partner is None else self.partner.text.shape[0]
+        return max(self.prompt.text.shape[0], partner) + self.state.longest
 
 
-def _history(sampling: Sampling, past: Tensor | None, like: Tensor, copies: int = 1) -> tuple[Tensor, Tensor] | None:
-    """Ids [N, positions, ...] as the sampler's history, `copies` rows each; None where nothing is penalised."""
-    if sampling.repetition_penalty == 1 or past is None:
-        return None
-    offsets = torch.arange(past.shape[0] * copies + 1) * past.shape[1]
-    flat = past.repeat_interleave(copies, 0).flatten(0, 1)
-    return flat.to(like.device), offsets.to(like.device)
+def cache_bytes(model: LongcatNext, requests: Sequence[Request]) -> int:
+    """Bytes of the cache that `decode` allocates for the requests, all at once and before anything else."""
+    if not requests:
+        return 0
+    position = Cache.position_bytes(model.sizes.backbone, model.embed_tokens.weight.dtype)
+    return position * sum(r.rooms for r in requests) * max(r.capacity for r in requests)
 
 
 @torch.no_grad()
 def decode(
-    chooser: Chooser,
-    prompts: Sequence[Inputs],
-    start: Callable[[list[int]], State],
+    model: LongcatNext,
+    requests: Sequence[Request],
     *,
-    positions: int,
-    unconditional: Sequence[Inputs] | None = None,
-) -> list[Inputs]:
-    """Continues every prompt until its state says it is finished.
-
-    Prompts of equal length run as one batch; finished rows leave it.
+    observe: Observer | None = None,
+    prefixes: Prefixes | None = None,
+) -> list[list[Position]]:
+    """Continues every prompt until its state ends or `observe` stops it.
 
     Args:
-        prompts: one a row, without the batch dimension, each at least one position long.
-        start: the state of a group, from the numbers of its prompts.
-        positions: most positions a row may write.
-        unconditional: each prompt's partner for classifier-free guidance, as long as the prompt.
+        observe: is told every position as it is written.
+        prefixes: prompts read in earlier calls.
 
     Returns:
-        What was written after each prompt, the position that finished it included.
+        What was written after each prompt, the position that ended it included.
+
+    Raises:
+        ValueError: an empty prompt, or prefixes of another model.
     """
-    written: list[Inputs | None] = [None] * len(prompts)
-    for group in _equal_lengths(prompts):
-        rows = [prompts[i] for i in group]
-        if unconditional is not None:
-            rows = [prompt for i in group for prompt in (prompts[i], unconditional[i])]
-        prompt = Inputs(*(torch.stack(parts) for parts in zip(*map(_tensors, rows), strict=True)))
-        traces = _decode_group(chooser, prompt, start(group), torch.tensor(group), positions)
-        for i, trace in zip(group, traces, strict=True):
-            written[i] = trace
-    return [trace for trace in written if trace is not None]
-
-
-def _decode_group(chooser: Chooser, prompt: Inputs, state: State, seeds: Tensor, positions: int) -> list[Inputs]:
-    model = chooser.model
-    weight, size = model.embed_tokens.weight, seeds.shape[0]
-    copies = prompt.text.shape[0] // size
-    cache = Cache.empty(
-        model.sizes.backbone,
-        prompt.text.shape[0],
-        prompt.text.shape[1] + positions,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    alive, lengths = torch.arange(size), torch.zeros(size, dtype=torch.int64)
-    steps: list[Inputs] = []
-    inputs = prompt
-    while True:
-        hidden_MD = model(inputs.to(weight.device), cache).hidden[:, -1]
-        answers = chooser.answers(hidden_MD, state.heads(), seeds[alive], len(steps), _written(chooser, steps, alive))
-        state, fed, done = state.advance(answers)
-        steps.append(Inputs(*(_scatter(x, alive, size) for x in _tensors(fed))))
-        lengths[alive] += 1
-        if bool(done.all()):
-            break
-        if bool(done.any()):
-            keep = (~done).nonzero().squeeze(1)
-            state, fed, alive = state.select(keep), Inputs(*(x[keep] for x in _tensors(fed))), alive[keep]
-            cache = cache.select(_copied(keep, copies).to(weight.device))
-        inputs = Inputs(*(x.repeat_interleave(copies, 0) for x in _tensors(fed)))
-    whole = [torch.cat(parts, 1) for parts in zip(*map(_tensors, steps), strict=True)]
-    return [Inputs(*(x[row, :length] for x in whole)) for row, length in enumerate(lengths.tolist())]
-
-
-def _written(chooser: Chooser, steps: list[Inputs], rows: Tensor) -> Inputs | None:
-    """What the rows have written so far, where somebody is penalised for it."""
-    if not steps or (chooser.text.repetition_penalty == 1 and chooser.codes.repetition_penalty == 1):
-        return None
-    return Inputs(*(torch.cat(parts, 1)[rows] for parts in zip(*map(_tensors, steps), strict=True)))
-
-
-def _asking(asks: Tensor, hidden_MD: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The rows that ask and their hidden states, as a list of one; an empty list if nobody does."""
-    rows = asks.nonzero().squeeze(1)
-    if not rows.numel():
-        return []
-    if rows.numel() == asks.numel():
-        return [(rows, hidden_MD)]
-    copies = hidden_MD.shape[0] // asks.shape[0]
-    return [(rows, hidden_MD[_copied(rows, copies).to(hidden_MD.device)])]
-
-
-def _copied(rows: Tensor, copies: int) -> Tensor:
-    """Rows of the model that belong to rows of the group."""
-    return (rows[:, None] * copies + torch.arange(copies)).flatten()
-
-
-def _scatter(part: Tensor, rows: Tensor, size: int) -> Tensor:
-    return part.new_full((size, *part.shape[1:]), NONE).index_copy_(0, rows, part)
-
-
-def _equal_lengths(prompts: Sequence[Inputs]) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        if not prompt.text.shape[0]:
+    if prefixes is not None and prefixes.model is not model:
+        raise ValueError("generate: prefixes must be of the model that generates, got another's")
+    for i, request in enumerate(requests):
+        if not request.prompt.text.shape[0]:
             raise ValueError(f"generate: prompts must not be empty, got prompt {i} without positions")
-        groups.setdefault(prompt.text.shape[0], []).append(i)
-    return list(groups.values())
+    written: list[list[Position]] = [[] for _ in requests]
+    if not requests:
+        return written
+
+    def note(number: int, mode: str, position: Position) -> bool:
+        written[number].append(position)
+        return observe is not None and observe(number, mode, position)
+
+    batch = _Batch.of(model, requests, prefixes)
+    step = 0
+    while batch.rows:
+        batch.step(step, note)
+        step += 1
+    return written
 
 
-def _tensors(inputs: Inputs) -> tuple[Tensor, ...]:
-    return inputs.text, inputs.marker, inputs.visual, inputs.audio, inputs.documents
+@dataclass
+class _Row:
+    """One request under way."""
+
+    number: int
+    request: Request
+    state: State
+    row: int  # of the cache
+    partner: int | None  # likewise
+    written: Written = field(default_factory=Written)
+
+    def asking(self) -> Asking:
+        return Asking(self.state.ask(), self.row, self.partner, self.request.seed, self.written)
+
+    def take(self, answer: Answer, note: Observer) -> tuple[State | None, tuple[Position, ...]]:
+        """The next state, None if the row has ended, and the positions to feed."""
+        state, positions = self.state.advance(answer)
+        mode = self.state.mode
+        if mode == "text" and state is not None:
+            mode = state.mode  # what begins an image or speech is part of it
+        stops = False
+        for position in positions:
+            self.written.note(position)
+            stops |= note(self.number, mode, position)
+        return None if stops else state, positions
+
+
+@dataclass
+class _Batch:
+    chooser: Chooser
+    cache: Cache
+    rows: list[_Row]
+    hidden: Tensor  # [M, D] of the last position of every row of the cache
+
+    @classmethod
+    def of(cls, model: LongcatNext, requests: Sequence[Request], prefixes: Prefixes | None) -> _Batch:
+        weight = model.embed_tokens.weight
+        rooms, capacity = sum(r.rooms for r in requests), max(r.capacity for r in requests)
+        cache = Cache.empty(model.sizes.backbone, rooms, capacity, device=weight.device, dtype=weight.dtype)
+        cache.keep([])
+        reader, rows, hidden = Reader(model, cache, prefixes), [], []
+        for number, request in enumerate(requests):
+            row, partner = cache.add_row(), None
+            hidden.append(reader.read(row, request.prompt))
+            if request.partner is not None:
+                partner = cache.add_row()
+                hidden.append(reader.read(partner, request.partner))
+            rows.append(_Row(number, request, request.state, row, partner))
+        return cls(Chooser.of(model), cache, rows, torch.stack(hidden))
+
+    def step(self, step: int, note: Observer) -> None:
+        """Asks the heads, feeds what they answer, and drops rows that end."""
+        answers = self.chooser.answers([row.asking() for row in self.rows], self.hidden, step)
+        going, fed = [], []
+        for row, answer in zip(self.rows, answers, strict=True):
+            state, positions = row.take(answer, note)
+            if state is not None:
+                row.state = state
+                going.append(row)
+                fed.append(positions)
+        self._keep(going)
+        if going:
+            self._feed(fed)
+
+    def _keep(self, going: list[_Row]) -> None:
+        """Frees the rows of the cache that nobody needs any more: of rows that ended, and of images that did."""
+        for row in going:
+            if row.state.guidance is None:
+                row.partner = None
+        kept = sorted(r for row in going for r in (row.row, row.partner) if r is not None)
+        self.cache.keep(kept)
+        places = {old: new for new, old in enumerate(kept)}
+        for row in going:
+            row.row = places[row.row]
+            row.partner = None if row.partner is None else places[row.partner]
+        self.rows = going
+
+    def _feed(self, fed: list[tuple[Position, ...]]) -> None:
+        """Reads each row's new positions: the last ones together, those before it, and new partners, by themselves."""
+        model = self.chooser.model
+        reader = Reader(model, self.cache)
+        last: dict[int, Position] = {}
+        for row, positions in zip(self.rows, fed, strict=True):
+            later = row.request.later_partner
+            if row.partner is not None:
+                last[row.partner] = positions[-1]
+            elif row.state.guidance is not None and later is not None:  # an image has just begun
+                partner = later(self.cache.lengths[row.row])
+                row.partner = self.cache.add_row()
+                reader.read(row.partner, partner.map(lambda field: field[:-1]))
+                last[row.partner] = Position(text=int(partner.text[-1]))
+            if len(positions) > 1:
+                reader.read(row.row, stack(model.ids, positions[:-1]))
+            last[row.row] = positions[-1]
+        inputs = stack(model.ids, [last[row] for row in range(self.cache.batch)]).map(lambda field: field[:, None])
+        self.hidden = model(inputs.to(self.hidden.device), self.cache).hidden[:, -1]

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longcat_model.generation.decode import Chooser, decode
-from longcat_model.generation.machine import ImageState, SpeechState, State, TextState, position
+from longcat_model.generation.decode import Request, decode
+from longcat_model.generation.machine import ImageState, Position, SpeechState, State, TextState
 from longcat_model.generation.sampling import GREEDY, IMAGE, SPEECH, TRANSCRIPT, Sampling
 from longcat_model.model import LongcatNext
-from longcat_model.sequence import NULL, Document, Inputs, Layout, drop_condition, join
-from longcat_model.vocabulary import BOS, EOS, PAD, SPECIAL_TOKENS, Vocabulary
-
-# Special tokens from here on never had a text loss in the released fine-tuning code (ids 131085 to 131124).
-FIRST_UNTRAINED = 13
+from longcat_model.released.differences import Unconditional, unconditional
+from longcat_model.sequence import Document, Layout, join
+from longcat_model.vocabulary import EOS, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,8 @@ def generate_text(
         ValueError: an empty prompt or `max_tokens` below 1.
     """
     _at_least_one("generate_text", max_tokens=max_tokens)
-    allowed = torch.ones(model.ids.text_rows, dtype=torch.bool)
-    allowed[[NULL, BOS, PAD]] = False
-    allowed[model.ids.text_size + FIRST_UNTRAINED : model.ids.text_size + SPECIAL_TOKENS] = False
-
-    def start(group: list[int]) -> State:
-        return TextState(model.ids, len(group), max_tokens)
-
-    traces = decode(_chooser(model, allowed, text=sampling), [p.inputs for p in prompts], start, positions=max_tokens)
-    return [[i for i in trace.text.tolist() if i != EOS] for trace in traces]
+    state = TextState(limit=max_tokens, sampling=sampling)
+    return [[p.text for p in trace if p.text != EOS] for trace in decode(model, _requests(prompts, [state]))]
 
 
 def generate_image(
@@ -60,38 +51,35 @@ def generate_image(
     width: int,
     sampling: Sampling = IMAGE,
     guidance: float | None = None,
+    cfg_uncond: Unconditional = "null",
 ) -> Tensor:
     """An image of height x width cells for each prompt; its size and start are appended here.
 
     Args:
         guidance: scale s of classifier-free guidance, logits = s * (conditional - unconditional) + unconditional at
-            every level; None runs the conditional model alone. The unconditional prompt is `drop_condition(prompt)`:
-            as long, text id 0 everywhere, then the same size and start.
+            every level; None runs the conditional model alone.
+        cfg_uncond: what stands in for the prompt then: see `released.differences.unconditional`.
 
     Returns:
         codes: int64 [prompts, height, width, L].
 
     Raises:
-        ValueError: height or width below 1.
+        ValueError: height or width below 1, or an unknown `cfg_uncond`.
     """
     _at_least_one("generate_image", height=height, width=width)
-    levels = len(model.ids.visual_sizes)
-    if not prompts:
-        return torch.empty(0, height, width, levels, dtype=torch.int64)
     prefix = layout.image_prefix(height, width)
-
-    def start(group: list[int]) -> State:
-        return ImageState(model.ids, len(group), height, width)
-
-    traces = decode(
-        _chooser(model, None, codes=sampling, guidance=guidance),
-        [join(p, prefix).inputs for p in prompts],
-        start,
-        positions=height * (width + 1),
-        unconditional=None if guidance is None else [join(drop_condition(p), prefix).inputs for p in prompts],
-    )
-    cells = [trace.visual[trace.visual[:, 0] >= 0] for trace in traces]
-    return torch.stack(cells).view(len(prompts), height, width, levels)
+    state = ImageState(ids=model.ids, height=height, width=width, sampling=sampling, guidance=guidance)
+    requests = [
+        Request(
+            prompt=join(prompt, prefix).inputs,
+            state=state,
+            seed=i,
+            partner=None if guidance is None else unconditional(prompt, prefix, cfg_uncond).inputs,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    cells = [[p.visual for p in trace if p.visual] for trace in decode(model, requests)]
+    return torch.tensor(cells, dtype=torch.int64).view(len(prompts), height, width, len(model.ids.visual_sizes))
 
 
 def generate_speech(
@@ -125,38 +113,40 @@ def generate_speech(
     _at_least_one("generate_speech", max_frames=max_frames, max_text=max_text)
     if mode not in ("serial", "parallel"):
         raise ValueError(f'generate_speech: mode must be "serial" or "parallel", got "{mode}"')
-    forced = None if transcripts is None else _transcripts(transcripts, len(prompts), max_text, model.ids)
-
-    def start(group: list[int]) -> State:
-        return SpeechState.start(
-            model.ids,
-            len(group),
+    if transcripts is not None:
+        _check_transcripts(transcripts, len(prompts), max_text, model.ids)
+    given: Sequence[Sequence[int] | None] = [None] * len(prompts) if transcripts is None else transcripts
+    states = [
+        SpeechState(
+            ids=model.ids,
+            sampling=sampling,
+            text_sampling=text_sampling,
             delay=1 if mode == "parallel" else None,
             max_text=max_text,
             max_frames=max_frames,
-            transcript=None if forced is None else forced[group],
+            transcript=None if transcript is None else tuple(transcript),
         )
-
-    allowed = torch.zeros(model.ids.text_rows, dtype=torch.bool)
-    allowed[PAD + 1 : model.ids.text_size] = True
-    allowed[model.ids.audiotext_end] = True
-    opening = position(model.ids, torch.tensor([model.ids.audiogen_start]))
-    traces = decode(
-        _chooser(model, allowed, text=text_sampling, codes=sampling),
-        [_append(prompt.inputs, opening) for prompt in prompts],
-        start,
-        positions=max_text + max_frames + 2,
-    )
-    return [_speech(trace, model.ids) for trace in traces]
+        for transcript in given
+    ]
+    opening = Layout(model.ids, encode=lambda size: []).text([model.ids.audiogen_start])
+    traces = decode(model, _requests([join(prompt, opening) for prompt in prompts], states))
+    return [speech_of(trace, model.ids) for trace in traces]
 
 
-def _speech(trace: Inputs, ids: Vocabulary) -> Speech:
-    text_T = trace.text[(trace.text >= 0) & (trace.text < ids.text_size)]
-    return Speech(text_T.tolist(), trace.audio[trace.audio[:, 0] >= 0])
+def speech_of(trace: Sequence[Position], ids: Vocabulary) -> Speech:
+    """The utterance that positions hold."""
+    text = [p.text for p in trace if 0 <= p.text < ids.text_size]
+    codes = [p.audio for p in trace if p.audio]
+    return Speech(text, torch.tensor(codes, dtype=torch.int64).view(-1, len(ids.audio_sizes)))
 
 
-def _transcripts(transcripts: Sequence[Sequence[int]], prompts: int, max_text: int, ids: Vocabulary) -> Tensor:
-    """int64 [prompts, longest + 1], filled up with the end of text."""
+def _requests(prompts: Sequence[Document], states: Sequence[State]) -> list[Request]:
+    """One a prompt, with a state each or the same for all."""
+    each = states if len(states) == len(prompts) else [states[0]] * len(prompts)
+    return [Request(prompt=p.inputs, state=s, seed=i) for i, (p, s) in enumerate(zip(prompts, each, strict=True))]
+
+
+def _check_transcripts(transcripts: Sequence[Sequence[int]], prompts: int, max_text: int, ids: Vocabulary) -> None:
     if len(transcripts) != prompts:
         raise ValueError(f"generate_speech: transcripts must be one a prompt ({prompts}), got {len(transcripts)}")
     longest = max(map(len, transcripts), default=0)
@@ -165,38 +155,6 @@ def _transcripts(transcripts: Sequence[Sequence[int]], prompts: int, max_text: i
     outside = [i for transcript in transcripts for i in transcript if not 0 <= i < ids.text_size]
     if outside:
         raise ValueError(f"generate_speech: transcripts must hold ids in [0, {ids.text_size}), got {outside[0]}")
-    return torch.tensor([[*t, *[ids.audiotext_end] * (longest + 1 - len(t))] for t in transcripts])
-
-
-def _append(inputs: Inputs, one: Inputs) -> Inputs:
-    return Inputs(
-        torch.cat([inputs.text, one.text[0]]),
-        torch.cat([inputs.marker, one.marker[0]]),
-        torch.cat([inputs.visual, one.visual[0]]),
-        torch.cat([inputs.audio, one.audio[0]]),
-        torch.cat([inputs.documents, one.documents[0]]),
-    )
-
-
-def _chooser(
-    model: LongcatNext,
-    allowed: Tensor | None,
-    *,
-    text: Sampling = GREEDY,
-    codes: Sampling = GREEDY,
-    guidance: float | None = None,
-) -> Chooser:
-    mask = torch.ones(model.ids.text_rows, dtype=torch.bool) if allowed is None else allowed
-    device = model.embed_tokens.weight.device
-    return Chooser(
-        model=model,
-        visual=model.visual_head.prepared(model.visual_tables()),
-        audio=model.audio_head.prepared(model.audio_tables()),
-        text=text,
-        codes=codes,
-        text_mask=mask.to(device),
-        guidance=guidance,
-    )
 
 
 def _at_least_one(name: str, **limits: int) -> None:

@@ -1,130 +1,145 @@
-"""What comes next: generation as plain states and pure functions from (state, sampled ids) to (state, next inputs).
+"""What comes next in a row: generation as plain states and pure functions from (state, answer) to (state, positions).
 
-A state knows N rows that started together. Each step `heads` says which heads to ask at the last position, `advance`
-takes the answers and returns the next state, the next position to feed, and the rows which that position finishes.
-The inputs that come out are those of `sequence.Layout`'s documents, position for position; tests hold them equal.
-States live on the CPU: their decisions steer the loop.
-
-Dimension key
-    N rows    L quantizer levels    T transcript ids
+Each step `ask` says which heads to ask at the row's last position, `advance` takes their answer and returns the next
+state, or None where the row has ended, and the positions to feed. Those are the positions of `sequence.Layout`'s
+documents; tests hold them equal. States are numbers on the CPU: their decisions steer the loop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from longcat_model.generation.sampling import Sampling
 from longcat_model.sequence import NONE, Inputs
 from longcat_model.vocabulary import EOS, Vocabulary
 
-Self = TypeVar("Self", bound="State")
+Codes = tuple[int, ...]  # one a level; empty: none
+
+
+class Position(NamedTuple):
+    """What one position holds, as `sequence.Inputs` does for many."""
+
+    text: int = NONE
+    marker: int = NONE
+    visual: Codes = ()
+    audio: Codes = ()
+
+
+class Answer(NamedTuple):
+    """What the heads that were asked chose."""
+
+    text: int = NONE
+    visual: Codes = ()
+    audio: Codes = ()  # level 0 equal to its size: end of audio
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Which rows ask which head, bool [N] each."""
+class Ask:
+    """Which heads to ask, and how they choose; None: not this one."""
 
-    text: Tensor
-    visual: Tensor
-    audio: Tensor
-    audio_may_end: Tensor  # among `audio`: rows that may answer with the end of audio
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What the heads chose; rows that did not ask hold anything."""
-
-    text: Tensor  # int64 [N]
-    visual: Tensor  # int64 [N, L]
-    audio: Tensor  # int64 [N, L]; level 0 equal to its size: end of audio
+    text: Sampling | None = None
+    allowed: str = "text"  # ids the text head may choose: see `decode.text_masks`
+    visual: Sampling | None = None
+    guidance: float | None = None  # scale of classifier-free guidance of the visual head
+    audio: Sampling | None = None
+    audio_may_end: bool = False
 
 
 class State(Protocol):
-    def heads(self) -> Heads: ...
-
-    def advance(self: Self, answers: Answers) -> tuple[Self, Inputs, Tensor]:
-        """The next state, the next position's inputs [N, 1], and which rows [N] it finishes."""
+    @property
+    def mode(self) -> str:
+        """What it writes: text, image or speech."""
         ...
 
-    def select(self: Self, rows: Tensor) -> Self:
-        """The state of the given rows alone, int64 [N']."""
+    @property
+    def guidance(self) -> float | None:
+        """Scale of classifier-free guidance; the row then has an unconditional partner."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """Most positions that it will still write."""
+        ...
 
-def position(
-    ids: Vocabulary,
-    text: Tensor,
-    *,
-    marker: Tensor | None = None,
-    visual: Tensor | None = None,
-    audio: Tensor | None = None,
-) -> Inputs:
-    """Inputs [N, 1] of one position: text and marker int64 [N], codes int64 [N, L]; what is not given is none."""
+    def ask(self) -> Ask: ...
 
-    def codes(given: Tensor | None, levels: int) -> Tensor:
-        return text.new_full((text.shape[0], 1, levels), NONE) if given is None else given[:, None]
+    def advance(self, answer: Answer) -> tuple[State | None, tuple[Position, ...]]: ...
 
+
+def stack(ids: Vocabulary, positions: Sequence[Position]) -> Inputs:
+    """Inputs [N] of N positions of document 0."""
+
+    def codes(given: list[Codes], levels: int) -> Tensor:
+        none = (NONE,) * levels
+        return torch.tensor([one or none for one in given], dtype=torch.int64).view(len(positions), levels)
+
+    text, marker, visual, audio = map(list, zip(*positions, strict=True))
     return Inputs(
-        text[:, None],
-        torch.full_like(text, NONE)[:, None] if marker is None else marker[:, None],
+        torch.tensor(text),
+        torch.tensor(marker),
         codes(visual, len(ids.visual_sizes)),
         codes(audio, len(ids.audio_sizes)),
-        torch.zeros_like(text)[:, None],
+        torch.zeros(len(positions), dtype=torch.int64),
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextState:
     """Text until EOS or `limit` ids."""
 
-    ids: Vocabulary
-    size: int  # N
     limit: int
+    sampling: Sampling
+    allowed: str = "text"
     step: int = 0  # ids written
+    mode = "text"
+    guidance = None
 
-    def heads(self) -> Heads:
-        asks = torch.ones(self.size, dtype=torch.bool)
-        return Heads(asks, ~asks, ~asks, ~asks)
+    @property
+    def longest(self) -> int:
+        return self.limit - self.step
 
-    def advance(self, answers: Answers) -> tuple[TextState, Inputs, Tensor]:
-        done = (answers.text == EOS) | (self.step + 1 >= self.limit)
-        return replace(self, step=self.step + 1), position(self.ids, answers.text), done
+    def ask(self) -> Ask:
+        return Ask(text=self.sampling, allowed=self.allowed)
 
-    def select(self, rows: Tensor) -> TextState:
-        return replace(self, size=rows.shape[0])
+    def advance(self, answer: Answer) -> tuple[TextState | None, tuple[Position, ...]]:
+        goes_on = answer.text != EOS and self.step + 1 < self.limit
+        return replace(self, step=self.step + 1) if goes_on else None, (Position(text=answer.text),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageState:
-    """Cells in raster order; after a row's last cell a newline, after the last row's the end. All rows keep in step."""
+    """Cells in raster order; after a row's last cell a newline, after the last row's the end."""
 
     ids: Vocabulary
-    size: int  # N
     height: int
     width: int
+    sampling: Sampling
+    guidance: float | None = None
     step: int = 0  # positions written after the start of the image
+    mode = "image"
 
-    def heads(self) -> Heads:
-        nobody, is_cell = torch.zeros(self.size, dtype=torch.bool), (self.step + 1) % (self.width + 1) != 0
-        return Heads(nobody, torch.full_like(nobody, is_cell), nobody, nobody)
+    @property
+    def longest(self) -> int:
+        return self.height * (self.width + 1) - self.step
 
-    def advance(self, answers: Answers) -> tuple[ImageState, Inputs, Tensor]:
-        written, last = self.step + 1, self.height * (self.width + 1)
-        if written % (self.width + 1):
-            inputs = position(self.ids, torch.full((self.size,), NONE), visual=answers.visual)
-        else:
-            text = self.ids.image_end if written == last else self.ids.image_newline
-            inputs = position(self.ids, torch.full((self.size,), text))
-        return replace(self, step=written), inputs, torch.full((self.size,), written == last)
+    def ask(self) -> Ask:
+        is_cell = (self.step + 1) % (self.width + 1) != 0
+        return Ask(visual=self.sampling, guidance=self.guidance) if is_cell else Ask()
 
-    def select(self, rows: Tensor) -> ImageState:
-        return replace(self, size=rows.shape[0])
+    def advance(self, answer: Answer) -> tuple[ImageState | None, tuple[Position, ...]]:
+        if (self.step + 1) % (self.width + 1):
+            return replace(self, step=self.step + 1), (Position(visual=answer.visual),)
+        if self.longest == 1:
+            return None, (Position(text=self.ids.image_end),)
+        return replace(self, step=self.step + 1), (Position(text=self.ids.image_newline),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SpeechState:
     """A transcript and its frames after the start of speech, as `sequence.Layout.speak` lays them out.
 
@@ -133,77 +148,100 @@ class SpeechState:
     """
 
     ids: Vocabulary
+    sampling: Sampling  # of the codes
+    text_sampling: Sampling  # of the transcript
     delay: int | None  # None: serial
     max_text: int  # then the transcript ends
     max_frames: int  # then the audio ends
-    transcript: Tensor | None  # int64 [N, T + 1] said as given, filled up with TE; None: the text head writes it
-    text_ended: Tensor  # bool [N]
-    started: Tensor  # bool [N]: AS has been fed
-    frames: Tensor  # int64 [N]
+    transcript: tuple[int, ...] | None = None  # said as given; None: the text head writes it
+    text_ended: bool = False
+    started: bool = False  # AS has been fed
+    frames: int = 0
     step: int = 0  # positions written after the start of speech
+    mode = "speech"
+    guidance = None
 
-    @classmethod
-    def start(
-        cls,
-        ids: Vocabulary,
-        size: int,
-        *,
-        delay: int | None,
-        max_text: int,
-        max_frames: int,
-        transcript: Tensor | None = None,
-    ) -> SpeechState:
-        zeros = torch.zeros(size, dtype=torch.int64)
-        return cls(
-            ids=ids,
-            delay=delay,
-            max_text=max_text,
-            max_frames=max_frames,
-            transcript=transcript,
-            text_ended=zeros.bool(),
-            started=zeros.bool(),
-            frames=zeros,
+    @property
+    def longest(self) -> int:
+        return self.max_text + self.max_frames + 2 - self.step
+
+    def ask(self) -> Ask:
+        return Ask(
+            text=self.text_sampling if self.transcript is None and not self.text_ended else None,
+            allowed="transcript",
+            audio=self.sampling if self.started else None,
+            audio_may_end=self.started and self.text_ended and self.frames > 0,
         )
 
-    def heads(self) -> Heads:
-        asks_text = torch.zeros_like(self.text_ended) if self.transcript is not None else ~self.text_ended
-        may_end = self.started & self.text_ended & (self.frames > 0)
-        return Heads(asks_text, torch.zeros_like(self.started), self.started, may_end)
-
-    def advance(self, answers: Answers) -> tuple[SpeechState, Inputs, Tensor]:
-        written = self.step + 1
-        said = answers.text if self.transcript is None else self._given(self.step)
-        if written > self.max_text:
-            said = torch.full_like(said, self.ids.audiotext_end)
-        text_ended = self.text_ended | (said == self.ids.audiotext_end)
-        text = said.masked_fill(text_ended, NONE)
-
-        starts = ~self.started & (text_ended | (written == self.delay))
-        marker = torch.where(starts, self.ids.audiotext_start, NONE)
-
-        done = self.started & ((answers.audio[:, 0] == self.ids.audio_sizes[0]) | (self.frames >= self.max_frames))
-        speaks = self.started & ~done
-        audio = answers.audio.masked_fill(~speaks[:, None], NONE)
-        text = text.masked_fill(done, self.ids.audiogen_end)
-
+    def advance(self, answer: Answer) -> tuple[SpeechState | None, tuple[Position, ...]]:
+        if self.started and (answer.audio[0] == self.ids.audio_sizes[0] or self.frames >= self.max_frames):
+            return None, (Position(text=self.ids.audiogen_end),)
+        said = self._said(answer)
+        text_ended = self.text_ended or said == self.ids.audiotext_end
+        starts = not self.started and (text_ended or self.step + 1 == self.delay)
+        position = Position(
+            text=NONE if text_ended else said,
+            marker=self.ids.audiotext_start if starts else NONE,
+            audio=answer.audio if self.started else (),
+        )
         state = replace(
             self,
             text_ended=text_ended,
-            started=self.started | starts,
-            frames=self.frames + speaks,
-            step=written,
+            started=self.started or starts,
+            frames=self.frames + self.started,
+            step=self.step + 1,
         )
-        return state, position(self.ids, text, marker=marker, audio=audio), done
+        return state, (position,)
 
-    def _given(self, index: int) -> Tensor:
-        assert self.transcript is not None
-        return self.transcript[:, min(index, self.transcript.shape[1] - 1)]
+    def _said(self, answer: Answer) -> int:
+        if self.step >= self.max_text:
+            return self.ids.audiotext_end
+        if self.transcript is None:
+            return answer.text
+        return self.transcript[self.step] if self.step < len(self.transcript) else self.ids.audiotext_end
 
-    def select(self, rows: Tensor) -> SpeechState:
-        return replace(
-            self,
-            transcript=None if self.transcript is None else self.transcript[rows],
-            text_ended=self.text_ended[rows],
-            started=self.started[rows],
-            frames=self.frames[rows],
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyState:
+    """Text in which the text head may begin images and speech, at most `media` of them; after each the text goes on.
+
+    Neither released runtime does so: both look at the prompt's last token alone. The text head says only that an image
+    begins; its size, which stands before the start in the documents, is fed.
+    """
+
+    ids: Vocabulary
+    text: TextState
+    image: ImageState
+    speech: SpeechState
+    opening: tuple[Position, ...]  # of an image: its size and its start
+    media: int
+    inside: ImageState | SpeechState | None = None  # what is being written; None: text
+
+    @property
+    def mode(self) -> str:
+        return "text" if self.inside is None else self.inside.mode
+
+    @property
+    def guidance(self) -> float | None:
+        return None if self.inside is None else self.inside.guidance
+
+    @property
+    def longest(self) -> int:
+        medium = max(len(self.opening) + self.image.longest, 1 + self.speech.longest)
+        return self.text.longest + self.media * medium + (0 if self.inside is None else self.inside.longest)
+
+    def ask(self) -> Ask:
+        if self.inside is not None:
+            return self.inside.ask()
+        return replace(self.text.ask(), allowed="reply" if self.media else "text")
+
+    def advance(self, answer: Answer) -> tuple[ReplyState | None, tuple[Position, ...]]:
+        if self.inside is not None:
+            inside, positions = self.inside.advance(answer)
+            return replace(self, inside=inside), positions
+        if answer.text == self.ids.image_start:
+            return replace(self, inside=self.image, media=self.media - 1), self.opening
+        if answer.text == self.ids.audiogen_start:
+            return replace(self, inside=self.speech, media=self.media - 1), (Position(text=answer.text),)
+        text, positions = self.text.advance(answer)
+        return None if text is None else replace(self, text=text), positions

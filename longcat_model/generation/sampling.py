@@ -48,8 +48,11 @@ class Sampling:
         return DepthSampling(**self.numbers(), **how)
 
 
-# The released model's recommendations (its README), without their repetition penalties.
+# The released model's recommendations (its README). Images and speech stand here without repetition penalties, as the
+# demo draws them; `settings.Settings` has those.
 GREEDY = Sampling(temperature=0.0)
+SEE = Sampling(temperature=0.4, top_k=40, top_p=0.85, repetition_penalty=1.1)  # text about an image
+HEAR = Sampling(temperature=0.2, top_k=20, top_p=0.85, repetition_penalty=1.1)  # text about sound
 IMAGE = Sampling(temperature=0.5, top_k=1024, top_p=0.75)
 SPEECH = Sampling(temperature=0.5, top_k=5, top_p=0.85)
 TRANSCRIPT = Sampling(temperature=0.2, top_k=20, top_p=0.85)

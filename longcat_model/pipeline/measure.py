@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +16,16 @@ from longcat_model.pipeline.profile import Module, Profile
 from longcat_model.pipeline.split import Microbatch, ModelStage
 
 
-def measure(model: LongcatNext, microbatch: Microbatch, *, repeats: int = 3) -> Profile:
+def measure(
+    model: LongcatNext,
+    microbatch: Microbatch,
+    *,
+    repeats: int = 3,
+    lend: Callable[[ModelStage], AbstractContextManager[Any]] = nullcontext,
+) -> Profile:
     """Seconds of forward, input gradient and weight gradient of every module: the shortest of `repeats` runs each.
+
+    Modules run one after the other, each while `lend` has it in memory.
 
     Gradients go to the parameters' `grad`, as in training, which is cleared first and last. `saved` counts the bytes
     that autograd keeps; transfers are taken to be free.
@@ -23,8 +34,9 @@ def measure(model: LongcatNext, microbatch: Microbatch, *, repeats: int = 3) -> 
     modules, hidden = [], None
     for unit in range(units):
         stage = ModelStage(model, range(unit, unit + 1))
-        runs = [_run(stage, hidden, microbatch) for _ in range(repeats)]
-        model.zero_grad(set_to_none=True)
+        with lend(stage):
+            runs = [_run(stage, hidden, microbatch) for _ in range(repeats)]
+            model.zero_grad(set_to_none=True)
         forward, input, weight = (min(seconds) for seconds in zip(*(run[0] for run in runs), strict=True))
         received = 0 if hidden is None else hidden.numel() * hidden.element_size()
         modules.append(Module(forward, input, weight, saved=runs[0][1], received=received))

@@ -43,15 +43,16 @@ from longcat_model.training.loss import (
 
 
 class Microbatch(NamedTuple):
-    """One microbatch and the totals of the global batch that it is a part of."""
+    """One microbatch, and what it has to know of the global batch that it is a part of."""
 
     batch: Batch
     totals: Totals
+    used: Sequence[Tensor] | None = None  # how each layer's experts were used: see `router_terms`
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> list[Microbatch]:
+    def of(cls, batches: Sequence[Batch], used: Sequence[Tensor] | None = None) -> list[Microbatch]:
         totals = Totals.of(batches)
-        return [cls(batch, totals) for batch in batches]
+        return [cls(batch, totals, used) for batch in batches]
 
 
 class Report(NamedTuple):
@@ -75,6 +76,11 @@ class ModelStage:
         self.model, self.units, self.weights = model, units, weights or LossWeights()
         self.layers = len(model.backbone.layers)
         self.dtype = dtype or model.embed_tokens.weight.dtype
+
+    @property
+    def own_layers(self) -> list[int]:
+        """Of the backbone."""
+        return [unit - 1 for unit in self.units if 1 <= unit <= self.layers]
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The stage's modules by their names in the model; the depth heads' include the joint embedding table."""
@@ -106,9 +112,9 @@ class ModelStage:
         return Border((*rows, self.model.sizes.backbone.hidden), self.dtype, device)
 
     def __call__(self, hidden: Tensor | None, microbatch: Microbatch) -> Output:
-        batch, totals = microbatch
+        batch, totals, _ = microbatch
         x = self.model.embed(batch.inputs) if hidden is None else hidden
-        x, own, choices = self._run_layers(x, batch, totals)
+        x, own, choices = self._run_layers(x, microbatch)
         heads: list[_Heads] = []
         if self.layers + 1 in self.units:
             own = join([own, Terms(hidden_z=z_loss(x.flatten(0, 1)[_is_real(batch)].abs(), totals))])
@@ -123,17 +129,20 @@ class ModelStage:
         is_last = self.units.stop == self.layers + 3
         return Output(None if is_last else x, sum(losses[1:], losses[0]) if losses else None, report)
 
-    def _run_layers(self, x: Tensor, batch: Batch, totals: Totals) -> tuple[Tensor, Terms, dict[int, Tensor]]:
+    def _run_layers(self, x: Tensor, microbatch: Microbatch) -> tuple[Tensor, Terms, dict[int, Tensor]]:
+        batch, totals, used = microbatch
         sizes, is_real = self.model.sizes.backbone, _is_real(batch)
         logits, ids, choices = [], [], {}
-        if own := [unit - 1 for unit in self.units if 1 <= unit <= self.layers]:
+        own = self.own_layers
+        if own:
             context = Context.of(sizes.attention, x, batch.inputs.documents, None)
             for index in own:
                 x, logits_TE, ids_Tk = self.model.backbone.layers[index](x, context)
                 logits.append(logits_TE[is_real])
                 ids.append(ids_Tk[is_real])
                 choices[index] = expert_counts(ids[-1], sizes.experts)
-        return x, router_terms(logits, ids, sizes.experts, totals), choices
+        uses = None if used is None else [used[index] for index in own]
+        return x, router_terms(logits, ids, sizes.experts, totals, uses), choices
 
     def _run_heads(
         self, hidden_ND: Tensor, batch: Batch, totals: Totals, names: Sequence[str], rows_N: Tensor | None

@@ -56,10 +56,6 @@ class Transport(Protocol):
         """Every device's value, on every device; values are plain data and tensors on the CPU."""
         ...
 
-    def collect(self, value: Any) -> list[Any]:
-        """Every device's value, on device 0; elsewhere an empty list."""
-        ...
-
     def fail(self, error: BaseException | None) -> None:
         """Tells all other devices that this one stops, and why."""
         ...
@@ -126,10 +122,6 @@ class InProcess:
 
             self._wait(lambda: everyone == found.keys(), waiting)
             return [found[device] for device in range(self.devices)]
-
-    def collect(self, value: Any) -> list[Any]:
-        found = self.gather(value)
-        return found if self.device == 0 else []
 
     def fail(self, error: BaseException | None) -> None:
         with self._shared.changed:
@@ -245,11 +237,6 @@ class Distributed:
         found: list[Any] = [None] * self.devices
         self._together("gathering", lambda: dist.all_gather_object(found, value, group=self._all))
         return found
-
-    def collect(self, value: Any) -> list[Any]:
-        found = [None] * self.devices if self.device == 0 else None
-        self._together("collecting", lambda: dist.gather_object(value, found, self.ranks[0], group=self._all))
-        return found or []
 
     def _together(self, what: str, collective: Callable[[], None]) -> None:
         try:

@@ -1,1 +1,1 @@
-"""The released LongCat-Next checkpoint: read, check, write, place."""
+"""The released LongCat-Next checkpoint: read, check, write, place; its tokenizers and decoders."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from longcat_model.model import LongcatNext
+from longcat_model.released.place import empty
+from longcat_model.released.plan import FILE, Placement
 from longcat_model.released.sizes import Sizes, from_json, to_json
-from longcat_model.released.tensors import TABLES, Entry, dtype, entries, slots
+from longcat_model.released.tensors import TABLES, Entry, entries, slots
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16, "F64": torch.float64}
@@ -69,33 +73,35 @@ def check(directory: Path) -> tuple[Sizes, list[Path]]:
     return sizes, shards
 
 
-def load(directory: Path, *, device: str = "cpu", map_tables: bool = False, progress: bool = True) -> Released:
+def load(directory: Path, placement: Placement | None = None, *, progress: bool = True) -> Released:
     """Loads a checkpoint for inference: checks it, then copies shard by shard.
 
     Memory is that of the model plus, while it is copied, one shard, which is mapped from its file.
 
     Args:
-        device: of all tensors but mapped ones.
-        map_tables: the n-gram tables stay in their files, which the model reads a row at a time as tokens need them;
-            they take no memory but the operating system's cache, and the files must stay.
+        placement: where the parts go, `plan(...).placement` for one; all on the CPU by default. Mapped n-gram tables
+            stay in their files, which the model reads a row at a time as tokens need them; they take no memory but
+            the operating system's cache, and the files must stay.
         progress: show a bar of shards on standard error.
 
     Raises:
-        ValueError: see `check`; raised before any memory is taken.
+        ValueError: see `check` and `place.empty`; raised before any memory is taken.
     """
+    placement = placement or Placement()
     sizes, shards = check(directory)
-    model = _empty(sizes, device, map_tables)
+    model = empty(sizes, placement)
     own = slots(model)
-    tokenizers = {
-        name: torch.empty(entry.shape, dtype=entry.dtype, device=device)
-        for name, entry in entries(sizes).items()
-        if name not in own
-    }
+    places = {"model.visual_tokenizer.": placement.vision, "model.audio_tokenizer.": placement.audio}
+    tokenizers = {}
+    for name, entry in entries(sizes).items():
+        if name not in own:
+            place = next(place for prefix, place in places.items() if name.startswith(prefix))
+            tokenizers[name] = torch.empty(entry.shape, dtype=entry.dtype, device=place or placement.main)
     targets = {**own, **tokenizers}
     for shard in tqdm(shards, desc=f"load {directory.name}", unit="shard", disable=not progress):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
-                if map_tables and name.startswith(TABLES):
+                if placement.tables == FILE and name.startswith(TABLES):
                     i = int(name.removeprefix(TABLES).split(".")[0])
                     _table(model, i).weight = nn.Parameter(file.get_tensor(name), requires_grad=False)
                 else:
@@ -110,10 +116,15 @@ def save(released: Released, directory: Path, *, shard_bytes: int = 10_000_000_0
 
 
 def synthesize(sizes: Sizes, directory: Path, *, seed: int = 0, shard_bytes: int = 10_000_000_000) -> None:
-    """Writes a checkpoint of random weights (deviation 0.02, norms around 1) with every tensor; see `write`."""
-    generator, table = torch.Generator().manual_seed(seed), entries(sizes)
+    """Writes a checkpoint of random weights (deviation 0.02, norms around 1) with every tensor; see `write`.
+
+    The copies of the shared codebook are equal.
+    """
+    generator, table = torch.Generator(), entries(sizes)
 
     def draw(name: str) -> Tensor:
+        first = re.sub(r"\.codebooks\.\d+\.", ".codebooks.0.", name)
+        generator.manual_seed(zlib.crc32(first.encode(), seed))
         values = torch.randn(table[name].shape, generator=generator) * 0.02
         scale = name.endswith("norm.weight") or ("layernorm" in name and name.endswith("weight"))
         return (values + 1 if scale else values).to(table[name].dtype)
@@ -166,8 +177,9 @@ def _write_shard(
         tensor, wanted = tensor_of(name), table[name]
         if (tuple(tensor.shape), tensor.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"released: {name} must be {wanted}, got {tuple(tensor.shape)} {tensor.dtype}")
-        # A copy: two views of one stack of experts share memory, which the format refuses.
-        tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        tensor = tensor.detach().to("cpu").contiguous()
+        # Experts are views of one stack; the format refuses tensors that share memory.
+        tensors[name] = tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -181,17 +193,6 @@ def _groups(table: Mapping[str, Entry], shard_bytes: int) -> Iterator[list[str]]
         group.append(name)
         room -= entry.bytes
     yield group
-
-
-def _empty(sizes: Sizes, device: str, map_tables: bool) -> LongcatNext:
-    """A model with memory but no values; the tables, if mapped, without memory either."""
-    with torch.device("meta"):
-        model = LongcatNext(sizes.model, tables_on_host=map_tables)
-    model.bfloat16()
-    for name, module in model.named_modules():
-        if dtype(f"{name}.") is torch.float32:
-            module.float()
-    return model.to_empty(device=device).eval().requires_grad_(False)
 
 
 def _table(model: LongcatNext, i: int) -> nn.Embedding:

@@ -1,13 +1,14 @@
 """The released config.json and the config it stands for.
 
 A key that is absent has its released value. Key names are those of the released configuration class and of the excerpts
-of config.json that are public; those of `flow_matching_config` and of the visual head are this project's, for their
-names are not public, and every tensor's shape is checked in any case.
+of config.json that are public, but those of the visual head, which are this project's, for they are not; and every
+tensor's shape is checked in any case.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from longcat_model import config, presets
@@ -23,20 +24,92 @@ class Flow:
     decoder_positions: int = 3000
     prenet_mlp: int = 2048
     prenet_width: int = 512
+    prenet_heads: int = 8
     prenet_depth: int = 12
     prenet_positions: int = 5000  # fitted to the released total, not stated anywhere
     channels: int = 256
     mid_blocks: int = 12
     blocks: int = 4  # transformer blocks of a group
-    inner: int = 512  # all heads of such a block
+    heads: int = 8  # of such a block
+    inner: int = 512  # all its heads together
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSizes:
+    """The transformer of the image refiner."""
+
+    width: int = 2520
+    layers: int = 32
+    refiners: int = 2  # layers each kind of token has for itself before
+    heads: int = 21
+    kv_heads: int = 7
+    axes: tuple[int, int, int] = (40, 40, 40)  # channels of a head that turn with sequence, row and column
+    rope_theta: float = 1e4
+    mlp_multiple: int = 256  # the MLP's width is 4 times the model's, rounded up to a multiple of this
+    time_width: int = 1024
+    condition: int = 2048
+    latent: int = 16
+    patch: int = 2
+
+    @property
+    def mlp_width(self) -> int:
+        return -(-4 * self.width // self.mlp_multiple) * self.mlp_multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAESizes:
+    """The autoencoder that the image refiner works in."""
+
+    widths: tuple[int, ...] = (128, 256, 512, 512)  # of each resolution, the finest first
+    latent: int = 16
+    groups: int = 32
+    scale: float = 0.3611
+    shift: float = 0.1159
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of a latent."""
+        return 2 ** (len(self.widths) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocoderSizes:
+    """Mels at 50 Hz to 24 kHz."""
+
+    mels: int = 80
+    width: int = 512  # halved by each upsampling
+    rates: tuple[int, ...] = (8, 5, 3)  # of the upsamplings
+    kernels: tuple[int, ...] = (16, 11, 7)
+    fft: int = 16
+    hop: int = 4
+    block_kernels: tuple[int, ...] = (3, 7, 11)
+    source_kernels: tuple[int, ...] = (7, 7, 11)
+    dilations: tuple[int, ...] = (1, 3, 5)
+    pitch_width: int = 512
+    harmonics: int = 8  # besides the fundamental
+    sample_rate: int = 24_000  # Hz
+    amplitude: float = 0.1  # of a harmonic
+    noise: float = 0.003  # deviation where voiced; elsewhere a third of the amplitude
+    voiced: float = 10.0  # Hz, the least pitch of a voiced frame
+
+    @property
+    def samples(self) -> int:
+        """Of a frame."""
+        return prod(self.rates) * self.hop
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Everything that decides the checkpoint's tensors; parts of `model` that live in other files do not count."""
+    """Everything that decides the tensors of the checkpoint, and of the decoders in files of their own.
+
+    The refiners of `model` are this project's own and do not count.
+    """
 
     model: config.Model
     flow: Flow = Flow()
+    refiner: TransformerSizes = TransformerSizes()
+    vae: VAESizes = VAESizes()
+    vocoder: VocoderSizes = VocoderSizes()
 
 
 def shrunk() -> Sizes:
@@ -60,7 +133,7 @@ def shrunk() -> Sizes:
         vision=config.VisionTokenizer(
             encoder=encoder,
             quantizer=config.Quantizer(sizes=visual, dim=24, shared=True),
-            decoder=released.vision.decoder,
+            decoder=config.PixelDecoder(width=32, depth=1, heads=2, mlp_width=40),
             refiner=released.vision.refiner,
         ),
         audio=config.AudioTokenizer(
@@ -74,7 +147,17 @@ def shrunk() -> Sizes:
         mels=6, post_width=8, decoder_positions=20, prenet_mlp=24, prenet_width=16, prenet_depth=1,
         prenet_positions=30, channels=8, mid_blocks=2, blocks=1, inner=16,
     )  # fmt: skip
-    return Sizes(model=model, flow=flow)
+    refiner = TransformerSizes(
+        width=36, layers=1, refiners=1, heads=4, kv_heads=2, axes=(4, 2, 2), mlp_multiple=8, time_width=16,
+        condition=20, latent=4,
+    )  # fmt: skip
+    return Sizes(
+        model=model,
+        flow=flow,
+        refiner=refiner,
+        vae=VAESizes(widths=(4, 4, 8, 8), groups=2, latent=4),
+        vocoder=VocoderSizes(mels=6, width=16, pitch_width=8, harmonics=2),
+    )
 
 
 _PLAIN = {
@@ -131,6 +214,7 @@ _PLAIN = {
     "audio_config.avg_pooler": "audio.pool",
     "audio_config.vq_config.codebook_sizes": "audio.quantizer.sizes",
 }
+_OWN = "longcat_kernels"  # a key that no released config has: sizes whose names there are not public
 _HEAD_DIM = 128  # of both depth heads
 
 
@@ -153,7 +237,8 @@ def to_json(sizes: Sizes) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
     }
     found["visual_config"]["vq_config"] |= {"depth": len(ids.visual_sizes), "n_embed": ids.visual_sizes[0]}
-    found["audio_config"]["flow_matching_config"] = config.to_dict(sizes.flow)
+    found[_OWN] = {name: value for name, value in config.to_dict(sizes).items() if name != "model"}
+    found[_OWN]["pixel_decoder"] = source["vision"]["decoder"]
     return found
 
 
@@ -174,8 +259,6 @@ def from_json(values: Any) -> Sizes:
     target = config.to_dict(presets.longcat_next())
     for key, path in _PLAIN.items():
         _put(target, path, given(key))
-    flow = _get(default, "audio_config.flow_matching_config")
-    flow |= {name: value for name, value in given("audio_config.flow_matching_config").items() if name in flow}
     visual = (given("visual_config.vq_config.n_embed"),) * given("visual_config.vq_config.depth")
     target["vision"]["quantizer"]["sizes"] = visual
     target["vocabulary"] |= {"visual_sizes": visual, "audio_sizes": target["audio"]["quantizer"]["sizes"]}
@@ -188,8 +271,10 @@ def from_json(values: Any) -> Sizes:
     target["audio"]["quantizer"]["dim"] = target["audio"]["encoder"]["width"] * target["audio"]["pool"]
     for head in ("visual_head", "audio_head"):
         target[head]["heads"] = max(1, target[head]["dim"] // _HEAD_DIM)
+    own = dict(given(_OWN))
+    target["vision"]["decoder"] = own.pop("pixel_decoder", target["vision"]["decoder"])
     model = config.from_dict(config.Model, target, "released: config.json")
-    return Sizes(model=model, flow=config.from_dict(Flow, flow, "released: config.json"))
+    return config.from_dict(Sizes, {"model": config.to_dict(model), **own}, "released: config.json")
 
 
 def _get(values: dict[str, Any], path: str, default: Any = None) -> Any:

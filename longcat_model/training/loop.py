@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from longcat_model import files
-from longcat_model.training import checkpoint
+from longcat_model.training.balance import Balancer
+from longcat_model.training.checkpoint import Checkpoints, Reader
 from longcat_model.training.optim import adamw, learning_rate
+from longcat_model.training.rates import memory_bytes, shown, tokens_per_s
 
 CLIP_NORM = 1.0
 Row = dict[str, float]
@@ -39,18 +42,25 @@ class Stage:
     learning_rate: float  # peak of a linear warm-up and a cosine to a tenth
     weight_decay: float = 0.01
     after_step: Callable[[int], None] | None = None  # updates outside the gradient, such as expert biases
+    balancer: Balancer | None = None  # of the module's experts, if it has any
 
 
 class Engine(Protocol):
-    """How a stage's gradients come about: in this process, or in a pipeline of which it is one rank."""
+    """How a stage's gradients come about: in this process, or on several ranks of which it is one."""
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and shows progress."""
+        """Whether this process writes metrics and shows progress."""
         ...
 
-    def restored(self, optimizer: torch.optim.Optimizer) -> None:
-        """Called once, when module and optimizer have the state to go on from."""
+    def checkpoints(self, directory: Path) -> Checkpoints: ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What this process has of the module's state dict, as `module.<name>`, and of the stage's balancer."""
+        ...
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What this process has of the module's parameters, by name."""
         ...
 
     def backward(self, batch: Any) -> Row:
@@ -63,8 +73,8 @@ class Engine(Protocol):
 
     def after_step(self, step: int) -> None: ...
 
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Of module and optimizer, whole where this process `leads`."""
+    def written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this process writes of a checkpoint, given what it has."""
         ...
 
 
@@ -74,15 +84,25 @@ class InOneProcess:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.leads = stage, True
 
-    def restored(self, optimizer: torch.optim.Optimizer) -> None:
-        pass
+    def checkpoints(self, directory: Path) -> Checkpoints:
+        return Checkpoints(directory)
+
+    def tensors(self) -> dict[str, Tensor]:
+        balancer = self.stage.balancer
+        return prefixed("module", self.stage.module.state_dict()) | prefixed(
+            "balancer", {} if balancer is None else balancer.tensors()
+        )
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return dict(self.stage.module.named_parameters())
 
     def backward(self, batch: Any) -> Row:
         loss, metrics = self.stage.loss(batch)
         value = loss.item()
         if math.isfinite(value):
             loss.backward()
-        return {"loss": value, **{name: float(metric) for name, metric in metrics.items()}}
+        found = {name: float(metric) for name, metric in metrics.items()}
+        return {"loss": value, **found, "memory_bytes": memory_bytes(loss.device)}
 
     def clip(self, most: float) -> float:
         return float(nn.utils.clip_grad_norm_(self.stage.parameters, most))
@@ -91,8 +111,8 @@ class InOneProcess:
         if self.stage.after_step is not None:
             self.stage.after_step(step)
 
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return {"module": self.stage.module.state_dict(), "optimizer": optimizer.state_dict()}
+    def written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
 
 
 def train(
@@ -108,9 +128,10 @@ def train(
 
     Args:
         stage: what to train.
-        directory: holds `<name>.pt` (module, optimizer, step) and `<name>.jsonl` (one row of metrics a step).
+        directory: holds `<name>/` (the last checkpoint) and `<name>.jsonl` (one row of metrics a step).
         seed: of everything random outside `stage.batch`.
-        save_every: steps between checkpoints; the last step is always saved.
+        save_every: steps between checkpoints, which are written while training goes on; the last step is always saved,
+            and whole when this returns.
         quiet: no progress bar.
         engine: None: this process alone. With another one, only its leader's `stage.module` is whole at the end.
 
@@ -118,50 +139,54 @@ def train(
         The rows of `<name>.jsonl`, from the first step on.
 
     Raises:
-        ValueError: the checkpoint does not fit the module or is damaged.
+        ValueError: the checkpoint does not fit the module, is damaged or cannot be written.
         FloatingPointError: the loss is not finite; the last checkpoint is left as it was.
     """
     engine = InOneProcess(stage) if engine is None else engine
-    path = directory / f"{stage.name}.pt"
     optimizer = adamw(stage.parameters, stage.weight_decay)
-    start = _resume(path, stage, optimizer) if path.exists() else 0
-    rows = _read_rows(path.with_suffix(".jsonl"), start)
-    _set_trainable(stage)
-    engine.restored(optimizer)
-    stage.module.train()
-    interval, hidden = 0.5 if sys.stderr.isatty() else 10.0, quiet or not engine.leads
-    bar = tqdm(
-        total=stage.steps, initial=start, desc=stage.name, unit="step", mininterval=interval, disable=hidden, leave=True
-    )
-    with bar:
-        for step in range(start, stage.steps):
-            row = _step(stage, engine, optimizer, step, seed)
-            rows.append(row)
-            bar.set_postfix({"loss": f"{row['loss']:.3f}"}, refresh=False)
-            bar.update()
-            if (step + 1) % save_every == 0 or step + 1 == stage.steps:
-                state = engine.state(optimizer) | {"step": step + 1}
-                if engine.leads:
-                    _write_rows(path.with_suffix(".jsonl"), rows)
-                    checkpoint.save(path, state)
+    metrics = directory / f"{stage.name}.jsonl"
+    with engine.checkpoints(directory / stage.name) as checkpoints:
+        start = _resume(checkpoints, stage, engine, optimizer)
+        rows = _read_rows(metrics, start)
+        _set_trainable(stage)
+        stage.module.train()
+        interval, hidden = 0.5 if sys.stderr.isatty() else 10.0, quiet or not engine.leads
+        bar = tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step", mininterval=interval, disable=hidden)
+        with bar:
+            for step in range(start, stage.steps):
+                row = _step(stage, engine, optimizer, step, seed)
+                rows.append(row)
+                bar.set_postfix(shown(row), refresh=False)
+                bar.update()
+                if (step + 1) % save_every == 0 or step + 1 == stage.steps:
+                    if engine.leads:
+                        _write_rows(metrics, rows)
+                    checkpoints.save(step + 1, engine.written(_tensors(engine, optimizer)))
     stage.module.eval()
     return rows
 
 
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
 def _step(stage: Stage, engine: Engine, optimizer: torch.optim.Optimizer, step: int, seed: int) -> Row:
+    began = time.perf_counter()
     torch.manual_seed((seed << 32) + step)
     rate = learning_rate(step, stage.steps, stage.learning_rate)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
-    row = engine.backward(stage.batch(step))
+    batch = stage.batch(step)
+    row = engine.backward(batch)
     if not math.isfinite(row["loss"]):
         raise FloatingPointError(f"{stage.name}: loss must be finite, got {row['loss']} at step {step}")
     norm = engine.clip(CLIP_NORM)
     if math.isfinite(norm):  # else the step is skipped, on every rank
         optimizer.step()
         engine.after_step(step)
-    return {"step": step, "loss": row.pop("loss"), "gradient_norm": norm, "learning_rate": rate, **row}
+    row = {"step": step, "loss": row.pop("loss"), "gradient_norm": norm, "learning_rate": rate, **row}
+    return row | tokens_per_s(batch, time.perf_counter() - began)
 
 
 def _set_trainable(stage: Stage) -> None:
@@ -170,17 +195,42 @@ def _set_trainable(stage: Stage) -> None:
         parameter.requires_grad_(id(parameter) in chosen)
 
 
-def _resume(path: Path, stage: Stage, optimizer: torch.optim.Optimizer) -> int:
-    state = checkpoint.load(path)
-    try:
-        stage.module.load_state_dict(state["module"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (KeyError, RuntimeError, ValueError) as error:
+def _tensors(engine: Engine, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that this process needs to go on, by the names that it has in a checkpoint."""
+    found = engine.tensors()
+    for name, parameter in engine.parameters().items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            found[f"optimizer.{name}.{key}"] = value
+    return found
+
+
+def _resume(checkpoints: Checkpoints, stage: Stage, engine: Engine, optimizer: torch.optim.Optimizer) -> int:
+    step = checkpoints.latest()
+    if step is None:
+        return 0
+    reader = checkpoints.reader(step)
+    module = checkpoints.spread(prefixed("module", stage.module.state_dict()))
+    wanted = {(name, tuple(tensor.shape)) for name, tensor in module.items()}
+    if differing := wanted ^ {entry for entry in reader.shapes.items() if entry[0].startswith("module.")}:
+        names = sorted({name.removeprefix("module.") for name, _ in differing})
         raise ValueError(
-            f"{stage.name}: checkpoint {path} must fit the module, got: {error}\n"
+            f"{stage.name}: checkpoint {reader.path} must fit the module, got others of {', '.join(names[:5])}\n"
             "Start over in another directory, or with --fresh."
-        ) from error
-    return int(state["step"])
+        )
+    if step < stage.steps:
+        _allocate(optimizer, engine.parameters(), reader)
+    reader.read(_tensors(engine, optimizer))
+    return step
+
+
+def _allocate(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], reader: Reader) -> None:
+    """Makes room for what a checkpoint has of the optimizer's state."""
+    for place, shape in reader.shapes.items():
+        kind, _, rest = place.partition(".")
+        name, _, key = rest.rpartition(".")
+        if kind == "optimizer" and name in parameters:
+            like = parameters[name].detach() if shape else parameters[name].new_empty(())  # moments, or their number
+            optimizer.state[parameters[name]][key] = torch.empty_like(like, dtype=reader.dtype(place))
 
 
 def _read_rows(path: Path, before: int) -> list[Row]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from longcat_model.config import Experts
 from longcat_model.model import LongcatNext
 from longcat_model.sequence import IGNORE, NONE, Batch
-from longcat_model.training.balance import Balancer, balance_loss
+from longcat_model.training.balance import Balancer, balance_loss, expert_counts, use
 
 MODALITIES = ("visual", "audio")  # of the depth heads
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> sum and count, which add up over microbatches; detached
@@ -71,7 +71,7 @@ class Terms:
     audio: Tensor | None = None
     hidden_z: Tensor | None = None  # mean over the positions of the global batch
     router_z: tuple[Tensor, ...] = ()  # likewise, of each layer
-    balance: tuple[Tensor, ...] = ()  # this batch's balance loss times its share of those positions, of each layer
+    balance: tuple[Tensor, ...] = ()  # likewise
 
     def map(self, rule: Callable[[Tensor], Tensor]) -> Terms:
         """Every term through `rule`."""
@@ -125,10 +125,10 @@ def loss(
 
     Args:
         weights: None for the defaults.
-        balancer: observes the experts chosen, for its next bias update.
-        totals: of the global batch of which `batch` is a microbatch: the losses of its microbatches then add up to its
-            loss. The balance loss remains each microbatch's own (as in the LongCat-Flash report, whose T is a
-            microbatch's tokens), weighted by its share of the positions. None: `batch` is the global batch.
+        balancer: observes the experts chosen, and says how those of the step before were used. None: the balance loss
+            takes the use in `batch` itself.
+        totals: of the global batch of which `batch` is a microbatch: with a balancer, the losses of its microbatches
+            add up to its loss. None: `batch` is the global batch.
 
     Returns:
         total: float32 [].
@@ -142,11 +142,12 @@ def loss(
     heads, metrics = head_terms(model, hidden_ND, batch, ("text", *MODALITIES))
     is_real_N = batch.inputs.documents.flatten() >= 0
     ids = [x[is_real_N] for x in output.expert_ids]
+    used = None if balancer is None else balancer.use()
     if balancer is not None:
         balancer.observe(ids)
     logits = [x[is_real_N] for x in output.router_logits]
     hidden_z = z_loss(output.last.flatten(0, 1)[is_real_N].abs(), totals)
-    routers = router_terms(logits, ids, model.sizes.backbone.experts, totals)
+    routers = router_terms(logits, ids, model.sizes.backbone.experts, totals, used)
     terms = join([heads, Terms(hidden_z=hidden_z), routers])
     total = terms.total(weights, totals)
     assert total is not None  # hidden_z is always there
@@ -203,12 +204,20 @@ def _depth_entropy(name: str, model: LongcatNext, hidden_ND: Tensor, labels_NL: 
     return entropy
 
 
-def router_terms(logits: Sequence[Tensor], ids: Sequence[Tensor], experts: Experts, totals: Totals) -> Terms:
-    """Of layers with router logits [N, E] and choices [N, k] at positions that are no padding."""
-    router_z = tuple(z_loss(x, totals) for x in logits)
-    losses = [balance_loss(x, i, experts) for x, i in zip(logits, ids, strict=True)]
-    share = [len(x) / max(totals.positions, 1) for x in logits]
-    return Terms(router_z=router_z, balance=tuple(x * part for x, part in zip(losses, share, strict=True)))
+def router_terms(
+    logits: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    experts: Experts,
+    totals: Totals,
+    used: Sequence[Tensor] | None = None,
+) -> Terms:
+    """Of layers with router logits [N, E] and choices [N, k] at positions that are no padding.
+
+    `used` says how the experts [E] of each layer were used (`balance.use`); None: as these choices use them.
+    """
+    used = [use(expert_counts(i, experts), experts) for i in ids] if used is None else used
+    losses = (balance_loss(x, use_E, totals.positions) for x, use_E in zip(logits, used, strict=True))
+    return Terms(router_z=tuple(z_loss(x, totals) for x in logits), balance=tuple(losses))
 
 
 def z_loss(logits: Tensor, totals: Totals) -> Tensor:

@@ -17,14 +17,17 @@ def pre_align(model: LongcatNext, batch: Callable[[int], Batch], *, steps: int, 
     """Embeddings, Pre-Buffer and depth heads learn the new modalities; backbone and text head stay as they are."""
     modules: tuple[nn.Module, ...] = (model.embed_tokens, model.pre_buffer, model.visual_head, model.audio_head)
     parameters = tuple(p for module in modules for p in module.parameters())
+    balancer = Balancer(model, model.sizes.backbone.experts, moves_bias=False)
     return Stage(
         name="language_pre_align",
         module=model,
         parameters=parameters,
         batch=batch,
-        loss=lambda rows: loss(model, rows),
+        loss=lambda rows: loss(model, rows, balancer=balancer),
         steps=steps,
         learning_rate=learning_rate,
+        after_step=balancer.step,
+        balancer=balancer,
     )
 
 
@@ -48,4 +51,5 @@ def joint(
         steps=steps,
         learning_rate=learning_rate,
         after_step=balancer.step,
+        balancer=balancer,
     )

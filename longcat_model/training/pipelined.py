@@ -1,217 +1,286 @@
-"""A stage of training on the ranks of a pipeline: the same losses, checkpoints and metrics as in one process.
+"""A stage of training on several ranks: the same losses, checkpoints and metrics as in one process.
 
-Every rank draws the same batches (ids are tiny), cuts them into microbatches and runs its stages of the model. What a
+Ranks are a mesh: a pipeline along one side, data-parallel replicas of it along the other. Every rank draws the same
+batches (ids are tiny), cuts them into microbatches and runs its stages on its replica's share of them. What a
 checkpoint holds does not depend on how many ranks wrote it, so a run may go on with another number of them.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from longcat_model.model import LongcatNext
-from longcat_model.pipeline.ir import Placement, v_placement
+from longcat_model.pipeline.experts import is_expert
 from longcat_model.pipeline.launch import Rank, launch
-from longcat_model.pipeline.lower import lower
-from longcat_model.pipeline.measure import measure
-from longcat_model.pipeline.place import place
-from longcat_model.pipeline.profile import Split
+from longcat_model.pipeline.parts import Parts, Saved
 from longcat_model.pipeline.runtime import Runtime, StepResult
-from longcat_model.pipeline.schedules.v import v_half
-from longcat_model.pipeline.split import Microbatch, split, tied
+from longcat_model.pipeline.split import Microbatch, ModelStage, Report, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
-from longcat_model.sequence import Batch, Inputs, Targets
-from longcat_model.training.balance import Balancer
-from longcat_model.training.loop import Row, Stage, train
-from longcat_model.training.loss import LossWeights, Metrics, Terms, join, means, merge, regularizer_metrics
+from longcat_model.sequence import Batch
+from longcat_model.training.checkpoint import Checkpoints, Spread
+from longcat_model.training.loop import Row, Stage, prefixed, train
+from longcat_model.training.loss import LossWeights, Terms, Totals, join, means, merge, regularizer_metrics
+from longcat_model.training.mesh import Mesh
+from longcat_model.training.microbatches import cut
+from longcat_model.training.plan import Order, Plan, measured_plan
+from longcat_model.training.rates import memory_bytes
+from longcat_model.training.replicas import Groups
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a model is spread over devices."""
+class Told(NamedTuple):
+    """What the other ranks need to know of a step on this one; on the CPU."""
 
-    placement: Placement  # the device of every stage
-    cuts: tuple[int, ...]  # where the model's units are cut into stages: see `split`
-    microbatches: int  # of a step, at most; a step has as many rows at least
-
-
-def v_half_plan(model: LongcatNext, devices: int, batch: Batch, microbatches: int | None = None) -> Plan:
-    """V-Half, with the model cut where it is fastest by a measurement of its modules on a microbatch of `batch`.
-
-    Args:
-        microbatches: None: four a device.
-    """
-    most = microbatches or 4 * devices
-    parts = Microbatch.of(cut(batch.to(model.embed_tokens.weight.device), most))
-    longest = max(parts, key=lambda part: part.batch.inputs.text.numel())
-    training = model.training
-    split = place(measure(model.train(), longest), devices, len(parts)).split
-    model.train(training)
-    return Plan(placement=v_placement(devices), cuts=unit_cuts(split), microbatches=most)
+    reports: dict[tuple[int, int], Report]  # (stage, microbatch) -> report
+    busy_s: float
+    step_s: float
+    memory_bytes: int
 
 
-def unit_cuts(split: Split) -> tuple[int, ...]:
-    """A placement's split as cuts between the model's units.
-
-    Example: layers (0, 1, 1, 0), the head in stage 2: embedding | layer 0 | layer 1 and text head | depth heads.
-
-        >>> unit_cuts(Split((0, 1, 1, 0), 2))
-        (1, 2, 4)
-    """
-    ends = accumulate(split.layers[:-1])
-    return tuple(1 + layers + (stage >= split.head) for stage, layers in enumerate(ends))
+def told(result: StepResult, memory: int) -> Told:
+    busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
+    reports = {place: _cpu(report) for place, report in result.reports.items()}
+    return Told(reports, busy, result.timeline[-1].end_s, memory)
 
 
 class Pipelined:
     """The `Engine` of one rank.
 
     Args:
-        stage: its module is a `LongcatNext`, whole until training begins; `stage.loss` is not called.
+        stage: its module is a `LongcatNext`, which has this rank's stages at least; `stage.loss` is not called.
         transport: this rank's end.
         weights: of the loss.
+        groups: this rank among those with the same stages; None: there are no others.
+        group: of all ranks, for their checkpoints alone; None: the leader writes everything.
+        spread: see `Checkpoints`.
     """
 
-    def __init__(self, stage: Stage, plan: Plan, transport: Transport, weights: LossWeights | None = None) -> None:
-        if plans := {theirs for theirs in transport.gather(plan) if theirs != plan}:
-            raise ValueError(f"Pipelined: all ranks must have the plan {plan}, got {plans}")
-        self.model, self.parameters, self.plan = _language_model(stage), stage.parameters, plan
-        self.transport, self.weights = transport, weights or LossWeights()
-        stages = split(self.model, plan.cuts, self.weights)
-        self.stages = {s: stages[s] for s, device in enumerate(plan.placement) if device == transport.device}
-        self.balancer = None if stage.after_step is None else Balancer(self.model, self.model.sizes.backbone.experts)
-        self._runtimes: dict[int, Runtime] = {}
+    def __init__(
+        self,
+        stage: Stage,
+        plan: Plan,
+        transport: Transport,
+        weights: LossWeights | None = None,
+        groups: Groups | None = None,
+        group: dist.ProcessGroup | None = None,
+        spread: Spread = dict,
+    ) -> None:
+        self.groups = groups or Groups()
+        self.replicas = self.groups.data
+        digests = self.replicas.gather(transport.gather(plan.digest))
+        others = sorted({device for found in digests for device, digest in enumerate(found) if digest != plan.digest})
+        if others:
+            raise ValueError(f"Pipelined: all devices must have one plan, got others on {others} than on this one")
+        self.model, self.learning, self.plan = _language_model(stage), stage.parameters, plan
+        self.transport, self.weights, self.group, self.spread = transport, weights or LossWeights(), group, spread
+        self.stages = own_stages(self.model, plan, transport.device, self.weights)
+        self.balancer = stage.balancer
+        # A device of a long pipeline may have no part of a short model.
+        self._device = next((weight.device for weight in self.own.values()), torch.device("cpu"))
+        self._tied = tied(self.model, len(plan.placement))
+        self._runtimes: dict[int, tuple[Runtime, Order]] = {}
 
     @property
     def leads(self) -> bool:
-        return self.transport.device == 0
+        return self.transport.device == self.replicas.number == 0
 
     @cached_property
     def own(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by their names in the model."""
         return {name: weight for stage in self.stages.values() for name, weight in stage.named_parameters()}
 
-    def restored(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gives back the memory of all that other ranks have."""
-        for name, weight in self.model.named_parameters():
-            if name not in self.own:
-                weight.data = weight.data.new_empty(0)
-                optimizer.state.pop(weight, None)
+    def tensors(self) -> dict[str, Tensor]:
+        module: dict[str, Tensor] = {}
+        for stage in self.stages.values():
+            for prefix, part in stage.modules():
+                module |= prefixed(prefix, part.state_dict())
+        layers = [layer for stage in self.stages.values() for layer in stage.own_layers]
+        balancer = {} if self.balancer is None else self.balancer.tensors(layers)
+        return prefixed("module", module) | prefixed("balancer", balancer)
+
+    def checkpoints(self, directory: Path) -> Checkpoints:
+        return Checkpoints(directory, self.group, leads=self.leads, spread=self.spread)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.own
 
     def backward(self, batch: Batch) -> Row:
-        began = time.perf_counter()
-        microbatches = Microbatch.of(cut(batch.to(next(iter(self.own.values())).device), self.plan.microbatches))
-        runtime = self._runtime(len(microbatches))
-        result = runtime.step(microbatches)
-        runtime.share_tied(len(microbatches))
-        if self.balancer is not None:
-            for report in result.reports.values():
-                for layer, counts in report.choices.items():
-                    self.balancer.add(layer, counts)
-        row = self._row(microbatches, result)
-        return row | {"tokens_per_s": microbatches[0].totals.positions / (time.perf_counter() - began)}
+        parts = cut(batch.to(self._device), self.plan.microbatches * self.replicas.count)
+        used = None if self.balancer is None else self.balancer.use()
+        totals, own = Totals.of(parts), self.replicas.share(parts)
+        runtime, order = self._runtime(len(own))
+        result = runtime.step([Microbatch(part, totals, used) for part in own])
+        runtime.share_tied(len(own))
+        self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
+        everyone = self._gathered(told(result, memory_bytes(self._device)))
+        self._count(everyone)
+        row = self._row(everyone, totals)
+        for replicas in (self.replicas, self.groups.same):
+            replicas.finish()
+        return row | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
 
-    def _runtime(self, microbatches: int) -> Runtime:
+    def _runtime(self, microbatches: int) -> tuple[Runtime, Order]:
         if microbatches not in self._runtimes:
-            table = tied(self.model, len(self.plan.placement))
-            placement = self.plan.placement
-            schedule = lower(v_half(self.transport.devices, microbatches), placement, microbatches)
-            self._runtimes[microbatches] = Runtime(schedule, placement, self.stages, self.transport, table)
+            order = self.plan.order(microbatches)
+            runtime = Runtime(
+                order.schedule, self.plan.placement, self.stages, self.transport, self._tied, self._add_up
+            )
+            self._runtimes[microbatches] = runtime, order
         return self._runtimes[microbatches]
 
-    def _row(self, microbatches: list[Microbatch], result: StepResult) -> Row:
+    def _add_up(self, stage: int) -> None:
+        whole = [pair for pair in self.stages[stage].named_parameters() if not self._is_tied(pair[1])]
+        # Of experts that are shared out, gradients are of all ranks' tokens already.
+        shared = [weight for name, weight in whole if self._is_shared(name)]
+        self.replicas.start(weight for name, weight in whole if not self._is_shared(name))
+        self.groups.same.start(shared)
+
+    def _is_shared(self, name: str) -> bool:
+        return self.groups.experts.count > 1 and is_expert(name)
+
+    def _is_tied(self, weight: Tensor) -> bool:
+        return any(weight is one for one in self._tied.parameters)
+
+    def _gathered(self, mine: Told) -> list[list[Told]]:
+        """What every device of every replica has to tell."""
+        found: list[list[Told]] = self.replicas.gather(self.transport.gather(mine))
+        return found
+
+    def _row(self, everyone: list[list[Told]], totals: Totals) -> Row:
         """Loss and metrics of the global batch, as `loss` has them."""
-        told = {place: (r.terms.map(Tensor.cpu), _cpu(r.metrics)) for place, r in result.reports.items()}
-        busy = sum(ran.end_s - ran.start_s for ran in result.timeline if ran.action.kind.value in "FIWBR")
-        everyone = self.transport.gather((told, busy, result.timeline[-1].end_s))
-        reports = {place: report for told, _, _ in everyone for place, report in told.items()}
-        stages = range(len(self.plan.placement))
-        terms = [join([reports[stage, number][0] for stage in stages]) for number in range(len(microbatches))]
-        losses = [_total(part, self.weights, microbatches[0]) for part in terms]
-        metrics = means(merge(found for _, found in reports.values())) | regularizer_metrics(terms, losses[0])
+        terms: list[Terms] = []
+        for replica in everyone:
+            reports = {place: report for one in replica for place, report in one.reports.items()}
+            stages, numbers = range(len(self.plan.placement)), sorted({number for _, number in reports})
+            terms += [join([reports[stage, number].terms for stage in stages]) for number in numbers]
+        losses = [_total(part, self.weights, totals) for part in terms]
+        ranks = [one for replica in everyone for one in replica]
+        metrics = means(merge(report.metrics for one in ranks for report in one.reports.values()))
+        metrics |= regularizer_metrics(terms, losses[0])
         row = {"loss": float(sum(losses[1:], losses[0])), **{name: float(value) for name, value in metrics.items()}}
-        idle = 1 - sum(busy for _, busy, _ in everyone) / len(everyone) / max(end for _, _, end in everyone)
-        return row | {"bubble": idle}
+        bubble = 1 - sum(one.busy_s for one in ranks) / len(ranks) / max(one.step_s for one in ranks)
+        return row | {"bubble": bubble, "memory_bytes": max(one.memory_bytes for one in ranks)}
+
+    def _count(self, everyone: list[list[Told]]) -> None:
+        """Choices of all replicas go to the balancer, for the layers of this device."""
+        if self.balancer is not None:
+            for replica in everyone:
+                for report in replica[self.transport.device].reports.values():
+                    for layer, counts in report.choices.items():
+                        self.balancer.add(layer, counts)
 
     def clip(self, most: float) -> float:
         norms = {name: torch.linalg.vector_norm(g).cpu() for name, w in self.own.items() if (g := w.grad) is not None}
-        everyone = {name: norm for found in self.transport.gather(norms) for name, norm in found.items()}
-        names = {weight: name for name, weight in self.model.named_parameters()}
-        ordered = [everyone[names[weight]] for weight in self.parameters if names[weight] in everyone]
-        norm = torch.linalg.vector_norm(torch.stack(ordered))  # the very sum that one process makes
+        norms |= self._over_shards({name: norm for name, norm in norms.items() if self._is_shared(name)})
+        norm = self._norm({name: norm for found in self.transport.gather(norms) for name, norm in found.items()})
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
         return float(norm)
+
+    def _norm(self, everyone: Mapping[str, Tensor]) -> Tensor:
+        """Of all gradients together, from the norm of each: the very sum that one process makes."""
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        ordered = [everyone[names[weight]] for weight in self.learning if names[weight] in everyone]
+        return torch.linalg.vector_norm(torch.stack(ordered))
+
+    def _over_shards(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Norms of this rank's experts as those of all experts."""
+        if self.groups.experts.count == 1:
+            return {}
+        everyone = self.groups.experts.gather(norms)
+        return {name: torch.linalg.vector_norm(torch.stack([found[name] for found in everyone])) for name in norms}
 
     def after_step(self, step: int) -> None:
         if self.balancer is not None:
             self.balancer.step(step)
 
-    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        module = {
-            f"{prefix}.{name}": tensor.cpu()
-            for stage in self.stages.values()
-            for prefix, part in stage.modules()
-            for name, tensor in part.state_dict().items()
-        }
-        found = optimizer.state_dict()
-        own = {i: {key: value.cpu() for key, value in state.items()} for i, state in found["state"].items()}
-        everyone = self.transport.collect((module, own))
-        modules = {name: tensor for module, _ in everyone for name, tensor in module.items()}
-        states = {index: state for _, states in everyone for index, state in states.items()}
-        ordered = {name: modules[name] for name in self.model.state_dict() if name in modules}
-        return {"module": ordered, "optimizer": found | {"state": dict(sorted(states.items()))}}
+    def written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.group is not None:
+            return tensors
+        everyone = self.transport.gather(tensors)
+        return {name: tensor for found in everyone for name, tensor in found.items()} if self.leads else {}
 
 
 def train_pipelined(
-    make: Callable[[], Stage],
+    make: Callable[[LongcatNext], Stage],
+    saved: Saved,
     directory: Path,
-    ranks: int,
+    mesh: Mesh,
     *,
     microbatches: int | None = None,
     weights: LossWeights | None = None,
     seed: int = 0,
     save_every: int = 200,
 ) -> bool:
-    """Trains a stage on the ranks of a pipeline, or goes on from its checkpoint; see `loop.train` and `launch`.
+    """Trains a stage on a mesh of ranks, or goes on from its checkpoint; see `loop.train` and `launch`.
 
-    The trained module is in the checkpoint: `train(make(), directory)` then loads it and returns the metrics.
+    No rank ever has more of the model in memory than its own stages, or one module while rank 0 measures. The trained
+    module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics. Those of one
+    process are joined by `bubble`, the mean share of a step in which a rank does nothing; `planned_bubble` and
+    `planned_s`, what the simulator expects of that and of the step's time; `memory_bytes` is the largest rank's.
 
     Args:
-        make: gives the stage, on every rank alike; picklable.
-        microbatches: of a step, at most; None: four a rank.
+        make: gives the stage that trains a model, on every rank alike; picklable.
+        saved: the model before training.
+        microbatches: of a pipeline and a step, at most; None: four a rank.
         weights: those of the stage's loss.
 
     Returns:
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
+
+    Raises:
+        ValueError: the mesh does not divide the model's experts.
     """
-    return launch(ranks, _train_rank, make, directory, microbatches, weights, seed, save_every)
+    if saved.sizes.backbone.experts.real % mesh.experts:
+        experts = saved.sizes.backbone.experts.real
+        raise ValueError(f"train: expert-parallel must divide the {experts} experts of a layer, got {mesh.experts}")
+    most = 4 * mesh.pipeline if microbatches is None else microbatches
+    return launch(mesh.ranks, _train_rank, mesh, make, saved, directory, most, weights, seed, save_every)
 
 
 def _train_rank(
     rank: Rank,
-    make: Callable[[], Stage],
+    mesh: Mesh,
+    make: Callable[[LongcatNext], Stage],
+    saved: Saved,
     directory: Path,
-    microbatches: int | None,
+    microbatches: int,
     weights: LossWeights | None,
     seed: int,
     save_every: int,
 ) -> None:
-    stage = make()
-    stage.module.to(rank.device)
-    transport = Distributed.connect(2 * rank.ranks, store=rank.store)
-    assert transport is not None  # every rank is in the one pipeline
-    # Times differ from rank to rank: the first one's are everybody's.
-    mine = v_half_plan(_language_model(stage), rank.ranks, stage.batch(0), microbatches) if rank.rank == 0 else None
-    engine = Pipelined(stage, transport.gather(mine)[0], transport, weights)
-    train(stage, directory, seed=seed, save_every=save_every, engine=engine)
+    transport = Distributed.connect(2 * mesh.pipeline, mesh.pipelines(), store=rank.store)
+    assert transport is not None  # every rank is in a pipeline
+    groups, shards = mesh.connect(rank.device, saved.sizes.backbone.experts.real)
+    parts, told = Parts(saved, rank.device, shards), dist.new_group(backend="gloo")
+    plans: list[Plan | None] = [None]
+    if rank.rank == 0:  # times differ from rank to rank: the first one's are everybody's
+        whole = Parts(saved, rank.device)
+        batch = make(whole.model).batch(0).to(rank.device)
+        plans = [measured_plan(whole.model, mesh.pipeline, batch, microbatches, lend=whole.lend)]
+    dist.broadcast_object_list(plans, 0, group=told)
+    plan = plans[0]
+    assert plan is not None  # the first rank's
+    for stage in own_stages(parts.model, plan, transport.device).values():
+        parts.bring(stage)
+    trained = make(parts.model)
+    spread = dict if shards is None else shards.spread
+    engine = Pipelined(trained, plan, transport, weights, groups, told, spread)
+    train(trained, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
+
+
+def own_stages(
+    model: LongcatNext, plan: Plan, device: int, weights: LossWeights | None = None
+) -> dict[int, ModelStage]:
+    """The stages of one device, by number."""
+    stages = split(model, plan.cuts, weights)
+    return {number: stages[number] for number, home in enumerate(plan.placement) if home == device}
 
 
 def _language_model(stage: Stage) -> LongcatNext:
@@ -220,28 +289,13 @@ def _language_model(stage: Stage) -> LongcatNext:
     return stage.module
 
 
-def cut(batch: Batch, most: int) -> list[Batch]:
-    """Rows in at most `most` microbatches of nearly as many rows, each as long as its longest row."""
-    rows = len(batch.inputs.documents)
-    count = min(most, rows)
-    return [_rows(batch, slice(rows * i // count, rows * (i + 1) // count)) for i in range(count)]
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    used_S = (batch.inputs.documents[rows] >= 0).any(0)
-    length = int(used_S.nonzero().max()) + 1 if used_S.any() else 1
-    inputs, targets = (
-        {field.name: getattr(part, field.name)[rows, :length] for field in fields(part)}
-        for part in (batch.inputs, batch.targets)
-    )
-    return Batch(Inputs(**inputs), Targets(**targets))
-
-
-def _total(terms: Terms, weights: LossWeights, microbatch: Microbatch) -> Tensor:
-    total = terms.total(weights, microbatch.totals)
+def _total(terms: Terms, weights: LossWeights, totals: Totals) -> Tensor:
+    total = terms.total(weights, totals)
     assert total is not None  # the text unit's z-loss is always there
     return total
 
 
-def _cpu(metrics: Metrics) -> Metrics:
-    return {name: (total.cpu(), count.cpu()) for name, (total, count) in metrics.items()}
+def _cpu(report: Report) -> Report:
+    metrics = {name: (total.cpu(), count.cpu()) for name, (total, count) in report.metrics.items()}
+    choices = {layer: counts.cpu() for layer, counts in report.choices.items()}
+    return Report(report.terms.map(Tensor.cpu), metrics, choices)

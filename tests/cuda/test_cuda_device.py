@@ -1,37 +1,15 @@
-"""The CUDA kernels on a CUDA device, against the definitions: every edge case, sizes that fill tiles, graph capture."""
+"""The CUDA kernels on a CUDA device beyond the contract: sizes that fill tiles, graph capture, no waiting."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from longcat_kernels import PreparedCodebook, ema_update, rvq_decode, rvq_encode
-from longcat_kernels.ops import OPS
 from longcat_kernels.reference import rvq_encode as spec
-from longcat_kernels.spec import Op
-from longcat_kernels.testing import assert_close, record
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA kernels: no CUDA device")
-CUDA_OPS = [op for op in OPS if "cuda" in op.impls]
-
-
-@pytest.mark.parametrize(
-    ("op", "case"),
-    [pytest.param(op, case, id=f"{op.name}-{i}") for op in CUDA_OPS for i, case in enumerate(op.spec.EDGE)],
-)
-def test_equals_the_truth(op: Op, case: Any) -> None:
-    call = record(op, op.spec.inputs(case, "cuda"))
-    reason = op.impls["cuda"].why_not(*call.arguments[:-1])
-    if reason is not None:
-        pytest.skip(f"{op.name}, cuda: {reason}")
-    tolerances = getattr(case, "tolerance", 1.0), getattr(case, "inner", 0.0)
-    for actual, truth in zip(call.run("cuda"), call.truth(op), strict=True):
-        assert_close(actual, truth, *tolerances)
-    for actual, truth in zip(call.gradients(op, "cuda"), call.gradients(op, None), strict=True):
-        assert_close(actual, truth)
 
 
 def rows_and_books(rows: int, dim: int, entries: tuple[int, ...], mean: float = 0.0) -> tuple[Tensor, list[Tensor]]:

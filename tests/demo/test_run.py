@@ -51,6 +51,9 @@ def test_interrupted_demo_goes_on_to_the_same_report(
     assert result["settings"]["smoke"] is True and result["peak_rss_bytes"] > 10**8
     assert {"vision_sae", "audio_joint", "language_joint", "evaluate_talk"} <= result["seconds"].keys()
     assert "commit" in result
+    whats = [row["what"] for row in result["speed"]]
+    assert len(whats) == 4 and whats[0] == "depth decoding of images" and "speech" in whats[3]
+    assert all(row["op"] > 0 and row["definition"] > 0 for row in result["speed"])
     assert (tmp_path / "report.html").read_text().count("data:audio/wav") > 20
     assert System.load(tmp_path).sizes == presets.tiny()
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
-from longcat_kernels import DepthConfig, DepthSampling, depth_decode
+from longcat_kernels import DepthConfig, DepthSampling, Workspace, depth_decode
 from longcat_kernels.reference import depth_decode as spec
 from longcat_kernels.reference._depth_cases import random_weights
 from longcat_kernels.reference.sampling import draw, gumbel, seen
+from longcat_kernels.workspace import fresh
 
 
 def config(classes: tuple[int, ...], **changes: Any) -> DepthConfig:
@@ -59,8 +61,8 @@ def test_draws_are_those_of_the_definition(numbers: list[dict[str, Any]], grid: 
     params = torch.cat([DepthSampling(**own).table(1, weights.config) for own in numbers])
     seeds, steps = torch.arange(rows) * 3 + seed, torch.arange(rows) * 2**31
     history, offsets = torch.randint(-1, classes + 1, (60, 4), generator=g), torch.arange(9) * 7
-    batch = _Batch.of(rows, weights, params, seeds, steps, None, None, None)
-    past = batch.seen(history, offsets, weights.config)
+    batch = _Batch.of(rows, weights, params, seeds, steps, None, None, None, fresh)
+    past = batch.seen(history, offsets, weights.config, fresh)
     outputs = (torch.zeros(rows, 4, dtype=torch.int64), torch.zeros(rows, 4), torch.zeros(rows, 4))
     batch.draw(level, logits, past[:, 6:], outputs)
     noise = gumbel(seeds, steps, [(level, classes)])[0]
@@ -155,3 +157,24 @@ def test_what_is_launched_depends_on_shapes_alone(monkeypatch: pytest.MonkeyPatc
         again = [torch.empty_like(output) for output in outputs]
         run(*call.arguments[:-1], *again)
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(outputs, again, strict=True))
+
+
+@pytest.mark.parametrize("case", [spec.EDGE[5], spec.EDGE[7]])
+def test_a_second_call_with_a_workspace_allocates_nothing(case: spec.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the host, where kernels are only counted: the interpreter's own copies of tensors are not the launcher's."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from longcat_kernels.ops.depth_decode import OP
+    from longcat_kernels.testing import record
+    from longcat_kernels.triton.depth_decode import run
+
+    call = record(OP, spec.inputs(case))
+    outputs = [torch.empty_like(output) for output in call.overload(*call.arguments[:-1], "reference")]
+    arguments = [value.contiguous() if isinstance(value, torch.Tensor) else value for value in call.arguments[:-1]]
+    launches, workspace = [], Workspace()
+    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *args, **kwargs: launches.append(self))
+    run(*arguments, *outputs, new=workspace.new)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run(*arguments, *outputs, new=workspace.new)
+    assert len(launches) > 50
+    assert [e.nbytes() for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"] == []

@@ -132,7 +132,7 @@ def _in_pieces(backbone: Backbone, embeddings: Tensor, documents: Tensor | None,
     for start, end in itertools.pairwise(points):
         piece = None if documents is None else documents[:, start:end]
         pieces.append(backbone(embeddings[:, start:end], piece, cache))
-        assert cache.length == end
+        assert cache.lengths == [end] * embeddings.shape[0]
     batch, layers = embeddings.shape[0], backbone.sizes.layers
     rejoin = [[p.router_logits[layer].unflatten(0, (batch, -1)) for p in pieces] for layer in range(layers)]
     return BackboneOutput(
@@ -211,23 +211,53 @@ def test_initial_weights_follow_the_seed_and_keep_the_stream_level() -> None:
     assert 0.8 < float(out.last.detach().std()) < 3
 
 
+@st.composite
+def _rows_that_come_and_go(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
+    """Lengths of the rows when they join, and which of them are still there at each step."""
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    left = list(range(len(lengths)))
+    steps = []
+    for _ in range(draw(st.integers(1, 4))):
+        left = sorted(draw(st.sets(st.sampled_from(left), min_size=1)))
+        steps.append(left)
+    return lengths, steps
+
+
+@pytest.mark.parametrize("sizes", [SIZES, WIDE_LATENT], ids=["tiny", "wide latent"])
+@settings(max_examples=30, deadline=None)
+@given(case=_rows_that_come_and_go())
 @torch.no_grad()
-def test_selected_rows_continue_as_before() -> None:
+def test_rows_of_any_length_decode_as_if_alone(sizes: config.Backbone, case: tuple[list[int], list[list[int]]]) -> None:
+    """Rows join with prompts of different lengths, go on together, and drop out."""
+    lengths, steps = case
     torch.manual_seed(8)
-    backbone = Backbone(SIZES)
-    embeddings = torch.randn(3, 7, SIZES.hidden)
-    cache = Cache.empty(SIZES, 3, 7)
-    backbone(embeddings[:, :4], cache=cache)
-    rows = torch.tensor([2, 0, 2])
-    chosen = cache.select(rows)
-    hidden = backbone(embeddings[rows, 4:], cache=chosen).hidden
-    torch.testing.assert_close(hidden, backbone(embeddings).hidden[rows, 4:], rtol=1e-5, atol=1e-5)
-    assert (cache.length, chosen.length) == (4, 7), "the copy must not move the original"
+    backbone = Backbone(sizes).eval()
+    rows = [torch.randn(1, length + len(steps), sizes.hidden) for length in lengths]
+    cache = Cache.empty(sizes, len(rows), max(lengths) + len(steps))
+    cache.latents.normal_()  # what earlier rows left behind
+    cache.keep([])
+    for row, length in zip(rows, lengths, strict=True):
+        number = cache.add_row()
+        alone = cache.row(number)
+        backbone(row[:, :length], cache=alone)
+        cache.lengths[number] = alone.lengths[0]
+    alive = list(range(len(rows)))
+    for step, left in enumerate(steps):
+        cache.keep([alive.index(row) for row in left])
+        alive = left
+        assert cache.lengths == [lengths[row] + step for row in alive]
+        new = torch.cat([rows[row][:, lengths[row] + step, None] for row in alive])
+        hidden = backbone(new, cache=cache).hidden[:, 0]
+        for found, row in zip(hidden, alive, strict=True):
+            whole = backbone(rows[row][:, : lengths[row] + step + 1]).hidden[0, -1]
+            torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_holds_latents_only() -> None:
     cache = Cache.empty(config.Backbone(), batch=1, capacity=2, dtype=torch.bfloat16)
-    assert cache.latents.nbytes // cache.capacity == 32_256  # bytes a position, section 3.1 of the released shape
+    assert cache.latents.nbytes // cache.capacity == 32_256  # of the released sizes: 28 sub-blocks x 576 x 2 bytes
+    held = cache.latents.nbytes + cache.documents.nbytes + cache.text.nbytes
+    assert Cache.position_bytes(config.Backbone(), torch.bfloat16) * cache.capacity == held
 
 
 @torch.no_grad()
@@ -250,7 +280,12 @@ def test_refuses_what_does_not_fit() -> None:
             backbone(row, cache=cache)
         with pytest.raises(ValueError, match=r"Cache: rows must stay 2, got 1"):
             backbone(row[:1, :1], cache=cache)
-    assert cache.length == 3, "a refusal must leave the cache usable"
+    assert cache.lengths == [3, 3], "a refusal must leave the cache usable"
+    with pytest.raises(ValueError, match="rows must stay within the 2 there is room for"):
+        cache.add_row()
+    for rows in ([1, 0], [0, 0], [2]):
+        with pytest.raises(ValueError, match=r"rows to keep must ascend within \[0, 2\)"):
+            cache.keep(rows)
     with pytest.raises(ValueError, match=r"torch\.no_grad"):
         backbone(row[:, :1], cache=cache)
     with pytest.raises(ValueError, match=r"embeddings must be \[B, S, 32\], got \[2, 3, 31\]"):

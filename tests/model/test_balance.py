@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from longcat_model.training.balance import (
     expert_counts,
     expert_usage,
     update_bias,
+    use,
 )
 from longcat_model.vocabulary import Vocabulary
 
@@ -33,35 +36,42 @@ def test_counts_leave_out_what_was_not_chosen() -> None:
 
 def test_the_balance_loss_is_one_at_the_wanted_use() -> None:
     """Each of 4 tokens takes 2 of 4 real experts and 1 identity; router mass is in the same proportion."""
-    ids = torch.tensor([[0, 1, 4], [2, 3, 5], [0, 2, 4], [1, 3, 5]])
+    counts = expert_counts(torch.tensor([[0, 1, 4], [2, 3, 5], [0, 2, 4], [1, 3, 5]]), EXPERTS)
     logits = torch.tensor([2 / 12] * 4 + [2 / 12] * 2).log().expand(4, 6)
     for groups in (1, 2, 4, None):
-        assert balance_loss(logits, ids, EXPERTS, groups=groups).item() == pytest.approx(1.0)
+        found = use(counts, EXPERTS, groups=groups)
+        assert found.tolist() == [1.0] * 6
+        assert balance_loss(logits, found, 4).item() == pytest.approx(1.0)
 
 
 def test_the_balance_loss_against_a_calculation_by_hand() -> None:
     """Two tokens, both on experts 0, 1 and identity 4; P = (.4, .2, .1, .1, .1, .1) for both."""
     logits = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.1]).log().expand(2, 6)
-    ids = torch.tensor([[0, 1, 4], [0, 1, 4]])
+    counts = expert_counts(torch.tensor([[0, 1, 4], [0, 1, 4]]), EXPERTS)
     # two groups of two: f = 2 / (2 * 2) * (4, 0), P = (.6, .2); identity: f = 1 / (1 * 2) * 2, P = .2
-    assert balance_loss(logits, ids, EXPERTS, groups=2).item() == pytest.approx(2 * 0.6 + 0 * 0.2 + 1 * 0.2)
+    found = balance_loss(logits, use(counts, EXPERTS, groups=2), 2)
+    assert found.item() == pytest.approx(2 * 0.6 + 0 * 0.2 + 1 * 0.2)
     # four groups of one: f = 4 / (2 * 2) * (2, 2, 0, 0)
-    assert balance_loss(logits, ids, EXPERTS).item() == pytest.approx(2 * 0.4 + 2 * 0.2 + 1 * 0.2)
+    assert balance_loss(logits, use(counts, EXPERTS), 2).item() == pytest.approx(2 * 0.4 + 2 * 0.2 + 1 * 0.2)
 
 
 def test_the_balance_loss_moves_probability_to_experts_in_want() -> None:
     logits = torch.zeros(8, 6, requires_grad=True)
-    ids = torch.tensor([[0, 1, 2]] * 8)  # real experts beyond the budget, never 3, never an identity expert
-    balance_loss(logits, ids, EXPERTS).backward()
+    counts = torch.tensor([8, 8, 8, 0, 0, 0])  # real experts beyond the budget, never 3, never an identity expert
+    balance_loss(logits, use(counts, EXPERTS), 8).backward()
     assert logits.grad is not None
     used, wanted = logits.grad[:, :3], logits.grad[:, 3:]
     assert bool((used > 0).all()) and bool((wanted < 0).all())
 
 
-def test_the_balance_loss_survives_an_empty_batch_and_refuses_uneven_groups() -> None:
-    assert balance_loss(torch.zeros(0, 6), torch.zeros(0, 3, dtype=torch.int64), EXPERTS).item() == 0
+def test_the_balance_loss_of_nothing_is_nothing() -> None:
+    """No token, or no step before: no loss. Where all slots are for real experts, identity experts have no part."""
+    assert balance_loss(torch.zeros(0, 6), torch.ones(6), 0).item() == 0
+    assert use(torch.zeros(6, dtype=torch.int64), EXPERTS).tolist() == [0.0] * 6
+    every_slot = dataclasses.replace(EXPERTS, target_real=3.0)
+    assert use(torch.tensor([1, 0, 1, 0, 1, 0]), every_slot)[4:].tolist() == [0.0, 0.0]
     with pytest.raises(ValueError, match="balance_loss: groups must divide 4 experts, got 3"):
-        balance_loss(torch.zeros(1, 6), torch.zeros(1, 3, dtype=torch.int64), EXPERTS, groups=3)
+        use(torch.zeros(6), EXPERTS, groups=3)
 
 
 def test_the_bias_moves_as_published() -> None:
@@ -97,13 +107,24 @@ def test_the_balancer_updates_every_layer_once_from_what_it_saw() -> None:
     balancer = Balancer(model, EXPERTS)
     balancer.observe([torch.tensor([[0, 1, 4]]), torch.tensor([[2, 3, 5]])])
     balancer.observe([torch.tensor([[0, 1, 4]]), torch.tensor([[2, 3, 5]])])
+    assert balancer.use()[0].tolist() == [0.0] * 6, "nothing is known of a step before the first"
     balancer.step(0)
+    assert [before.tolist() for before in balancer.before] == [[2, 2, 0, 0, 2, 0], [0, 0, 2, 2, 0, 2]]
+    assert not any(counts.any() for counts in balancer.counts)
     first, second = (bias.clone() for bias in balancer.biases)
     assert first[0] < 0 < first[2] and second[2] < 0 < second[0]
     balancer.step(1)
     assert bool((balancer.biases[0] == first).all()) and bool((balancer.biases[1] == second).all())
     with pytest.raises(ValueError, match="Balancer: expert_ids must have 2 layers, got 1"):
         balancer.observe([torch.tensor([[0, 1, 4]])])
+
+
+def test_a_balancer_may_only_count() -> None:
+    model = nn.ModuleDict({"first": Router()})
+    balancer = Balancer(model, EXPERTS, moves_bias=False)
+    balancer.observe([torch.tensor([[0, 1, 4]])])
+    balancer.step(0)
+    assert not balancer.biases[0].any() and balancer.use()[0].tolist() == [2, 2, 0, 0, 1, 1]
 
 
 def test_use_is_counted_by_modality() -> None:

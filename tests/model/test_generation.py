@@ -20,9 +20,19 @@ from longcat_model.generation import (
     generate_speech,
     generate_text,
 )
-from longcat_model.generation.machine import Answers, ImageState, SpeechState, State, TextState
+from longcat_model.generation.machine import (
+    Answer,
+    ImageState,
+    Position,
+    ReplyState,
+    SpeechState,
+    State,
+    TextState,
+    stack,
+)
 from longcat_model.model import LongcatNext
-from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Layout, drop_condition, join, pack
+from longcat_model.released.differences import Unconditional, unconditional
+from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Layout, Targets, join, pack
 from longcat_model.tokenizers.text import ByteTokenizer
 from longcat_model.training.loss import loss
 from longcat_model.vocabulary import BOS, EOS, PAD, Vocabulary
@@ -31,6 +41,7 @@ IDS = Vocabulary.of(presets.tiny().vocabulary)  # levels: visual 8 8 8, audio 8 
 LAYOUT = Layout(IDS, ByteTokenizer().encode)
 WARM = Sampling(temperature=1.0, seed=5)
 LIMITED = replace(WARM, top_k=6, top_p=0.95, min_p=0.01, repetition_penalty=1.2, order="joint")
+SPEAKING = SpeechState(ids=IDS, sampling=GREEDY, text_sampling=GREEDY, delay=None, max_text=99, max_frames=99)
 FIELDS = ("text", "marker", "visual", "audio", "documents")
 
 
@@ -53,9 +64,9 @@ def prompts() -> list[Document]:
 
 
 def test_text_states_write_text_documents() -> None:
-    written = drive(TextState(IDS, 1, limit=9), text=[10, 11, 12, EOS])
+    written = drive(TextState(limit=9, sampling=GREEDY), text=[10, 11, 12, EOS])
     assert_same(written, LAYOUT.text([10, 11, 12, EOS]))
-    assert_same(drive(TextState(IDS, 1, limit=2), text=[10, 11, 12, EOS]), LAYOUT.text([10, 11]))
+    assert_same(drive(TextState(limit=2, sampling=GREEDY), text=[10, 11, 12, EOS]), LAYOUT.text([10, 11]))
 
 
 @given(height=st.integers(1, 4), width=st.integers(1, 4))
@@ -63,7 +74,7 @@ def test_text_states_write_text_documents() -> None:
 def test_image_states_write_image_documents(height: int, width: int) -> None:
     codes = torch.randint(0, 8, (height, width, 3), generator=torch.Generator().manual_seed(height * 5 + width))
     answers = iter(codes.flatten(0, 1))
-    state: State = ImageState(IDS, 1, height, width)
+    state = ImageState(ids=IDS, height=height, width=width, sampling=GREEDY)
     written = drive(state, visual=lambda: next(answers))
     document = LAYOUT.generate_image(codes)
     assert_same(written, document, skip=len(LAYOUT.image_prefix(height, width)))
@@ -83,26 +94,66 @@ def test_speech_states_write_speech_documents(length: int, frames: int, delay: i
     transcript = list(range(10, 10 + length))
     codes = torch.randint(0, 4, (frames, 4), generator=torch.Generator().manual_seed(frames))
     answers = iter([*codes, torch.tensor([8, 0, 0, 0])])
-    forced = torch.tensor([[*transcript, IDS.audiotext_end]]) if given_text else None
-    state = SpeechState.start(IDS, 1, delay=delay, max_text=99, max_frames=99, transcript=forced)
+    state = replace(SPEAKING, delay=delay, transcript=tuple(transcript) if given_text else None)
     written = drive(state, text=[*transcript, IDS.audiotext_end], audio=lambda: next(answers))
     assert_same(written, LAYOUT.speak(transcript, codes, delay=delay), skip=1)
 
 
+@given(
+    media=st.lists(st.sampled_from(["image", "speech"]), max_size=3), forced=st.sampled_from([None, "image", "speech"])
+)
+@settings(deadline=None)
+def test_reply_states_write_text_and_media_in_turn(media: list[str], forced: str | None) -> None:
+    image, frames = torch.arange(12).view(2, 2, 3) % 8, torch.tensor([[1, 2, 3, 0], [7, 5, 3, 3]])
+    prefix = LAYOUT.image_prefix(2, 2)
+    inside = {"image": ImageState(ids=IDS, height=2, width=2, sampling=GREEDY), "speech": SPEAKING}
+    state = ReplyState(
+        ids=IDS,
+        text=TextState(limit=9, sampling=GREEDY),
+        **inside,  # type: ignore[arg-type]
+        opening=tuple(Position(text=i) for i in prefix.inputs.text.tolist()),
+        media=len(media),
+        inside=None if forced is None else inside[forced],  # type: ignore[arg-type]
+    )
+    order = [kind for kind in (forced, *media) if kind is not None]
+    documents = {"image": LAYOUT.generate_image(image), "speech": LAYOUT.speak([40], frames)}
+    begun = {"image": [IDS.image_start], "speech": [IDS.audiogen_start, 40, IDS.audiotext_end]}
+    said, pieces = [], []
+    for place, kind in enumerate(order):
+        is_forced = place == 0 and forced is not None
+        said += [*([] if is_forced else [10 + place]), *begun[kind][int(is_forced) :]]
+        pieces += [*([] if is_forced else [LAYOUT.text([10 + place])]), documents[kind]]
+    cells = iter(image.flatten(0, 1).repeat(3, 1).repeat(2, 1))
+    heard = iter([*frames, torch.tensor([8, 0, 0, 0])] * 4)
+    written = drive(state, text=[*said, EOS], visual=lambda: next(cells), audio=lambda: next(heard))
+    skipped = {None: 0, "image": len(prefix), "speech": 1}[forced]
+    assert_same(written, join(*pieces, LAYOUT.text([EOS])), skip=skipped)
+
+
+def test_a_reply_begins_no_more_media_than_it_may() -> None:
+    text = TextState(limit=9, sampling=GREEDY)
+    image = ImageState(ids=IDS, height=1, width=1, sampling=GREEDY)
+    state = ReplyState(ids=IDS, text=text, image=image, speech=SPEAKING, opening=(), media=1)
+    assert state.ask().allowed == "reply"
+    state, _ = state.advance(Answer(text=IDS.image_start))  # type: ignore[assignment]
+    assert state.media == 0 and state.ask().visual is not None
+    assert replace(state, inside=None).ask().allowed == "text"
+
+
 def test_limits_end_a_transcript_and_its_audio_as_their_ends_would() -> None:
-    state = SpeechState.start(IDS, 1, delay=None, max_text=2, max_frames=3)
+    state = replace(SPEAKING, max_text=2, max_frames=3)
     written = drive(state, text=[10] * 9, audio=lambda: torch.tensor([1, 2, 3, 0]))
     assert_same(written, LAYOUT.speak([10, 10], torch.tensor([[1, 2, 3, 0]] * 3)), skip=1)
 
 
 def test_audio_may_end_only_after_its_transcript_and_a_frame() -> None:
-    state = SpeechState.start(IDS, 1, delay=1, max_text=9, max_frames=9)
+    state: State | None = replace(SPEAKING, delay=1)
     asked = []
-    frame = torch.tensor([[1, 2, 3, 0]])
     for text in (10, 11, IDS.audiotext_end, NONE, NONE):
-        heads = state.heads()
-        asked.append((bool(heads.text), bool(heads.audio), bool(heads.audio_may_end)))
-        state, _, _ = state.advance(Answers(torch.tensor([text]), torch.full((1, 3), NONE), frame))
+        assert state is not None
+        ask = state.ask()
+        asked.append((ask.text is not None, ask.audio is not None, ask.audio_may_end))
+        state, _ = state.advance(Answer(text=text, audio=(1, 2, 3, 0)))
     assert asked == [
         (True, False, False),
         (True, True, False),
@@ -135,20 +186,30 @@ def test_text_stops_at_its_end(model: LongcatNext, prompts: list[Document]) -> N
     assert min(map(len, texts)) < max(map(len, texts)) <= 40
 
 
-@pytest.mark.parametrize(("guidance", "penalty"), [(None, 1.0), (2.5, 1.0), (None, 3.0), (2.5, 3.0)])
+@pytest.mark.parametrize(
+    ("guidance", "penalty", "kind"),
+    [
+        (None, 1.0, "null"),
+        (2.5, 1.0, "null"),
+        (None, 3.0, "null"),
+        (2.5, 3.0, "bare"),
+        (2.5, 1.0, "all_null"),
+        (0.0, 1.0, "null"),
+    ],
+)
 def test_images_equal_full_recomputation(
-    model: LongcatNext, prompts: list[Document], guidance: float | None, penalty: float
+    model: LongcatNext, prompts: list[Document], guidance: float | None, penalty: float, kind: Unconditional
 ) -> None:
     height, width, sampling = 2, 3, replace(GREEDY, repetition_penalty=penalty)
-    images = generate_image(
-        model, prompts, layout=LAYOUT, height=height, width=width, sampling=sampling, guidance=guidance
-    )
+    how = {"height": height, "width": width, "sampling": sampling, "guidance": guidance, "cfg_uncond": kind}
+    images = generate_image(model, prompts, layout=LAYOUT, **how)  # type: ignore[arg-type]
     assert images.shape == (4, height, width, 3)
     for prompt, codes in zip(prompts, images, strict=True):
         body = LAYOUT.generate_image(codes)
         logits = depth_logits(model, join(prompt, body))
         if guidance is not None:
-            bare = depth_logits(model, join(drop_condition(prompt), body))
+            prefix = LAYOUT.image_prefix(height, width)
+            bare = depth_logits(model, join(unconditional(prompt, prefix, kind), without(body, len(prefix))))
             logits = [guidance * (c - u) + u for c, u in zip(logits, bare, strict=True)]
         for level in range(3):
             scores = penalised(logits[level][:-1], codes[..., level].flatten(), penalty)
@@ -272,24 +333,29 @@ def test_refusals(model: LongcatNext, prompts: list[Document]) -> None:
             Sampling(**{field: value})
 
 
-def drive(state: State, *, text: Sequence[int] = (), visual: object = None, audio: object = None) -> list[Inputs]:
-    """Runs a state of one row on prepared answers, given to the heads that it asks."""
-    given_text, written = iter(text), []
-    while True:
-        heads = state.heads()
-        text_id = next(given_text) if bool(heads.text) else NONE
-        cell = visual() if callable(visual) and bool(heads.visual) else torch.full((3,), NONE)
-        frame = audio() if callable(audio) and bool(heads.audio) else torch.full((4,), NONE)
-        state, inputs, done = state.advance(Answers(torch.tensor([text_id]), cell[None], frame[None]))
-        written.append(inputs)
-        if bool(done):
-            return written
+def drive(state: State | None, *, text: Sequence[int] = (), visual: object = None, audio: object = None) -> Inputs:
+    """Runs a state on prepared answers, given to the heads that it asks; returns what it wrote."""
+    given_text, written = iter(text), list[Position]()
+    while state is not None:
+        ask, longest = state.ask(), state.longest
+        text_id = next(given_text) if ask.text is not None else NONE
+        cell = visual().tolist() if callable(visual) and ask.visual is not None else ()
+        frame = audio().tolist() if callable(audio) and ask.audio is not None else ()
+        state, positions = state.advance(Answer(text_id, tuple(cell), tuple(frame)))
+        written += positions
+        assert longest >= len(positions) + (0 if state is None else state.longest)
+    return stack(IDS, written)
 
 
-def assert_same(written: list[Inputs], document: Document, *, skip: int = 0) -> None:
+def assert_same(written: Inputs, document: Document, *, skip: int = 0) -> None:
     for field in FIELDS:
-        positions = torch.cat([getattr(inputs, field)[0] for inputs in written])
-        assert positions.tolist() == getattr(document.inputs, field)[skip:].tolist(), field
+        assert getattr(written, field).tolist() == getattr(document.inputs, field)[skip:].tolist(), field
+
+
+def without(document: Document, positions: int) -> Document:
+    """The document after its first positions."""
+    labels = (getattr(document.labels, name)[positions:] for name in ("text", "visual", "audio"))
+    return Document(document.inputs.map(lambda field: field[positions:]), Targets(*labels))
 
 
 def penalised(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
@@ -305,7 +371,7 @@ def penalised(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
 @torch.no_grad()
 def read(model: LongcatNext, document: Document) -> Tensor:
     """Hidden states [T, D] of a document read at once, without a cache."""
-    hidden: Tensor = model(pack([document], len(document)).inputs).hidden[0]
+    hidden: Tensor = model(document.inputs.map(lambda field: field[None])).hidden[0]
     return hidden
 
 

@@ -11,7 +11,8 @@ from longcat_model.model import LongcatNext
 from longcat_model.sequence import IGNORE, NONE, Batch, Document, Layout, pack
 from longcat_model.tokenizers.text import ByteTokenizer
 from longcat_model.training.balance import Balancer
-from longcat_model.training.loss import LossWeights, loss
+from longcat_model.training.loss import LossWeights, Totals, loss
+from longcat_model.training.microbatches import cut
 from longcat_model.vocabulary import Vocabulary
 
 IDS = Vocabulary.of(presets.tiny().vocabulary)  # levels: visual 8 8 8, audio 8 6 4 4
@@ -145,6 +146,25 @@ def test_the_balancer_sees_every_real_position_once(model: LongcatNext, document
     loss(model, pack(documents, 40), balancer=balancer)
     positions = sum(map(len, documents))
     assert [int(counts.sum()) for counts in balancer.counts] == [positions * experts.top_k] * 2
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_microbatches_add_up_to_the_global_batch(model: LongcatNext, documents: list[Document], parts: int) -> None:
+    """Losses and gradients, the balance loss among them, in float64; the experts were used unevenly before."""
+    weights, whole = LossWeights(hidden_z=1e-2, router_z=1e-1, balance=10.0), pack(documents, max(map(len, documents)))
+    model.double()
+    balancer = Balancer(model, model.sizes.backbone.experts)
+    loss(model, whole, balancer=balancer)
+    balancer.step(0)
+    cuts = cut(whole, parts)
+    assert len(cuts) == parts
+    totals = Totals.of(cuts)
+    found = sum(loss(model, part, weights=weights, balancer=balancer, totals=totals)[0] for part in cuts)
+    wanted, _ = loss(model, whole, weights=weights, balancer=balancer)
+    assert isinstance(found, Tensor) and found.item() == pytest.approx(wanted.item(), rel=1e-6)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for a, b in zip(*(torch.autograd.grad(x, parameters, allow_unused=True) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_metrics_carry_no_graph(model: LongcatNext, documents: list[Document]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from longcat_model import presets
 from longcat_model.model import LongcatNext
 from longcat_model.released import checkpoint
+from longcat_model.released.plan import plan
 from longcat_model.released.sizes import Sizes, from_json, shrunk, to_json
 from longcat_model.released.tensors import entries
 from longcat_model.sequence import Inputs
@@ -132,7 +133,7 @@ def test_all_faults_are_listed_at_once_before_anything_is_allocated(
     second.unlink()
     broken = shards[3]
     broken.write_bytes(b"\x40" + bytes(9))
-    monkeypatch.setattr(checkpoint, "_empty", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(checkpoint, "empty", lambda *_: pytest.fail("allocated"))
     with pytest.raises(ValueError, match=f"{copy} has [0-9]+ faults") as caught:
         checkpoint.load(copy, progress=False)
     lines = str(caught.value).splitlines()
@@ -181,22 +182,9 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_writing_holds_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    real = checkpoint.save_file
-
-    def record(tensors: dict[str, Tensor], *args: object, **kwargs: object) -> None:
-        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
-        real(tensors, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(checkpoint, "save_file", record)
-    checkpoint.synthesize(shrunk(), tmp_path / "out", shard_bytes=SHARD_BYTES)
-    largest = max(entry.bytes for entry in entries(shrunk()).values())
-    assert len(sizes) > 3 and max(sizes) <= max(SHARD_BYTES, largest)
-
-
-def test_mapped_tables_give_the_same_bits(original: Path, tmp_path: Path) -> None:
-    mapped = checkpoint.load(original, map_tables=True, progress=False)
+def test_a_model_loaded_by_a_plan_gives_the_same_bits(original: Path, tmp_path: Path) -> None:
+    """Its tables are mapped from their files."""
+    mapped = checkpoint.load(original, plan(checkpoint.check(original)[0], {}).placement, progress=False)
     for got, expected in zip(_run(mapped.model), _run(checkpoint.load(original, progress=False).model), strict=True):
         assert torch.equal(got, expected)
     checkpoint.save(mapped, tmp_path / "again", shard_bytes=SHARD_BYTES, progress=False)

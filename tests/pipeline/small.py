@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from longcat_model.pipeline.split import Microbatch, split, tied
 from longcat_model.pipeline.transport import InProcess, Transport
 from longcat_model.sequence import Batch, Document, Layout, pack
 from longcat_model.tokenizers.text import ByteTokenizer
+from longcat_model.training.checkpoint import Checkpoints
 from longcat_model.training.loss import LossWeights, Terms, Totals, join, loss
 from longcat_model.vocabulary import Vocabulary
 
@@ -134,3 +136,14 @@ def gradients(models: Sequence[LongcatNext]) -> dict[str, Tensor]:
                 assert name not in found or torch.equal(found[name], parameter.grad), name
                 found[name] = parameter.grad
     return found
+
+
+def saved(directory: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint of a run."""
+    with Checkpoints(directory) as checkpoints:
+        step = checkpoints.latest()
+        assert step is not None
+        reader = checkpoints.reader(step)
+    tensors = {name: torch.empty(shape, dtype=reader.dtype(name)) for name, shape in reader.shapes.items()}
+    reader.read(tensors)
+    return tensors

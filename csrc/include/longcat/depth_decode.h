@@ -89,12 +89,16 @@ struct DepthDecode {
     const int64_t* offsets;  // [rows + 1]
     int threads;
     Isa isa;
+    void* scratch;  // of `depth_scratch_bytes`
 
     float *logprobs, *drawn_logprobs;  // [rows, levels]
     void* embedding;                   // [rows, table width]
     float* logits;                     // [rows, classes of all levels with a head], or null
     int64_t* codes;                    // [rows, levels]
 };
+
+// What a call needs besides its outputs; the same however many of the rows are active.
+int64_t depth_scratch_bytes(const DepthDecode& p);
 
 void depth_decode(const DepthDecode& p);
 

@@ -7,6 +7,7 @@
 
 #include "longcat/codebook.h"
 #include "longcat/dtypes.h"
+#include "longcat/isa.h"
 
 namespace longcat {
 
@@ -23,6 +24,7 @@ struct RvqDecode {
     int64_t dim;
     std::vector<Codebook> codebooks;  // one a level
     int threads;
+    Isa isa;
 
     float* out;  // [rows, dim]
 };

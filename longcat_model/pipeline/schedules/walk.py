@@ -202,6 +202,11 @@ class _Random:
         return ((self.next() >> 32) * limit) >> 32
 
 
+def is_compiled() -> bool:
+    """Whether walks are quick."""
+    return _native() is not None
+
+
 @functools.cache
 def _native() -> ModuleType | None:
     try:

@@ -77,7 +77,7 @@ class AudioEncoder(nn.Module):
             frames_B: int64, mel frames of each clip.
         """
         valid_BS = length_mask(frames_B, log_mel_BMS.shape[2])
-        hidden_BDS = gelu(self.whisper.conv1(log_mel_BMS)) * valid_BS[:, None]
+        hidden_BDS = gelu(self.whisper.conv1(log_mel_BMS.to(self.whisper.conv1.weight.dtype))) * valid_BS[:, None]
         hidden_BPD = gelu(self.whisper.conv2(hidden_BDS)).transpose(1, 2)
         size = hidden_BPD.shape[1]
         hidden_BPD = hidden_BPD + self.whisper.embed_positions.weight[:size]

@@ -79,7 +79,8 @@ class Encoder(nn.Module):
         mean, std = (patches_TP.new_tensor(x)[:, None] for x in (MEAN, STD))
         pixels = (patches_TP.unflatten(1, (3, -1)) - mean) / std
         frames = pixels[:, :, None].expand(-1, -1, sizes.temporal_patch, -1)
-        return linear(frames.flatten(1), self.visual_model.patch_embed.proj.weight.flatten(1))
+        weight = self.visual_model.patch_embed.proj.weight.flatten(1)
+        return linear(frames.flatten(1).to(weight.dtype), weight)
 
     def _attention(self, attn: nn.Module, x_TD: Tensor, segments: Segments, cos: Tensor, sin: Tensor) -> Tensor:
         qkv = attn.qkv(x_TD).unflatten(1, (3, self.sizes.heads, -1))  # type: ignore[operator]

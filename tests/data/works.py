@@ -1,0 +1,26 @@
+"""Work for worker processes, in a module that is quick to import."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Tells:
+    """Which process does it."""
+
+    file: Path
+
+    def __call__(self, item: int) -> int:
+        self.file.write_text(str(os.getpid()))
+        return item
+
+
+class Dies:
+    def __call__(self, item: int) -> int:
+        if item == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
