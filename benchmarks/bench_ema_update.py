@@ -50,7 +50,7 @@ def contenders(case: spec.Case, skewed: bool, dense: bool, device: str) -> list[
         Contender("ours", lambda: peers.ours(arguments), judge),
         Contender("ours, prepared", lambda: peers.ours(arguments, prepared=True), judge),
         Contender("ours, with restart", lambda: peers.ours(arguments, restart_threshold=1.0)),
-        Contender("copy of as many bytes", lambda: peers.copy(spec.cost(case).bytes, device)),
+        Contender("copy of as many bytes", lambda: peers.copy(spec.cost(case).bytes, device), is_bound=True),
     ]
     for name, sums in peers.PEERS.items():
         builds_matrix = sums in (peers.one_hot_sums, peers.einsum_sums)

@@ -48,6 +48,7 @@ class Contender:
         only_cpu: says that it cannot run on a GPU.
         slow: made in full runs only.
         environment: it runs in a process of its own with these settings, in the same rounds, its results not judged.
+        is_bound: it only moves the bytes that the work must move; at most one of a case.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Contender:
     only_cpu: bool = False
     slow: bool = False
     environment: tuple[tuple[str, str], ...] = ()
+    is_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Row:
     precision: str
     rounds: int
     median_s: float
-    ratio_to_ours: float  # median over rounds of its time by ours in that round
+    ratio_to_ours: float  # median over rounds of its time by that of ours in that round, at its precision if it has one
     gflops: float
     gbytes_s: float
     fraction_of_ceiling: float | None  # shortest possible time by the ceilings of this run, by its time
@@ -102,6 +104,7 @@ class Row:
     wrong_codes: float | None
     error: float | None = None  # relative, against float64 on the same inputs
     saved_mb: float | None = None  # kept for backward, besides weights
+    ratio_to_bound: float | None = None  # as `ratio_to_ours`, by the case's bound: about the most that can be
 
 
 @dataclass(frozen=True)
@@ -201,13 +204,16 @@ def measure(op: str, case: Case, ceilings: dict[str, float], options: Options) -
     seconds = QUICK_SECONDS if options.quick else BRIEF_SECONDS if options.brief else SECONDS
     with tqdm(desc=f"{op}: {case.name}", unit="round", leave=False) as bar:
         times = interleave(samples, rounds, seconds, bar.update)
+    bound = next((series for key, series in times.items() if key in made and made[key][0].is_bound), None)
     rows = []
     for key, series in times.items():
         contender = made[key][0] if key in made else made["ours", "highest"][0]
-        row = _row(op, case, contender, series, times["ours", "highest"], ceilings, options)
+        ours = times.get(("ours", key[1]), times["ours", "highest"])
+        row = _row(op, case, contender, series, ours, ceilings, options)
         call = made[key][1] if key in judged and key[1] == "highest" else None
         memory = options.memory(key[0], call) if case.memory and call is not None else None
         found: dict[str, Any] = dict(judged.get(key, {}))
+        found["ratio_to_bound"] = None if bound is None else paired_ratio(series, bound)
         rows.append(replace(row, contender=key[0], precision=key[1], extra_mb=memory, **found))
     return rows
 

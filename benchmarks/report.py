@@ -9,19 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from harness import Row
+from parts import section
 
 Document = dict[str, Any]
 
 HEADER = ("contender", "time", "by ours", "GFLOP/s", "GB/s", "of ceiling", "extra MB", "wrong codes")
-OPTIONAL = {"error": ("error", "{:.1e}"), "saved_mb": ("saved MB", "{:.1f}")}  # columns where a row has something
+OPTIONAL = {  # columns where a row has something
+    "error": ("error", "{:.1e}"),
+    "saved_mb": ("saved MB", "{:.1f}"),
+    "ratio_to_bound": ("by bound", "{:.2f}x"),
+}
 PREAMBLE = """# Benchmark results
 
 Written by `python benchmarks/run.py --table` from the JSON files in `results/`. "by ours" is the median over rounds of
 a contender's time by ours in the same round: above 1, ours is faster. "medium" marks contenders measured again with
-`torch.set_float32_matmul_precision("medium")`, which lets float32 products round their operands to bfloat16: "error"
-tells who did. "of ceiling" is the shortest time that the ceilings allow by the time
-taken; sizes that fit in a cache can exceed the ceiling of memory. "extra MB" is what one call adds to resident memory.
+`torch.set_float32_matmul_precision("medium")`, and "by ours" is then by "ours, medium" where there is one. The setting
+lets float32 products round their operands to bfloat16; "error" tells who did: our kernels, while torch's products
+without AMX stay in float32 and take oneDNN's kernels in place of MKL's, twice as fast on AMD. "of ceiling" is the
+shortest time that the ceilings allow by the time taken; sizes that fit in a cache can exceed the ceiling of memory.
+"extra MB" is what one call adds to resident memory.
 "error" is relative, against float64 on the same inputs; "saved MB" is what forward keeps for backward besides weights.
+"by bound" is the time by that of a copy of the bytes that must move: about the most that "by ours" can be.
 On a GPU the ceiling of arithmetic is a float16 product by cuBLAS, of the case's size where it has one.
 """
 
@@ -48,6 +56,8 @@ def markdown(results: Path) -> str:
         document = json.loads(file.read_text())
         if "rows" in document:
             parts.append(_section(file, document))
+        elif "parts" in document:
+            parts.append(section(file, document))
     return "\n".join(parts)
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import harness
 import machine
 import op_table
+import parts
 import report
 from worker import extra_mb
 
@@ -90,11 +91,22 @@ def main(arguments: Arguments) -> int:
         print(f"{op}: its tests fail, so its speed is not reported", file=sys.stderr)
     green = {op: module for op, module in modules.items() if op not in red}
     try:
+        for op in [op for op, module in green.items() if hasattr(module, "PARTS")]:
+            measure_parts(op, green.pop(op), arguments)
         compare(green, arguments, device)
-    except (harness.WrongResult, RuntimeError) as error:
+    except (harness.WrongResult, RuntimeError, ChildProcessError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
     return 1 if red else 0
+
+
+def measure_parts(op: str, module: ModuleType, arguments: Arguments) -> None:
+    """Of a benchmark that is no op: what is measured is kept beside what was measured before."""
+    environment = machine.environment("cpu", 1)
+    file = arguments.out or RESULTS / machine.slug(str(environment["device"])) / f"{op}.json"
+    parts.run(module, None if arguments.quick else file, arguments.case, arguments.quick, environment)
+    if not arguments.quick and arguments.out is None:
+        parts.plot(file, module)
 
 
 def compare(modules: dict[str, ModuleType], arguments: Arguments, device: str) -> None:

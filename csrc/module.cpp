@@ -27,6 +27,7 @@ pybind11::dict build_info() {
     pybind11::dict info;
     info["version"] = LONGCAT_VERSION;
     info["commit"] = LONGCAT_COMMIT;
+    info["sources"] = LONGCAT_SOURCES;
     info["compiler"] = LONGCAT_COMPILER;
     info["cxx_standard"] = __cplusplus;
 #ifdef _OPENMP

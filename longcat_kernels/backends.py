@@ -6,7 +6,7 @@ An op's file lists its implementations as a dict in order of preference; `choose
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ def reference(function: Callable[..., tuple[Tensor, ...]]) -> Impl:
 
 
 def choose(op: str, impls: dict[str, Impl], backend: str, *inputs: Any) -> Impl:
-    """Gives the first implementation, in the op's own order, that takes `inputs`.
+    """Gives the first implementation, in the op's own order, that takes `inputs`; the first tensor says where they are.
 
     With "auto" the name in LONGCAT_BACKEND, where the op has one of that name, replaces the order; what would be slow
     without a word runs only when asked for by name: the reference on an accelerator, Triton's interpreter on the CPU.
@@ -51,12 +51,14 @@ def choose(op: str, impls: dict[str, Impl], backend: str, *inputs: Any) -> Impl:
         ValueError: no such backend, or none takes the inputs; lists why each was refused.
     """
     wanted = _wanted(op, impls, backend)
-    passed_over = {} if wanted != "auto" else _ON_ACCELERATOR if _on_accelerator(inputs) else _ON_CPU
+    passed_over: dict[str, str] = {}
+    if wanted == "auto":
+        passed_over = _ON_CPU if next(tensors(inputs)).is_cpu else _ON_ACCELERATOR
     refused = {}
-    for name in impls if wanted == "auto" else (wanted,):
-        reason = passed_over.get(name) or impls[name].why_not(*inputs)
+    for name, impl in impls.items() if wanted == "auto" else [(wanted, impls[wanted])]:
+        reason = passed_over.get(name) or impl.why_not(*inputs)
         if reason is None:
-            return impls[name]
+            return impl
         refused[name] = reason
     raise ValueError(f"{op}: no backend takes these tensors:" + "".join(f"\n  {n}: {r}" for n, r in refused.items()))
 
@@ -72,17 +74,7 @@ def _wanted(op: str, impls: dict[str, Impl], backend: str) -> str:
     return preferred if preferred in impls else "auto"
 
 
-def _on_accelerator(inputs: Iterable[Any]) -> bool:
-    for value in inputs:  # plain loops: some ops take a hundred tensors
-        if isinstance(value, Tensor):
-            if not value.is_cpu:
-                return True
-        elif isinstance(value, (list, tuple)) and _on_accelerator(value):
-            return True
-    return False
-
-
-def tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among `values` and among the lists and tuples in it."""
     for value in values:
         if isinstance(value, Tensor):

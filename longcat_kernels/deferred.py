@@ -6,10 +6,13 @@
     pending.run()  # W: computes and accumulates them, bit for bit what backward without deferral would have
 
 Nothing is computed twice. Between the two, `pending` holds what a weight gradient is made of (an op's input and the
-gradient of its output) and nothing else that forward saved. Deferred are the ops of this package, `F.linear`,
-`F.embedding`, `F.layer_norm`, `F.rms_norm` and a `torch.bmm` whose second factor is a weight, in any module that uses
-them; every other op's weight gradients come with B, as ever. B and W are those of zero-bubble pipeline parallelism
-(arXiv 2401.10241).
+gradient of its output) and nothing else that forward saved; neither that nor a weight may change in place before W.
+Deferred are the ops of this package, `F.linear`, `F.embedding`, `F.layer_norm`, `F.rms_norm` and a `torch.bmm` whose
+second factor is a weight, in any module that uses them; every other op's weight gradients come with B, as ever. B and W
+are those of zero-bubble pipeline parallelism (arXiv 2401.10241).
+
+An op cannot see for whose sake backward runs: `torch.autograd.grad` of inputs alone leaves weight gradients, too.
+Hooks of a weight that this package's own ops use are called in B as well, with None.
 
 A custom `torch.autograd.Function` takes part by asking `WeightGrads.current()` in its forward and, where that is not
 None, calling `add` in its backward in place of returning the gradient.
@@ -21,13 +24,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from longcat_kernels.deferred_rules import BmmRule, EmbeddingRule, LayerNormRule, LinearRule, ScaleRule
 
 TOGETHER = 1 << 20  # numbers: gradients go to autograd by so many, as each call of it costs as much as a small product
 
@@ -63,7 +67,31 @@ def defer_weight_grads() -> Iterator[WeightGrads]:
 
 class _Entry(NamedTuple):
     weights: Sequence[Tensor]
-    compute: Callable[[], Sequence[Tensor | None]]
+    compute: Callable[..., Sequence[Tensor | None]]
+    saved: Sequence[Tensor]
+    versions: Sequence[int]
+
+    @classmethod
+    def of(
+        cls, weights: Sequence[Tensor], compute: Callable[..., Sequence[Tensor | None]], saved: Sequence[Tensor]
+    ) -> _Entry:
+        return cls(weights, compute, saved, [tensor._version for tensor in (*weights, *saved)])
+
+    def grads(self) -> Sequence[Tensor | None]:
+        """One for each weight."""
+        for tensor, version in zip((*self.weights, *self.saved), self.versions, strict=True):
+            if tensor._version != version:
+                raise RuntimeError(
+                    "defer_weight_grads: weights and saved tensors must not change in place between backward and "
+                    f"`run`, got a tensor {list(tensor.shape)} at version {tensor._version} that was saved at version "
+                    f"{version}: call `run` before the optimizer's step, or clone what changes"
+                )
+        grads = self.compute(*self.saved)
+        if len(grads) != len(self.weights):
+            raise RuntimeError(
+                f"defer_weight_grads: compute must give {len(self.weights)} gradients, one a weight, got {len(grads)}"
+            )
+        return grads
 
 
 class WeightGrads:
@@ -77,9 +105,23 @@ class WeightGrads:
         """What the innermost `defer_weight_grads` around the caller collects; None outside of any."""
         return _CURRENT.get()
 
-    def add(self, weights: Sequence[Tensor], compute: Callable[[], Sequence[Tensor | None]]) -> None:
-        """Leaves the gradients of `weights`, parameters or functions of them, to `compute`, which gives one each."""
-        self._entries.append(_Entry(weights, compute))
+    def add(
+        self,
+        weights: Sequence[Tensor],
+        compute: Callable[..., Sequence[Tensor | None]],
+        saved: Sequence[Tensor] = (),
+    ) -> None:
+        """Leaves the gradients of `weights`, parameters or functions of them, to `compute(*saved)`: one, or None, each.
+
+        Raises:
+            RuntimeError: backward runs with `create_graph`.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "defer_weight_grads: backward must run without create_graph, as gradients that wait have no graph: "
+                "run this forward outside of defer_weight_grads"
+            )
+        self._entries.append(_Entry.of(weights, compute, saved))
 
     def take(self, parameters: Iterable[Tensor]) -> WeightGrads:
         """Removes and gives what concerns `parameters`: what is computed for them, and with them in the same call."""
@@ -92,38 +134,74 @@ class WeightGrads:
 
     def extend(self, others: WeightGrads) -> None:
         """Moves what `others` holds to the end of this."""
-        self._entries += others._entries
-        others._entries = []
+        moved, others._entries = others._entries, []
+        self._entries += moved
 
     def run(self) -> None:
         """Computes and accumulates all; empty afterwards.
 
-        Gradients of one parameter are added to each other before they are added to `parameter.grad`, as backward does.
+        Gradients of one parameter are added to each other before they are added to `parameter.grad`, as one backward
+        does. Where a computation raises, nothing is lost: it and what is still to do stay here, and `run` may be called
+        again.
+
+        Raises:
+            RuntimeError: a weight, or what its gradient is made of, has changed in place since backward.
         """
-        entries, self._entries = self._entries, []
-        uses = Counter(_root(weight) for entry in entries for weight in entry.weights)
-        sums: dict[Tensor, Tensor] = {}
-        whole: dict[Tensor, Tensor] = {}
-        held = 0
-        entries.reverse()
-        while entries:
-            entry = entries.pop()  # what its closure holds goes as soon as it was used
-            for weight, grad in zip(entry.weights, entry.compute(), strict=True):
-                root = _root(weight)
-                uses[root] -= 1
-                if grad is not None and weight.requires_grad:
-                    if root is not weight:
-                        (grad,) = torch.autograd.grad(weight, root, grad, retain_graph=True)
-                    sums[root] = sums[root] + grad if root in sums else grad
-                if not uses[root] and root in sums:
-                    whole[root] = sums.pop(root)
-                    held += root.numel()
-            if held > TOGETHER or not entries:
-                torch.autograd.backward(list(whole), list(whole.values()))
-                whole, held = {}, 0
+        entries, self._entries = self._entries[::-1], []
+        sums = _Sums(entries)
+        try:
+            with torch.no_grad():
+                while entries:
+                    for weight, grad in zip(entries[-1].weights, entries[-1].grads(), strict=True):
+                        sums.add(weight, grad)
+                    entries.pop()  # what it holds goes as soon as it was used
+                    if sums.held > TOGETHER or not entries:
+                        sums.accumulate()
+        finally:
+            if entries:
+                self._entries = [*sums.entries(), *reversed(entries), *self._entries]
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+class _Sums:
+    """Gradients on their way to the parameters: of all uses of a weight first, then of all weights of a parameter."""
+
+    def __init__(self, entries: Iterable[_Entry]) -> None:
+        self._uses = Counter(w for entry in entries for weight in entry.weights for w in {weight, _root(weight)})
+        self._sums: dict[Tensor, Tensor] = {}
+        self._whole: dict[Tensor, Tensor] = {}
+        self.held = 0  # numbers in gradients that are whole
+
+    def add(self, weight: Tensor, grad: Tensor | None) -> None:
+        root = _root(weight)
+        self._use(weight, grad if weight.requires_grad else None)
+        if root is weight:
+            return
+        if not self._uses[weight] and weight in self._sums:
+            (grad,) = torch.autograd.grad(weight, root, self._sums.pop(weight), retain_graph=True)
+            self._use(root, grad)
+        else:
+            self._use(root, None)
+
+    def _use(self, weight: Tensor, grad: Tensor | None) -> None:
+        self._uses[weight] -= 1
+        if grad is not None:
+            self._sums[weight] = self._sums[weight] + grad if weight in self._sums else grad
+        if not self._uses[weight] and weight in self._sums and _root(weight) is weight:
+            self._whole[weight] = self._sums.pop(weight)
+            self.held += weight.numel()
+
+    def accumulate(self) -> None:
+        """Adds what is whole to the parameters' `grad`."""
+        whole, self._whole, self.held = self._whole, {}, 0
+        torch.autograd.backward(list(whole), list(whole.values()))
+
+    def entries(self) -> list[_Entry]:
+        """What is known so far, to be added to again."""
+        known = {**self._whole, **self._sums}
+        return [_Entry.of([weight], lambda known: [known], [grad]) for weight, grad in known.items()]
 
 
 def is_weight(tensor: Tensor) -> bool:
@@ -156,16 +234,16 @@ class _Split(TorchFunctionMode):
 
 
 def _linear(pending: WeightGrads, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    learning = [w for w in (weight, bias) if w is not None and w.requires_grad]
-    if not learning or not all(map(is_weight, learning)):
+    learns = (weight.requires_grad, bias is not None and bias.requires_grad)
+    if not _can_wait(input, *(w for w, learn in zip((weight, bias), learns, strict=True) if learn)):
         return functional.linear(input, weight, bias)
     input, weight = _cast(input), _cast(weight)
     bias = None if bias is None else _cast(bias)
-    return _separate(input, pending, _LinearRule(weight, bias))
+    return _separate(input, pending, LinearRule(weight, bias, learns))
 
 
 def _embedding(pending: WeightGrads, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    options = _EmbeddingRule(weight, *args, **kwargs)
+    options = EmbeddingRule(weight, *args, **kwargs)
     if options.max_norm is not None or not is_weight(weight):
         return functional.embedding(input, weight, *args, **kwargs)
     return _separate(input, pending, options)
@@ -179,9 +257,9 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    if weight is None or bias is None or torch.is_autocast_enabled(input.device.type) or not is_weight(weight):
+    if weight is None or bias is None or _is_autocast(input) or not is_weight(weight):
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
-    return _separate(input, pending, _LayerNormRule(weight, bias, list(normalized_shape), eps))
+    return _separate(input, pending, LayerNormRule(weight, bias, list(normalized_shape), eps))
 
 
 def _rms_norm(
@@ -191,16 +269,16 @@ def _rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    if weight is None or not is_weight(weight):
+    if weight is None or weight.dtype != input.dtype or _is_autocast(input) or not _can_wait(input, weight):
         return functional.rms_norm(input, normalized_shape, weight, eps)
     normed = functional.rms_norm(input, normalized_shape, None, eps)
-    return _separate(normed, pending, _ScaleRule(weight))
+    return _separate(normed, pending, ScaleRule(weight))
 
 
 def _bmm(pending: WeightGrads, input: Tensor, mat2: Tensor, **kwargs: Any) -> Tensor:
-    if kwargs or not is_weight(mat2):
+    if kwargs or not _can_wait(input, mat2):
         return torch.bmm(input, mat2, **kwargs)
-    return _separate(_cast(input), pending, _BmmRule(_cast(mat2)))
+    return _separate(_cast(input), pending, BmmRule(_cast(mat2)))
 
 
 _SPLIT: dict[Any, Callable[..., Tensor]] = {
@@ -212,15 +290,27 @@ _SPLIT: dict[Any, Callable[..., Tensor]] = {
 }
 
 
+def _can_wait(input: Tensor, *learning: Tensor | None) -> bool:
+    is_known = all(w is not None and is_weight(w) for w in learning)
+    return bool(learning) and is_known and not input.is_complex()  # the rules do not conjugate
+
+
+def _is_autocast(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
+
+
 def _cast(tensor: Tensor) -> Tensor:
-    """As autocast, which does not reach into an autograd.Function's backward, would have it."""
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+    """As autocast, which does not reach into an autograd.Function's backward, would have it.
+
+    But for its cache: where a weight is used twice, the gradients of both uses are added in the weight's own dtype.
+    """
+    wanted = _is_autocast(tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if wanted else tensor
 
 
 def _separate(x: Tensor, pending: WeightGrads, rule: Any) -> Tensor:
-    # The first input, which never gets a gradient, asks for one, so that an op of constants and weights has a node too.
-    anchor = torch.empty(0, device=x.device, requires_grad=True)
+    # An op of constants and weights alone needs a node, too: an input asks for a gradient that it never gets.
+    anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
     out: Tensor = _Deferred.apply(anchor, x, pending, rule)  # type: ignore[no-untyped-call]
     return out
 
@@ -232,125 +322,16 @@ class _Deferred(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor, pending: WeightGrads, rule: Any) -> Tensor:
-        ctx.pending, ctx.rule = pending, rule
+    def forward(ctx: Any, anchor: Tensor | None, x: Tensor, pending: WeightGrads, rule: Any) -> Tensor:
+        ctx.pending, ctx.rule, ctx.weights = pending, rule, rule.weights
         out, kept = rule.forward(x)
-        ctx.save_for_backward(x, *kept)
+        # The weight, which the rule has, is saved so that autograd sees where it changes before the input gradient.
+        ctx.save_for_backward(x, *kept, *([rule.weight] if ctx.needs_input_grad[1] else []))
+        ctx.kept = 1 + len(kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None, None]:
-        rule, saved, (grad,) = ctx.rule, ctx.saved_tensors, grads
-        ctx.pending.add(rule.weights, lambda: rule.weight_grads(grad, *saved))
+        rule, saved, (grad,) = ctx.rule, ctx.saved_tensors[: ctx.kept], grads
+        ctx.pending.add(ctx.weights, rule.weight_grads, (grad, *saved))
         return None, rule.input_grad(grad, *saved) if ctx.needs_input_grad[1] else None, None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-@dataclass(frozen=True)
-class _LinearRule:
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [w for w in (self.weight, self.bias) if w is not None and w.requires_grad]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[()]]:
-        return functional.linear(x, self.weight, self.bias), ()
-
-    def input_grad(self, grad: Tensor, x: Tensor) -> Tensor:
-        return (_rows(grad) @ self.weight).view(x.shape)
-
-    def weight_grads(self, grad: Tensor, x: Tensor) -> list[Tensor]:
-        grad_weight = [_rows(grad).T @ _rows(x)] if self.weight.requires_grad else []
-        return grad_weight + ([_rows(grad).sum(0)] if self.bias is not None and self.bias.requires_grad else [])
-
-
-@dataclass(frozen=True)
-class _BmmRule:
-    weight: Tensor
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [self.weight]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[()]]:
-        return torch.bmm(x, self.weight), ()
-
-    def input_grad(self, grad: Tensor, x: Tensor) -> Tensor:
-        return torch.bmm(grad, self.weight.mT)
-
-    def weight_grads(self, grad: Tensor, x: Tensor) -> list[Tensor]:
-        return [torch.bmm(x.mT, grad)]
-
-
-@dataclass(frozen=True)
-class _EmbeddingRule:
-    """Fields after `weight` are `F.embedding`'s."""
-
-    weight: Tensor
-    padding_idx: int | None = None
-    max_norm: float | None = None
-    norm_type: float = 2.0
-    scale_grad_by_freq: bool = False
-    sparse: bool = False
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [self.weight]
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, tuple[()]]:
-        return functional.embedding(ids, self.weight, self.padding_idx), ()
-
-    def weight_grads(self, grad: Tensor, ids: Tensor) -> list[Tensor]:
-        rows = len(self.weight)
-        padding = -1 if self.padding_idx is None else self.padding_idx % rows
-        backward = torch.ops.aten.embedding_backward
-        return [backward(grad, ids, rows, padding, self.scale_grad_by_freq, self.sparse)]
-
-
-@dataclass(frozen=True)
-class _ScaleRule:
-    """x * weight, the weight broadcast over the leading axes."""
-
-    weight: Tensor
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [self.weight]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[()]]:
-        return x * self.weight, ()
-
-    def input_grad(self, grad: Tensor, x: Tensor) -> Tensor:
-        return grad * self.weight
-
-    def weight_grads(self, grad: Tensor, x: Tensor) -> list[Tensor]:
-        return [(grad * x).sum_to_size(self.weight.shape)]
-
-
-@dataclass(frozen=True)
-class _LayerNormRule:
-    weight: Tensor
-    bias: Tensor
-    shape: list[int]
-    eps: float
-
-    @property
-    def weights(self) -> list[Tensor]:
-        return [self.weight, self.bias]  # where one does not learn, `run` drops its gradient
-
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        out, mean, inverse = torch.native_layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-        return out, (mean, inverse)
-
-    def input_grad(self, grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-        backward, wanted = torch.ops.aten.native_layer_norm_backward, [True, False, False]
-        return backward(grad, x, self.shape, mean, inverse, self.weight, self.bias, wanted)[0]
-
-    def weight_grads(self, grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
-        backward, wanted = torch.ops.aten.native_layer_norm_backward, [False, True, True]
-        return backward(grad, x, self.shape, mean, inverse, self.weight, self.bias, wanted)[1:]

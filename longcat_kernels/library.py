@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("longcat", "DEF")
 
@@ -14,6 +15,11 @@ def check(condition: bool, message: Callable[[], str], error: type[Exception] = 
     """Raises `error(message())` unless `condition`: a plain branch, also on the symbolic shapes of a trace."""
     if not condition:
         raise error(message())
+
+
+def wants_grad(*inputs: Tensor | None) -> bool:
+    """Whether autograd has a part in a call of these inputs: without one, an op that lacks it is quicker to call."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
 
 
 def once(op: str) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +84,33 @@ def test_a_ratio_is_of_the_same_round() -> None:
     assert script("harness").paired_ratio([2 * t for t in ours], ours) == 2.0
     peer = [2.0, 2.0, 6.0, 6.0, 3.0]
     assert statistics.median(peer) / statistics.median(ours) != script("harness").paired_ratio(peer, ours) == 2.0
+
+
+def test_a_ratio_is_to_ours_at_the_same_precision_where_there_is_one() -> None:
+    harness = script("harness")
+    contenders = [
+        harness.Contender("ours", lambda: busy(0.004)),
+        harness.Contender("ours", lambda: busy(0.002), precisions=("medium",)),
+        harness.Contender("peer", lambda: busy(0.008), precisions=("highest", "medium")),
+    ]
+    rows = harness.measure("op", fake_case(contenders), CEILINGS, quick())
+    ratios = {(row.contender, row.precision): row.ratio_to_ours for row in rows}
+    assert ratios["ours", "highest"] == ratios["ours", "medium"] == 1.0
+    assert ratios["peer", "highest"] == pytest.approx(2, rel=0.3)
+    assert ratios["peer", "medium"] == pytest.approx(4, rel=0.3)
+
+
+def test_ratios_to_a_bound_say_what_can_be() -> None:
+    harness = script("harness")
+    contenders = [
+        harness.Contender("ours", lambda: busy(0.004)),
+        harness.Contender("copy", lambda: busy(0.002), is_bound=True),
+        harness.Contender("peer", lambda: busy(0.008)),
+    ]
+    rows = harness.measure("op", fake_case(contenders), CEILINGS, quick())
+    found = {row.contender: row.ratio_to_bound for row in rows}
+    assert found["copy"] == 1.0
+    assert found["ours"] == pytest.approx(2, rel=0.3) and found["peer"] == pytest.approx(4, rel=0.3)
 
 
 def test_known_times_come_out() -> None:
@@ -326,6 +353,31 @@ def test_the_plot_stands_beside_its_file(tmp_path: Path) -> None:
     (tmp_path / "op.json").write_text(json.dumps(document()))
     script("report").plot(tmp_path / "op.json")
     assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_are_kept_beside_what_was_measured_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts, report, folder = script("parts"), script("report"), tmp_path / "results" / "cpu-x"
+    tables = {"first": [{"who": "ours", "s": 0.5}], "second": [{"who": "peer", "s": 0.25, "MB": None}]}
+    module = SimpleNamespace(PARTS={name: lambda name=name: tables[name] for name in tables}, QUICK="second")
+    module.PLOTTED = {"first": ("who", ("s",))}
+    for date, case in (("today", "first"), ("later", "sec")):
+        environment = {"device": "CPU X", "commit": "abc", "date": date, "load": 0.1}
+        parts.run(module, folder / "op.json", case, False, environment)
+    parts.run(module, None, "", True, {})
+    assert capsys.readouterr().out.count("peer | 0.25 | -") == 2
+    parts.plot(folder / "op.json", module)
+    assert (folder / "op.png").read_bytes().startswith(b"\x89PNG")
+    table = report.markdown(tmp_path / "results")
+    assert "**first** (commit `abc`, today, load before 0.1)" in table and "**second** (commit `abc`, later, " in table
+    assert "| who | s |\n| --- | ---: |\n| ours | 0.5 |" in table and "| peer | 0.25 | - |" in table
+
+
+def test_the_pipelines_runtime_keeps_what_its_plan_says() -> None:
+    """In bytes, within 5 %; no more with more microbatches; and of logits nothing between two actions."""
+    found = script("pipeline_memory").memory()
+    assert 0.95 < found.by_plan < 1.05
+    assert found.growth == 1.0
+    assert found.logits == 0
 
 
 def test_a_file_of_several_ops_without_arithmetic_has_a_plot_too(tmp_path: Path) -> None:

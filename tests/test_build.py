@@ -29,6 +29,18 @@ def test_says_what_it_was_built_from() -> None:
     assert MODULE["isas_compiled"][0] == "portable" and set(MODULE["isas_available"]) <= set(MODULE["isas_compiled"])
 
 
+def test_is_built_from_the_sources_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert MODULE["sources"] == native.source_hash()
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "other.cpp").write_text("int answer() { return 42; }")
+    monkeypatch.setattr(native, "SOURCES", sources)
+    with pytest.raises(RuntimeError, match=r"must be built from the sources in csrc, got one of others .*build_ext"):
+        native._load.__wrapped__()
+    monkeypatch.setattr(native, "SOURCES", tmp_path / "none")  # as in an installed package
+    assert native._load.__wrapped__()[1] is None
+
+
 def test_refuses_an_instruction_set_that_is_not_there() -> None:
     outputs = (torch.empty(1, 1), torch.empty(1, 1), torch.empty(1), torch.empty(1, 1).long())
     with pytest.raises(ValueError, match="isa must be one that this processor has, got 'sse9'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -276,11 +277,215 @@ def test_only_inputs_and_output_gradients_are_held_in_between() -> None:
 
 
 def tensors_of(pending: WeightGrads) -> list[Tensor]:
-    """Activations in the closures, each storage once."""
-    found: dict[int, Tensor] = {}
-    for entry in pending._entries:
-        cells = [cell.cell_contents for cell in entry.compute.__closure__ or ()]
-        for value in (item for cell in cells for item in (cell if isinstance(cell, (tuple, list)) else (cell,))):
-            if isinstance(value, Tensor):
-                found[value.untyped_storage().data_ptr()] = value
-    return list(found.values())
+    """What is held besides weights, each storage once."""
+    saved = (tensor for entry in pending._entries for tensor in entry.saved)
+    return list({tensor.untyped_storage().data_ptr(): tensor for tensor in saved}.values())
+
+
+def forward(module: nn.Module, x: Tensor) -> tuple[Tensor, WeightGrads]:
+    with defer_weight_grads() as pending:
+        return module(x), pending
+
+
+def change(tensor: Tensor) -> None:
+    """In place, if only by name."""
+    tensor.detach()[:0].zero_()
+
+
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "layer_norm", "bmm", "fused_moe", "grouped_mm"])
+def test_a_weight_changed_before_its_input_gradient_is_noticed(name: str) -> None:
+    """As autograd does, and with its words."""
+    module = MODULES[name]()
+    for place, weight in module.named_parameters():
+        if place == "bias":  # no gradient is made of it
+            continue
+        out, _ = forward(module, torch.randn(TOKENS, WIDTH, requires_grad=True))
+        change(weight)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("half", "moe", "fused_moe_cast", "depth")])
+def test_what_changes_between_the_halves_is_noticed(name: str) -> None:
+    module = MODULES[name]()
+
+    def halfway() -> WeightGrads:
+        out, pending = forward(module, torch.randn(TOKENS, WIDTH, requires_grad=True))
+        out.sum().backward()
+        return pending
+
+    saved = sum(len(entry.saved) for entry in halfway()._entries)
+    assert saved >= 2
+    for place in range(saved + len(list(module.parameters()))):
+        pending = halfway()
+        held = [tensor for entry in pending._entries for tensor in entry.saved]
+        change([*held, *module.parameters()][place])
+        with pytest.raises(RuntimeError, match="must not change in place between backward and `run`"):
+            pending.run()
+
+
+def test_weights_that_no_gradient_is_made_of_may_change() -> None:
+    layer = nn.Linear(WIDTH, 3)
+    out, pending = forward(layer, torch.ones(2, WIDTH))  # asks for no gradient
+    change(layer.weight)
+    out.sum().backward()
+    pending.run()
+    assert layer.weight.grad is not None and bool((layer.weight.grad == 2).all())
+
+
+class Once(torch.autograd.Function):
+    """x * weight; the weight's gradient fails while `trouble` has something."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, trouble: list[str]) -> Tensor:
+        ctx.pending, ctx.trouble = WeightGrads.current(), trouble
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x, weight), trouble = ctx.saved_tensors, ctx.trouble
+
+        def compute(grad: Tensor, x: Tensor) -> list[Tensor]:
+            if trouble:
+                raise OSError(trouble.pop())
+            return [(grad * x).sum(0)]
+
+        ctx.pending.add([weight], compute, (grads[0], x))
+        return grads[0] * weight, None, None
+
+
+def test_a_failure_loses_nothing() -> None:
+    """A use of a weight before the failure, one after it, and others on both sides: the bits of a run without it."""
+
+    def run(trouble: list[str]) -> list[Tensor]:
+        torch.manual_seed(0)
+        shared, first, last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        scale = parameter(WIDTH)
+        with defer_weight_grads() as pending:
+            x = shared(first(torch.randn(TOKENS, WIDTH)))
+            out = last(shared(Once.apply(x, scale, trouble)))  # type: ignore[no-untyped-call]
+        out.sin().sum().backward()
+        while trouble:
+            with pytest.raises(OSError, match="disk full"):
+                pending.run()
+            assert len(pending)
+        pending.run()
+        assert not len(pending)
+        return [dense(p.grad) for p in (*shared.parameters(), *first.parameters(), *last.parameters(), scale)]
+
+    assert all(map(torch.equal, run([]), run(["disk full", "disk full"])))
+
+
+def test_a_custom_function_gives_one_gradient_a_weight() -> None:
+    with defer_weight_grads() as pending:
+        out = nn.Linear(WIDTH, 1)(torch.ones(1, WIDTH))
+    out.backward()
+    pending._entries = [pending._entries[0]._replace(compute=lambda *saved: [])]
+    with pytest.raises(RuntimeError, match="must give 2 gradients, one a weight, got 0"):
+        pending.run()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("name", ["linear", "rms_norm", "fused_moe", "grouped_mm", "words", "rvq_decode"])
+def test_a_backward_with_a_graph_is_refused(name: str) -> None:
+    out, _ = forward(MODULES[name](), torch.randn(TOKENS, WIDTH, requires_grad=True))
+    with pytest.raises(RuntimeError, match="must run without create_graph"):
+        out.sum().backward(create_graph=True)
+
+
+def gradients_of(make: Callable[[], nn.Module], x: Tensor, defers: bool, autocast: bool = False) -> list[Tensor]:
+    """Output, gradient of x, and all weights' gradients."""
+    torch.manual_seed(0)
+    module, leaf = make(), x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out, pending = forward(module, leaf) if defers else (module(leaf), WeightGrads())
+    out.backward(torch.ones_like(out).cumsum(0))
+    pending.run()
+    return [out.detach(), dense(leaf.grad), *(dense(p.grad) for p in module.parameters())]
+
+
+class Shared(nn.Module):
+    """One cast of a weight for two uses: they add up in the cast's dtype, as ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = parameter(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.bfloat16()
+        return functional.linear(functional.linear(x.bfloat16(), weight), weight)
+
+
+class Joined(nn.Module):
+    """A weight that is made of two parameters is no weight: its gradient comes with B."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper, self.lower = parameter(3, WIDTH), parameter(4, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, torch.cat([self.upper, self.lower]))
+
+
+ODD: dict[str, tuple[Callable[[], nn.Module], Tensor, bool]] = {
+    "double_under_autocast": (lambda: nn.Linear(WIDTH, 7).double(), torch.randn(3, WIDTH).double(), True),
+    "norm_under_autocast": (lambda: nn.RMSNorm(WIDTH), torch.randn(3, WIDTH), True),
+    "narrow_input_of_a_wide_norm": (lambda: nn.RMSNorm(WIDTH), torch.randn(3, WIDTH).bfloat16(), False),
+    "wide_input_of_a_narrow_norm": (lambda: nn.RMSNorm(WIDTH).bfloat16(), torch.randn(3, WIDTH), False),
+    "complex": (lambda: nn.Linear(WIDTH, 7, dtype=torch.complex64), torch.randn(3, WIDTH) + 0j, False),
+    "one_cast_for_two_uses": (Shared, torch.randn(3, WIDTH), False),
+    "made_of_two": (Joined, torch.randn(3, WIDTH), False),
+    "no_rows": (lambda: nn.Linear(WIDTH, 7), torch.randn(0, WIDTH), False),
+    "a_vector": (lambda: nn.Linear(WIDTH, 7), torch.randn(WIDTH), False),
+    "columns": (lambda: nn.Linear(WIDTH, 7), torch.randn(WIDTH, 3).T, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_inputs_are_those_of_one_backward(name: str) -> None:
+    make, x, autocast = ODD[name]
+    for found, want in zip(*(gradients_of(make, x, defers, autocast) for defers in (True, False)), strict=True):
+        assert found.dtype == want.dtype and torch.equal(found, want)
+
+
+def test_a_kept_graph_gives_every_gradient_again() -> None:
+    layer = nn.Linear(WIDTH, 3)
+    out, pending = forward(layer, torch.ones(2, WIDTH))
+    out.sum().backward(retain_graph=True)
+    out.sum().backward()
+    assert len(pending) == 2
+    pending.run()
+    assert bool((dense(layer.weight.grad) == 4).all())
+
+
+def test_hooks_of_weights_see_the_second_half() -> None:
+    layer, seen = nn.Linear(WIDTH, 3), []
+    layer.weight.register_hook(lambda grad: grad * 10)
+    layer.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(len(seen)))
+    out, pending = forward(layer, torch.ones(2, WIDTH))
+    out.sum().backward()
+    assert not seen
+    pending.run()
+    assert seen == [0] and bool((dense(layer.weight.grad) == 20).all())
+
+
+def test_regions_without_gradients_and_other_threads_leave_nothing() -> None:
+    layer, x, outs = nn.Linear(WIDTH, 3), torch.ones(2, WIDTH), []
+    with defer_weight_grads() as pending:
+        with torch.no_grad():
+            assert not layer(x).requires_grad
+        thread = threading.Thread(target=lambda: outs.append(layer(x)))
+        thread.start()
+        thread.join()
+    outs[0].sum().backward()
+    assert not len(pending) and layer.weight.grad is not None
+
+
+def test_pending_gradients_move_once() -> None:
+    layer = nn.Linear(WIDTH, 3)
+    out, pending = forward(layer, torch.ones(2, WIDTH))
+    out.sum().backward()
+    pending.extend(pending)
+    assert len(pending) == 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,8 @@ class Case:
             ids = ids % ZERO + EXPERTS
         elif self.ids == "none":
             ids = torch.full_like(ids, -1)
+        elif self.ids == "none of the NaN token":
+            ids[0] = -1
         elif self.ids == "of the last rank":
             ids = ids.clamp_min(0) % (EXPERTS // len(self.tokens)) + EXPERTS - EXPERTS // len(self.tokens)
         floats = {
@@ -52,6 +56,8 @@ class Case:
             "down": torch.randn(EXPERTS, DIM, WIDTH, generator=g) / WIDTH**0.5,
         }
         weights = torch.rand(count, SLOTS, generator=g).to(torch.promote_types(self.dtype, torch.float32))
+        if self.ids == "none of the NaN token":
+            floats["x"][0] = torch.nan
         floats = {name: value.to(self.dtype).requires_grad_() for name, value in floats.items()}
         return {**floats, "ids": ids, "weights": weights.requires_grad_()}
 
@@ -76,6 +82,7 @@ CASES = {
     "no tokens anywhere": Case((0, 0, 0, 0)),
     "identity experts only": Case((5, 3), "identity"),
     "no expert at all": Case((5, 3), "none"),
+    "NaN that no expert has": Case((5, 3), "none of the NaN token"),
     "all on one rank": Case((7, 2, 0, 6), "of the last rank"),
     "float64": Case((9, 1, 14, 3), dtype=torch.float64),
     "bfloat16": Case((9, 1, 14, 3), dtype=torch.bfloat16),
@@ -118,11 +125,31 @@ def worker(rank: int, folder: str) -> None:
             group = world if len(case.tokens) == 4 else pair
             results[name] = [run(case, group, rank, called) for _ in range(2)]
     results["module"] = module_step(world, module_input()[rank])
-    with pytest.raises(ValueError) as caught:
-        ExpertParallel(world, 6)
-    results["refusal"] = str(caught.value)
+    results["refusals"] = refusals(world)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def refusals(world: Any) -> list[str]:
+    """What the first rank says, alone: a call that sent anything would wait for the others."""
+    if dist.get_rank() > 0:
+        return []
+    good = CASES["four ranks, uneven"].share(CASES["four ranks, uneven"].all(), 0)
+    changes: list[dict[str, Any]] = [
+        {"gate_up": good["gate_up"].repeat(2, 1, 1), "down": good["down"].repeat(2, 1, 1)},
+        {"ids": good["ids"].int()},
+        {"weights": good["weights"][:, 1:]},
+        {"x": good["x"][:, 1:]},
+        {"down": good["down"].double()},
+    ]
+    calls: list[Callable[[], Any]] = [lambda: ExpertParallel(world, 6)]
+    calls += [partial(ExpertParallel(world, EXPERTS).fused_moe, **{**good, **change}) for change in changes]
+    found = []
+    for call in calls:
+        with pytest.raises(ValueError) as caught:
+            call()
+        found.append(str(caught.value))
+    return found
 
 
 def counting(function: Any, called: Counter[str], name: str) -> Any:
@@ -183,5 +210,12 @@ def test_module_equals_the_module_of_one_process(ranks: list[dict[str, Any]]) ->
     assert_close(sum(share[router] for share in shares), single[router])
 
 
-def test_refuses_experts_that_the_ranks_cannot_share(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["refusal"] == "ExpertParallel: experts must be a multiple of the 4 ranks, got 6"
+def test_refuses_wrong_arguments_before_anything_is_sent(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["refusals"] == [
+        "ExpertParallel: experts must be a multiple of the 4 ranks, got 6",
+        "ExpertParallel: gate_up must have the 2 experts of this rank, got 4",
+        "fused_moe: ids must be int64 [9, k] with k >= 1, got torch.int32 [9, 4]",
+        "fused_moe: weights must be floating point [9, 4], got torch.float32 [9, 3]",
+        "fused_moe: gate_up must be [E, 2 F, 15] with E >= 1, got [2, 24, 16]",
+        "fused_moe: down must have the dtype of x, torch.float32, got torch.float64",
+    ]

@@ -17,6 +17,8 @@ from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlas
 
 from longcat_kernels import PreparedExperts, fused_moe, native
 from longcat_kernels.modules import MoE
+from longcat_kernels.ops.fused_moe import IMPLS
+from longcat_kernels.reference import fused_moe as spec
 
 
 def relative(actual: torch.Tensor, truth: torch.Tensor) -> float:
@@ -193,6 +195,19 @@ def test_nan_in_a_row_stays_in_its_row() -> None:
     others = torch.arange(9) != 4
     assert out[4].isnan().all()
     torch.testing.assert_close(out[others], clean[others])
+
+
+@pytest.mark.parametrize("backend", IMPLS)
+def test_nan_of_a_token_that_no_expert_has_goes_nowhere(backend: str) -> None:
+    a = arguments(9, 8, 4, 4, 2, dtype=torch.float32)
+    a["ids"][4] = -1
+    with torch.no_grad():
+        a["x"][4] = torch.nan
+    out = fused_moe(**a, backend=backend)
+    grads = torch.autograd.grad(out, leaves(a), torch.ones_like(out))
+    assert (out[4] == 0).all() and all(tensor.isfinite().all() for tensor in (out, *grads))
+    operands = (a["x"], a["gate_up"], a["down"], a["ids"], a["weights"])
+    torch.testing.assert_close(out, spec.fused_moe(*operands, None, None, None, [], 0, True)[0])
 
 
 def test_nobody_reads_the_weight_of_an_ignored_slot() -> None:

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "native": set(),
     "layouts": set(),
     "jit": set(),
-    "deferred": set(),
+    "deferred": {"deferred_rules"},
+    "deferred_rules": set(),
     "workspace": set(),
     "cuda": {"jit", "layouts", "native"},
     "prepared": {"cuda", "native", "layouts", "reference", "triton"},
@@ -45,7 +46,7 @@ MAY_IMPORT = {
         "triton",
         "workspace",
     },
-    "modules": {"ops", "prepared", "reference"},  # the last for types of arguments
+    "modules": {"ops", "prepared", "reference"},  # the last for types of arguments and what no op computes alone
     "integrations": {"modules", "ops", "prepared", "reference"},
 }
 

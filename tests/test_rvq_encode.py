@@ -221,6 +221,15 @@ def test_auto_takes_the_reference_for_codebooks_the_kernel_cannot_read() -> None
     )
 
 
+def test_inference_is_an_op_of_its_own_with_the_same_bits() -> None:
+    x, books = torch.randn(12, 6), [torch.randn(9, 6), torch.randn(5, 6)]
+    got, want = rvq_encode(x, books), rvq_encode(x.clone().requires_grad_(), books)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert want.quantized.requires_grad and not got.quantized.requires_grad
+    operands = (x, books, [], None, None, torch.float32, "auto")
+    torch.library.opcheck(torch.ops.longcat.rvq_encode_inference.default, operands)
+
+
 def test_residual_dtype_rounds_between_levels() -> None:
     x, books = torch.randn(30, 16).bfloat16(), [torch.randn(8, 16), torch.randn(8, 16) / 2]
     got = rvq_encode(x, books, residual_dtype=torch.bfloat16)
@@ -251,7 +260,8 @@ def test_the_environment_name_overrides_auto(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("LONGCAT_BACKEND", "cuda")
     with pytest.raises(ValueError, match="cuda: takes tensors on a CUDA device, got cpu"):
         rvq_encode(**arguments)
-    monkeypatch.delitem(IMPLS, "cuda")  # an op without one: its own order stands
+    others = {name: impl for name, impl in IMPLS.items() if name != "cuda"}
+    monkeypatch.setattr("longcat_kernels.ops.rvq_encode.IMPLS", others)  # an op without one: its own order stands
     rvq_encode(**arguments)
     monkeypatch.setenv("LONGCAT_BACKEND", "gpu")
     with pytest.raises(
@@ -278,6 +288,20 @@ def packed_for(isa: str, words: Tensor) -> Tensor:
     packed = torch.empty(native.module().packed_bytes(*words.shape, isa=isa), dtype=torch.uint8)
     native.module().pack_codebook(words, packed, threads=1, isa=isa)
     return packed
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_levels_packed_for_different_instruction_sets_give_the_same_bits(threads: int) -> None:
+    """Whose tiles differ, and with them the rows that a thread has."""
+    g = torch.Generator().manual_seed(0)
+    x, books = torch.randn(100, 20, generator=g), [torch.randn(40, 20, generator=g) / 2**level for level in range(6)]
+    mask = torch.rand(100, generator=g) < 0.9
+    packed = [packed_for(ISAS[level // 2 % len(ISAS)], book) for level, book in enumerate(books)]
+    got = (torch.empty_like(x), torch.empty(100, 20), torch.empty(6), torch.empty(100, 6).long())
+    native.module().rvq_encode(x, books, packed, None, mask, torch.float32, *got, threads=threads)
+    want = rvq_encode(x, books, mask=mask)
+    for actual, expected in zip(got, (want.quantized, want.residual, want.losses, want.codes), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @settings(max_examples=40, deadline=None)

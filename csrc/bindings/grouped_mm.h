@@ -22,17 +22,18 @@ inline GroupedMM::Matrix last_two_axes(const TensorView& t) {
 // Where each group ends; std::invalid_argument where an end decreases or leaves [0, extent].
 inline std::vector<int64_t> ends_of(const TensorView& offs, int64_t extent) {
     const auto* data = offs.whole<int64_t>("grouped_mm: offs", DType::int64, {offs.shape.at(0)});
-    std::vector<int64_t> ends(data, data + offs.shape[0]);
+    const std::vector<int64_t> ends(data, data + offs.shape[0]);
+    const auto text = [&] {
+        std::string all;
+        for (int64_t end : ends) all += (all.empty() ? "" : ", ") + std::to_string(end);
+        return "[" + all + "]";
+    };
     int64_t last = 0;
-    bool good = true;
-    std::string all;
     for (int64_t end : ends) {
-        good = good && end >= last && end <= extent;
+        LC_CHECK(end >= last && end <= extent,
+                 "grouped_mm: offs must not decrease and lie in [0, " + std::to_string(extent) + "], got " + text());
         last = end;
-        all += (all.empty() ? "" : ", ") + std::to_string(end);
     }
-    LC_CHECK(good,
-             "grouped_mm: offs must not decrease and lie in [0, " + std::to_string(extent) + "], got [" + all + "]");
     return ends;
 }
 

@@ -22,6 +22,16 @@ inline NgramEmbedding::Matrix embedding_rows(const char* name, const TensorView&
     return {data, rows.shape[0], rows.shape[1], rows.strides[0]};
 }
 
+// What both directions share: rule, dtype, threads.
+template <class Pass>
+void set_ngram(Pass& p, const char* name, DType dtype, const std::array<int64_t, 6>& rule, int threads,
+               const std::string& isa) {
+    p.rule = {rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]};
+    LC_CHECK(dtype == DType::float32 || dtype == DType::bfloat16, std::string(name) + " must be float32 or bfloat16");
+    LC_CHECK(threads >= 1, "ngram_embedding: threads must be at least 1");
+    p.dtype = dtype, p.threads = at_most_threads(threads), p.isa = isa_named(isa);
+}
+
 inline void bind_ngram_embedding(pybind11::module_& m) {
     namespace py = pybind11;
     m.def(
@@ -31,7 +41,7 @@ inline void bind_ngram_embedding(pybind11::module_& m) {
            const std::optional<TensorView>& history, const std::array<int64_t, 6>& rule, const TensorView& out,
            const TensorView& hashes, int threads, const std::string& isa) {
             NgramEmbedding p{};
-            p.rule = {rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]};
+            set_ngram(p, "ngram_embedding: word", word.dtype, rule, threads, isa);
             const auto count = (p.rule.neighbors - 1) * p.rule.splits;
             LC_CHECK(p.rule.neighbors >= 2 && p.rule.splits >= 1 && p.rule.base >= 1 &&
                          int64_t(tables.size()) == count && int64_t(projections.size()) == count,
@@ -41,9 +51,6 @@ inline void bind_ngram_embedding(pybind11::module_& m) {
             p.ids = ids_view("ngram_embedding: ids", ids, p.batch, p.length);
             p.documents = ids_view("ngram_embedding: documents", documents, p.batch, p.length);
             p.history = ids_view("ngram_embedding: history", history, p.batch, p.rule.neighbors - 1);
-            p.dtype = word.dtype;
-            LC_CHECK(p.dtype == DType::float32 || p.dtype == DType::bfloat16,
-                     "ngram_embedding: word must be float32 or bfloat16");
             p.word = embedding_rows("ngram_embedding: word", word, p.dtype);
             p.dim = p.word.width;
             for (size_t i = 0; i < tables.size(); ++i) {
@@ -54,9 +61,6 @@ inline void bind_ngram_embedding(pybind11::module_& m) {
                              table.projection.width == table.rows.width,
                          "ngram_embedding: projections must follow word and their tables");
             }
-            LC_CHECK(threads >= 1, "ngram_embedding: threads must be at least 1");
-            p.threads = at_most_threads(threads);
-            p.isa = isa_named(isa);
             p.out = out.whole("ngram_embedding: out", p.dtype, {p.batch, p.length, p.dim});
             p.hashes = hashes.whole<int64_t>("ngram_embedding: hashes", DType::int64, {p.batch, p.length, count});
             py::gil_scoped_release unlocked;

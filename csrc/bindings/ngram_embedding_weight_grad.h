@@ -34,10 +34,7 @@ inline void bind_ngram_embedding_weight_grad(pybind11::module_& m) {
            const std::array<int64_t, 6>& rule, const TensorView& grad_word, const std::vector<TensorView>& grad_tables,
            const std::vector<TensorView>& grad_projections, int threads, const std::string& isa) {
             NgramEmbeddingWeightGrad p{};
-            p.rule = {rule[0], rule[1], rule[2], rule[3], rule[4], rule[5]};
-            p.dtype = grad.dtype;
-            LC_CHECK(p.dtype == DType::float32 || p.dtype == DType::bfloat16,
-                     "ngram_embedding_weight_grad: grad must be float32 or bfloat16");
+            set_ngram(p, "ngram_embedding_weight_grad: grad", grad.dtype, rule, threads, isa);
             p.grad = embedding_rows("ngram_embedding_weight_grad: grad", grad, p.dtype);
             ids.matrix("ngram_embedding_weight_grad: ids", DType::int64);
             p.ids = ids_view("ngram_embedding_weight_grad: ids", ids, ids.shape[0], ids.shape[1]);
@@ -56,9 +53,6 @@ inline void bind_ngram_embedding_weight_grad(pybind11::module_& m) {
             grad_word.matrix("ngram_embedding_weight_grad: grad_word", p.dtype);
             p.words = grad_word.shape[0];
             p.grad_word = grad_word.whole("ngram_embedding_weight_grad: grad_word", p.dtype, {p.words, p.grad.width});
-            LC_CHECK(threads >= 1, "ngram_embedding_weight_grad: threads must be at least 1");
-            p.threads = at_most_threads(threads);
-            p.isa = isa_named(isa);
             py::gil_scoped_release unlocked;
             ngram_embedding_weight_grad(p);
         },

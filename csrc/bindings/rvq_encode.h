@@ -26,9 +26,8 @@ inline PackedCodebook packed_bytes_of(const TensorView& packed, int64_t entries,
 
 // The packed form of a codebook, by the instruction set that it was packed for.
 inline PackedCodebook packed_codebook(const TensorView& packed, int64_t entries, int64_t dim) {
-    for (const std::string& name : available_isas()) {
-        const Isa isa = isa_named(name);
-        if (packed.shape != std::vector<int64_t>{packed_bytes(entries, dim, isa)}) continue;
+    for (Isa isa : isas_here()) {
+        if (packed.shape.size() != 1 || packed.shape[0] != packed_bytes(entries, dim, isa)) continue;
         const PackedCodebook view = packed_bytes_of(packed, entries, dim, isa);
         if (is_packed(view)) return view;
     }

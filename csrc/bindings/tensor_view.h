@@ -99,9 +99,17 @@ inline pybind11::object attribute(pybind11::handle source, PyObject* name) {
     return pybind11::reinterpret_steal<pybind11::object>(value);
 }
 
+// What a method without arguments gives.
+inline pybind11::object called(pybind11::handle source, PyObject* name) {
+    PyObject* value = PyObject_CallMethodNoArgs(source.ptr(), name);
+    if (value == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(value);
+}
+
 // The numbers of a tuple.
 inline std::vector<int64_t> numbers(const pybind11::object& tuple) {
-    std::vector<int64_t> values(tuple.cast<pybind11::tuple>().size());
+    if (!PyTuple_Check(tuple.ptr())) throw pybind11::type_error("a shape and strides must be tuples");
+    std::vector<int64_t> values(size_t(PyTuple_GET_SIZE(tuple.ptr())));
     for (size_t i = 0; i < values.size(); ++i) {
         values[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), Py_ssize_t(i)));
         if (values[i] == -1 && PyErr_Occurred() != nullptr) throw pybind11::error_already_set();
@@ -134,9 +142,10 @@ struct type_caster<longcat::TensorView> {
         static PyObject* const dtype = PyUnicode_InternFromString("dtype");
         static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
         if (PyObject_HasAttr(source.ptr(), data_ptr) == 0) return false;
-        value.data = reinterpret_cast<void*>(longcat::attribute(source, data_ptr)().cast<uintptr_t>());
+        value.data = PyLong_AsVoidPtr(longcat::called(source, data_ptr).ptr());
+        if (value.data == nullptr && PyErr_Occurred() != nullptr) throw error_already_set();
         value.shape = longcat::numbers(longcat::attribute(source, shape));
-        value.strides = longcat::numbers(longcat::attribute(source, stride)());
+        value.strides = longcat::numbers(longcat::called(source, stride));
         value.dtype = longcat::dtype_of(longcat::attribute(source, dtype));
         const bool on_cpu = longcat::attribute(source, is_cpu).ptr() == Py_True;
         value.device = on_cpu ? "cpu" : str(source.attr("device").attr("type")).cast<std::string>();

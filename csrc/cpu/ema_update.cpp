@@ -33,33 +33,35 @@ std::vector<int64_t> restart_rows(const EmaUpdate& p, size_t count) {
 
 // What is decided before any codeword moves.
 struct Plan {
-    double total, smoothed;  // moving counts, and the same with eps for each entry
     double restart_count;
-    int64_t restarted;
+    int64_t restarted = 0;
+    std::vector<double> inverse_size;  // of each entry: makes its moving sum a codeword; 0: the codeword stays
     std::vector<int64_t> restart_row;  // of each entry; -1: it goes on
 
     // Moves the counts.
-    Plan(const EmaUpdate& p, const Segments& rows) : total(0), restarted(0), restart_row(size_t(p.entries), -1) {
+    Plan(const EmaUpdate& p, const Segments& rows)
+        : inverse_size(size_t(p.entries)), restart_row(size_t(p.entries), -1) {
+        double total = 0;
         for (int64_t k = 0; k < p.entries; ++k) {
             float& size = p.cluster_size_ema[k];
             size = float(p.decay * double(size) + (1 - p.decay) * double(rows.size(k)));
             total += double(size);
         }
-        smoothed = total + double(p.entries) * p.eps;
-        const double mean = total / double(p.entries);
+        const double smoothed = total + double(p.entries) * p.eps, mean = total / double(p.entries);
+        for (int64_t k = 0; k < p.entries; ++k) {
+            const double size = total * (double(p.cluster_size_ema[k]) + p.eps) / smoothed;
+            inverse_size[size_t(k)] = size > 0 ? 1 / size : 0;
+        }
         restart_count = p.restart_count > 0 ? p.restart_count : double(float(mean));
-        if (!rows.order.empty()) choose_rows(p, std::max(p.restart_threshold, p.restart_fraction * mean));
-    }
-
-    double inverse_size(const EmaUpdate& p, int64_t k) const {
-        const double size = total * (double(p.cluster_size_ema[k]) + p.eps) / smoothed;
-        return size > 0 ? 1 / size : 0;
+        const double relative = p.restart_fraction * mean;  // NaN where a count is: nothing is below that
+        if (!rows.order.empty()) choose_rows(p, relative <= p.restart_threshold ? p.restart_threshold : relative);
     }
 
   private:
     void choose_rows(const EmaUpdate& p, double threshold) {
         const auto below = [&](float size) { return double(size) < threshold; };
         restarted = std::count_if(p.cluster_size_ema, p.cluster_size_ema + p.entries, below);
+        if (restarted == 0) return;
         const std::vector<int64_t> rows = restart_rows(p, size_t(restarted));
         size_t next = 0;
         for (int64_t k = 0; k < p.entries; ++k)
@@ -134,7 +136,7 @@ void write_run(const EmaUpdate& p, const Segments& rows, const Plan& plan, int64
     for (int64_t k = first; k < last; ++k) {
         const int64_t row = plan.restart_row[size_t(k)];
         if (row < 0)
-            move_entry(p, rows.begin(k), rows.end(k), k, plan.inverse_size(p, k), sum);
+            move_entry(p, rows.begin(k), rows.end(k), k, plan.inverse_size[size_t(k)], sum);
         else
             dispatch_float(p.dtype, "ema_update: vectors",
                            [&](auto type) { restart_entry<decltype(type)>(p, k, row, plan.restart_count); });

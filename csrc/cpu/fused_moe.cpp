@@ -54,10 +54,8 @@ void up_share(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& 
 }
 
 void up_pass(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& plan, const Activations* act) {
-    int64_t row_units = 0;
-    for (int64_t e = 0; e < p.experts; ++e)
-        row_units = std::max(row_units, Left{plan.rows_of(e), p.dim, {}, false}.block_units(kernels));
-    const auto rooms = rooms_for(p.threads, row_units, panel_units(kernels, p.dim));
+    const auto left = [&](int64_t e) { return Left{plan.rows_of(e), p.dim, {}, false}; };
+    const auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), panel_units(kernels, p.dim));
     const auto parts = shares(p.experts, p.threads,
                               [&](int64_t e) { return plan.rows_of(e) == 0 ? 0 : swiglu_panels(kernels, p.width); });
     take_turns(p.threads, int64_t(parts.size()),
@@ -65,25 +63,12 @@ void up_pass(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& p
 }
 
 void down_pass(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& plan, const Activations& act) {
-    const Lines matrix{p.down.data, p.dtype, p.down.row_stride};
-    const Lines x{p.x.data, p.dtype, p.x.stride}, residual{p.residual.data, p.dtype, p.residual.stride};
-    const MoeProduct product{p.tokens,
-                             p.slots,
-                             p.experts,
-                             p.dim,
-                             p.width,
-                             plan,
-                             p.ids,
-                             matrix,
-                             p.down.expert_stride,
-                             false,
-                             static_cast<const uint32_t*>(p.packed[1]),
-                             p.weights,
-                             true,
-                             x,
-                             residual,
-                             p.threads,
-                             p.out};
+    MoeProduct product(p, plan);
+    product.depth = p.width, product.weighted = true;
+    product.matrix = {p.down.data, p.dtype, p.down.row_stride}, product.expert_stride = p.down.expert_stride;
+    product.packed = static_cast<const uint32_t*>(p.packed[1]);
+    product.self = {p.x.data, p.dtype, p.x.stride}, product.residual = {p.residual.data, p.dtype, p.residual.stride};
+    product.out = p.out;
     multiply_and_combine(kernels, product, [&](int64_t e) {
         const uint32_t* units = act.units.data() + plan.offsets[size_t(e)] * act.pitch;
         return Left{plan.rows_of(e), p.width, {}, false, units, act.pitch};

@@ -62,12 +62,9 @@ template <class LeftOf, class RightOf>
 void outer_products(const GemmKernels& kernels, const FusedMoeWeightGrad& p, const RoutingPlan& plan, int64_t rows,
                     int64_t columns, void* out, const LeftOf& left, const RightOf& right) {
     const int64_t width = kernels.panel_columns, panels = ceil_div(columns, width), size = bytes_of(p.grad_dtype);
-    int64_t row_units = 0, depth = 0;
-    for (int64_t e = 0; e < p.experts; ++e) {
-        row_units = std::max(row_units, left(e).block_units(kernels));
-        depth = std::max(depth, plan.rows_of(e));
-    }
-    const auto rooms = rooms_for(p.threads, row_units, panel_units(kernels, depth));
+    int64_t depth = 0;
+    for (int64_t e = 0; e < p.experts; ++e) depth = std::max(depth, plan.rows_of(e));
+    const auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), panel_units(kernels, depth));
     std::vector<Buffer<uint32_t>> more;
     for (int t = 0; t < p.threads; ++t) more.emplace_back(ceil_div(depth * panels * width, kernels.step));
     const auto parts =
@@ -132,21 +129,18 @@ void fused_moe_input_grad(const FusedMoeInputGrad& p) {
     const std::vector<float> weights = row_weights(plan, p.weights);
     const int64_t panels = ceil_div(p.width, kernels.panel_columns);
     const Buffer<float> by_weight(rows * panels);
-    int64_t row_units = 0;
-    for (int64_t e = 0; e < p.experts; ++e)
-        row_units = std::max(row_units, Left{plan.rows_of(e), p.dim, {}, false}.block_units(kernels));
-    const auto rooms = rooms_for(p.threads, row_units, panel_units(kernels, p.dim));
+    const auto left = [&](int64_t e) { return Left{plan.rows_of(e), p.dim, {}, false}; };
+    const auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), panel_units(kernels, p.dim));
     const auto parts = shares(p.experts, p.threads, [&](int64_t e) { return plan.rows_of(e) == 0 ? 0 : panels; });
     take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
         activation_share(p, kernels, plan, weights.data(), parts[size_t(i)], rooms[size_t(t)], by_weight.data());
     });
     weight_of_slots(p, kernels, plan, by_weight.data());
 
-    const Lines matrix{p.gate_up.data, p.dtype, p.gate_up.row_stride}, grad{p.grad.data, p.dtype, p.grad.stride};
-    const Lines none{nullptr, p.dtype, 0};
-    const MoeProduct product{
-        p.tokens, p.slots, p.experts, p.dim, 2 * p.width, plan, p.ids,     matrix,  p.gate_up.expert_stride,
-        true,     nullptr, p.weights, false, grad,        none, p.threads, p.grad_x};
+    MoeProduct product(p, plan);
+    product.depth = 2 * p.width, product.by_depth = true;
+    product.matrix = {p.gate_up.data, p.dtype, p.gate_up.row_stride}, product.expert_stride = p.gate_up.expert_stride;
+    product.self = {p.grad.data, p.dtype, p.grad.stride}, product.out = p.grad_x;
     multiply_and_combine(kernels, product, [&](int64_t e) {
         const Lines lines = rows_from(p.grad_hidden, p.dtype, 2 * p.width, plan.offsets[size_t(e)]);
         return Left{plan.rows_of(e), 2 * p.width, lines, false};

@@ -12,15 +12,6 @@ namespace longcat {
 
 constexpr int64_t kBlockUnits = (3 << 20) / 4;  // of rows that pass each panel together: what the last cache keeps
 
-constexpr int64_t kLine = 64;  // bytes that the caches take at once
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int64_t round_up(int64_t value, int64_t multiple) { return ceil_div(value, multiple) * multiple; }
-
-// An odd number of cache lines, so that rows do not meet in one cache set.
-inline int64_t odd_pitch(int64_t units) { return (ceil_div(units, 16) | 1) * 16; }
-
 // The rows of one product.
 struct Left {
     int64_t rows, depth;
@@ -40,6 +31,17 @@ struct Left {
         return by_depth ? units * odd_pitch(block) : block * odd_pitch(units);
     }
 };
+
+// Units of memory for the largest block of any group; `left(group)` gives its rows, which may be packed already.
+template <class LeftOf>
+int64_t most_block_units(const GemmKernels& kernels, int64_t groups, const LeftOf& left) {
+    int64_t most = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+        const Left one = left(group);
+        if (one.units == nullptr) most = std::max(most, one.block_units(kernels));
+    }
+    return most;
+}
 
 // One thread's memory.
 struct Room {

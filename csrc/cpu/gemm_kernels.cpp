@@ -81,28 +81,33 @@ namespace avx512 {
 namespace {
 
 using Floats = Lanes;
-// A quarter of a register of four lines at a time, so that loads do half of the work.
 template <class L, class T>
 inline __attribute__((always_inline)) void load_transposed(const T* const (&line)[16], int64_t first, L (&units)[16]) {
-    const auto quarter = [&](int i, int q) {
-        return _mm_loadu_ps(reinterpret_cast<const float*>(line[i] + first) + 4 * q);
-    };
+    const auto load = [&](int i) { return _mm512_loadu_ps(reinterpret_cast<const float*>(line[i] + first)); };
+    __m512 pairs[16], fours[16];  // of lines: two, then four of which have their elements side by side
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        const __m512 even = load(i), odd = load(i + 1);
+        pairs[i] = _mm512_unpacklo_ps(even, odd);
+        pairs[i + 1] = _mm512_unpackhi_ps(even, odd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // quarter c of fours[i + q] has elements 4 c + q
+        fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+        fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+        fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+        fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+    }
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
-        __m512 fours[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            fours[i] = _mm512_castps128_ps512(quarter(i, q));
-            fours[i] = _mm512_mask_broadcast_f32x4(fours[i], 0x00f0, quarter(i + 4, q));
-            fours[i] = _mm512_mask_broadcast_f32x4(fours[i], 0x0f00, quarter(i + 8, q));
-            fours[i] = _mm512_mask_broadcast_f32x4(fours[i], 0xf000, quarter(i + 12, q));
-        }
-        const __m512 low[2] = {_mm512_unpacklo_ps(fours[0], fours[1]), _mm512_unpacklo_ps(fours[2], fours[3])};
-        const __m512 high[2] = {_mm512_unpackhi_ps(fours[0], fours[1]), _mm512_unpackhi_ps(fours[2], fours[3])};
-        units[4 * q].v = _mm512_shuffle_ps(low[0], low[1], 0x44);
-        units[4 * q + 1].v = _mm512_shuffle_ps(low[0], low[1], 0xee);
-        units[4 * q + 2].v = _mm512_shuffle_ps(high[0], high[1], 0x44);
-        units[4 * q + 3].v = _mm512_shuffle_ps(high[0], high[1], 0xee);
+        const __m512 even[2] = {_mm512_shuffle_f32x4(fours[q], fours[4 + q], 0x88),
+                                _mm512_shuffle_f32x4(fours[8 + q], fours[12 + q], 0x88)};
+        const __m512 odd[2] = {_mm512_shuffle_f32x4(fours[q], fours[4 + q], 0xdd),
+                               _mm512_shuffle_f32x4(fours[8 + q], fours[12 + q], 0xdd)};
+        units[q].v = _mm512_shuffle_f32x4(even[0], even[1], 0x88);
+        units[4 + q].v = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
+        units[8 + q].v = _mm512_shuffle_f32x4(even[0], even[1], 0xdd);
+        units[12 + q].v = _mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
     }
 }
 

@@ -5,8 +5,8 @@
 namespace longcat {
 namespace {
 
-const void* offset(const void* data, int64_t elements, DType dtype) {
-    return static_cast<const char*>(data) + elements * bytes_of(dtype);
+char* offset(void* data, int64_t elements, DType dtype) {
+    return static_cast<char*>(data) + elements * bytes_of(dtype);
 }
 
 // A group's matrix as lines, which are its rows where their elements are adjacent, else its columns.
@@ -28,9 +28,8 @@ void one_share(const GroupedMM& p, const GemmKernels& kernels, const Share& shar
     const auto take = [&](const Place& place, const float* tile) {
         const int64_t column = place.panel * kernels.panel_columns;
         const int64_t count = std::min<int64_t>(kernels.panel_columns, group.columns - column);
-        const void* to = offset(p.out.data, group.out + place.row * p.out.row_stride + column, p.dtype);
-        kernels.store(tile, kernels.panel_columns, place.rows, count, const_cast<void*>(to), p.dtype, p.out.row_stride,
-                      false);
+        char* to = offset(p.out.data, group.out + place.row * p.out.row_stride + column, p.dtype);
+        kernels.store(tile, kernels.panel_columns, place.rows, count, to, p.dtype, p.out.row_stride, false);
     };
     multiply(kernels, left_of(p, group), share.first_panel, share.last_panel, room, panel, target, take);
 }
@@ -39,21 +38,21 @@ void one_share(const GroupedMM& p, const GemmKernels& kernels, const Share& shar
 
 void grouped_mm(const GroupedMM& p) {
     const GemmKernels& kernels = gemm_kernels(p.isa, p.products);
-    int64_t row_units = 0, depth = 0;
-    for (const GroupedMM::Group& group : p.groups) {
-        row_units = std::max(row_units, left_of(p, group).block_units(kernels));
-        depth = std::max(depth, group.depth);
-    }
-    const auto rooms = rooms_for(p.threads, row_units, ceil_div(depth, kernels.step) * kernels.panel_columns);
-    const auto parts = shares(int64_t(p.groups.size()), p.threads, [&](int64_t g) {
+    const auto groups = int64_t(p.groups.size());
+    int64_t depth = 0;
+    for (const GroupedMM::Group& group : p.groups) depth = std::max(depth, group.depth);
+    const auto left = [&](int64_t g) { return left_of(p, p.groups[size_t(g)]); };
+    const auto rooms = rooms_for(p.threads, most_block_units(kernels, groups, left),
+                                 ceil_div(depth, kernels.step) * kernels.panel_columns);
+    const auto parts = shares(groups, p.threads, [&](int64_t g) {
         const GroupedMM::Group& group = p.groups[size_t(g)];
         return group.rows == 0 ? 0 : ceil_div(group.columns, kernels.panel_columns);
     });
     take_turns(p.threads, int64_t(parts.size()),
                [&](int t, int64_t i) { one_share(p, kernels, parts[size_t(i)], rooms[size_t(t)]); });
     for (int64_t row = 0; row < p.tail.rows; ++row) {
-        const void* to = offset(p.out.data, p.tail.out + row * p.out.row_stride, p.dtype);
-        std::fill_n(static_cast<char*>(const_cast<void*>(to)), p.tail.columns * bytes_of(p.dtype), 0);
+        char* to = offset(p.out.data, p.tail.out + row * p.out.row_stride, p.dtype);
+        std::fill_n(to, p.tail.columns * bytes_of(p.dtype), 0);
     }
 }
 

@@ -1,8 +1,6 @@
 #include "longcat/isa.h"
 
-#include <algorithm>
-
-#include "longcat/check.h"
+#include <stdexcept>
 
 namespace longcat {
 namespace {
@@ -24,19 +22,27 @@ bool runs_here(Isa isa) {
 
 std::vector<std::string> compiled_isas() { return std::vector<std::string>(kNames, kNames + (LC_X86 ? 4 : 1)); }
 
+const std::vector<Isa>& isas_here() {
+    static const std::vector<Isa> here = [] {
+        std::vector<Isa> found;
+        for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
+            if (runs_here(isa)) found.push_back(isa);
+        return found;
+    }();
+    return here;
+}
+
 std::vector<std::string> available_isas() {
     std::vector<std::string> names;
-    for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
-        if (runs_here(isa)) names.emplace_back(kNames[int(isa)]);
+    for (Isa isa : isas_here()) names.emplace_back(kNames[int(isa)]);
     return names;
 }
 
 Isa isa_named(const std::string& name) {
-    const auto names = available_isas();
-    const auto& wanted = name == "auto" ? names.back() : name;
-    LC_CHECK(std::find(names.begin(), names.end(), wanted) != names.end(),
-             "isa must be one that this processor has, got '" + name + "'");
-    return Isa(std::find(std::begin(kNames), std::end(kNames), wanted) - std::begin(kNames));
+    if (name == "auto") return isas_here().back();
+    for (Isa isa : isas_here())
+        if (name == kNames[int(isa)]) return isa;
+    throw std::invalid_argument("isa must be one that this processor has, got '" + name + "'");
 }
 
 }  // namespace longcat

@@ -134,44 +134,53 @@ LC_TARGET_AVX512
 namespace avx512 {
 namespace {
 
-struct Lanes {
+// What registers of both kinds of elements share; `Own` is one of them.
+template <class Own>
+struct Register {
     static constexpr int kWidth = 16;
     __m512 v;
-    static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-    static Lanes load_units(const uint32_t* p) { return {_mm512_loadu_ps(p)}; }
-    static Lanes load_bytes(const int8_t* p) {
-        return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+    static Own load(const float* p) { return {{_mm512_loadu_ps(p)}}; }
+    static Own load_units(const uint32_t* p) { return {{_mm512_loadu_ps(p)}}; }
+    static Own load_bytes(const int8_t* p) {
+        return {{_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))}};
     }
-    Lanes first() const { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16))}; }
-    Lanes second() const {
-        return {_mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(int(0xffff0000u))))};
+    Own first() const { return {{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(v), 16))}}; }
+    Own second() const {
+        return {{_mm512_castsi512_ps(_mm512_and_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(int(0xffff0000u))))}};
     }
-    static Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
-    static Lanes splat_unit(const uint32_t* p) { return splat(float_of(*p)); }
-    static Lanes to_elements(Lanes a, uint32_t* out) {
-        const __mmask16 normal = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(kTiny), _CMP_GE_OQ);
-        const __m512 element = _mm512_maskz_mov_ps(normal, a.v);
-        _mm512_storeu_ps(out, element);
-        return {element};
-    }
-    static Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
-    static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-    static Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
-    static Lanes subtract(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
-    static Lanes divide(Lanes a, Lanes b) { return {_mm512_div_ps(a.v, b.v)}; }
-    static Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
-    static Lanes power_of_two(Lanes a) {
+    static Own splat(float x) { return {{_mm512_set1_ps(x)}}; }
+    static Own splat_unit(const uint32_t* p) { return splat(float_of(*p)); }
+    static Own multiply(Own a, Own b) { return {{_mm512_mul_ps(a.v, b.v)}}; }
+    static Own add(Own a, Own b) { return {{_mm512_add_ps(a.v, b.v)}}; }
+    static Own subtract(Own a, Own b) { return {{_mm512_sub_ps(a.v, b.v)}}; }
+    static Own divide(Own a, Own b) { return {{_mm512_div_ps(a.v, b.v)}}; }
+    static Own larger(Own a, Own b) { return {{_mm512_max_ps(a.v, b.v)}}; }
+    static Own power_of_two(Own a) {
         const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x4b400000 - 127));
-        return {_mm512_castsi512_ps(_mm512_slli_epi32(n, 23))};
+        return {{_mm512_castsi512_ps(_mm512_slli_epi32(n, 23))}};
     }
-    static Lanes where_not_below(Lanes a, Lanes b, Lanes x) {
-        return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), x.v)};
+    static Own where_not_below(Own a, Own b, Own x) {
+        return {{_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ), x.v)}};
     }
-    static uint32_t not_below(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
+    static uint32_t not_below(Own a, Own b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
     float largest() const { return _mm512_reduce_max_ps(v); }
     float total() const { return _mm512_reduce_add_ps(v); }
     void store(float* p) const { _mm512_storeu_ps(p, v); }
     void store_units(uint32_t* p) const { _mm512_storeu_ps(p, v); }
+
+  protected:
+    static __m512 without_tiny(__m512 a) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(a), _mm512_set1_ps(kTiny), _CMP_GE_OQ), a);
+    }
+};
+
+struct Lanes : Register<Lanes> {
+    static Lanes to_elements(Lanes a, uint32_t* out) {
+        const Lanes element{{without_tiny(a.v)}};
+        element.store_units(out);
+        return element;
+    }
+    static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {{_mm512_fmadd_ps(a.v, b.v, c.v)}}; }
 };
 constexpr int kTileRows = 12, kStep = 1;
 
@@ -183,32 +192,16 @@ LC_TARGET_AVX512_BF16
 namespace avx512_bf16 {
 namespace {
 
-struct Lanes {
-    static constexpr int kWidth = 16;
-    __m512 v;
-    static Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-    static Lanes load_units(const uint32_t* p) { return {_mm512_loadu_ps(p)}; }
-    static Lanes splat(float x) { return {_mm512_set1_ps(x)}; }
-    static Lanes splat_unit(const uint32_t* p) { return splat(float_of(*p)); }
+struct Lanes : avx512::Register<Lanes> {
     static Lanes to_elements(Lanes a, uint32_t* out) {
-        const __mmask16 normal = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(kTiny), _CMP_GE_OQ);
-        const __m256i element = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_mov_ps(normal, a.v));
+        const auto element = (__m256i)_mm512_cvtneps_pbh(without_tiny(a.v));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), element);
-        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(element), 16))};
+        return {{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(element), 16))}};
     }
-    static Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
     // Of pairs of bfloat16: two products a lane.
     static Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
-        return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))};
+        return {{_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_castps_si512(a.v), (__m512bh)_mm512_castps_si512(b.v))}};
     }
-    static Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
-    static Lanes subtract(Lanes a, Lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
-    static Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
-    static uint32_t not_below(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
-    float largest() const { return _mm512_reduce_max_ps(v); }
-    float total() const { return _mm512_reduce_add_ps(v); }
-    void store(float* p) const { _mm512_storeu_ps(p, v); }
-    void store_units(uint32_t* p) const { _mm512_storeu_ps(p, v); }
 };
 constexpr int kTileRows = 12, kStep = 2;
 

@@ -9,19 +9,33 @@ namespace longcat {
 
 // Rows of `left(e)` times matrix e, then summed by token.
 struct MoeProduct {
-    int64_t tokens, slots, experts, dim, depth;
     const RoutingPlan& plan;
-    const int64_t* ids;
-    Lines matrix;  // of expert 0
-    int64_t expert_stride;
-    bool by_depth;           // lines of the matrix are steps of depth, not columns
-    const uint32_t* packed;  // panels of all experts, or null
-    const float* weights;    // [tokens, slots]
-    bool weighted;           // rows have their weights, as identity slots always have
-    Lines self;              // what an identity slot adds
-    Lines residual;          // added to each token; data may be null
+    int64_t tokens, slots, experts, dim;
+    const int64_t* ids;    // [tokens, slots]
+    const float* weights;  // [tokens, slots]
     int threads;
-    void* out;  // [tokens, dim] of the dtype of `self`
+
+    int64_t depth = 0;
+    Lines matrix{};  // of expert 0
+    int64_t expert_stride = 0;
+    bool by_depth = false;             // lines of the matrix are steps of depth, not columns
+    const uint32_t* packed = nullptr;  // panels of all experts, or null
+    bool weighted = false;             // rows have their weights, as identity slots always have
+    Lines self{};                      // what an identity slot adds
+    Lines residual{};                  // added to each token; data may be null
+    void* out = nullptr;               // [tokens, dim] of the dtype of `self`
+
+    // What a pass and its product have in common.
+    template <class Pass>
+    MoeProduct(const Pass& p, const RoutingPlan& its_plan)
+        : plan(its_plan),
+          tokens(p.tokens),
+          slots(p.slots),
+          experts(p.experts),
+          dim(p.dim),
+          ids(p.ids),
+          weights(p.weights),
+          threads(p.threads) {}
 };
 
 // The weight of each row; those of slots without a row are not read.
@@ -58,12 +72,7 @@ void multiply_and_combine(const GemmKernels& kernels, const MoeProduct& p, const
     const int64_t step = std::clamp<int64_t>(kProductFloats / std::max<int64_t>(1, rows * width), 1, panels);
     const int64_t pitch = step * width, units = panel_units(kernels, p.depth);
     const Buffer<float> y(rows * pitch);
-    int64_t row_units = 0;
-    for (int64_t e = 0; e < p.experts; ++e) {
-        const Left one = left(e);
-        if (one.units == nullptr) row_units = std::max(row_units, one.block_units(kernels));
-    }
-    const auto rooms = rooms_for(p.threads, row_units, units);
+    const auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), units);
     for (int64_t start = 0; start < panels; start += step) {
         const int64_t count = std::min(step, panels - start);
         const auto parts = shares(p.experts, p.threads, [&](int64_t e) { return p.plan.rows_of(e) == 0 ? 0 : count; });

@@ -14,11 +14,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline bool is_kept(const RvqEncode& p, int64_t row) { return p.mask == nullptr || p.mask[row]; }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// An odd number of cache lines, so that the rows of a tile do not meet in one cache set.
-inline int64_t odd_pitch(int64_t units) { return (ceil_div(units, 16) | 1) * 16; }
-
 // One thread's share of a batch.
 struct Share {
     int64_t first_tile, last_tile;
@@ -33,7 +28,7 @@ struct Batch {
     uint32_t* units;
     Tile* tiles;
     float* sums;      // [rows, dim] of the codewords, from the first level to the last
-    double* squares;  // [rows] of the residual after the level
+    double* squares;  // [rows, levels] of the residual after each level
     std::vector<double*> terms;
 
     const RvqKernels& kernels(size_t level) const {
@@ -57,10 +52,11 @@ void start_tiles(const Batch& batch, size_t level, const float* centre, const Sh
 int64_t choose(const Batch& batch, const RvqKernels& kernels, size_t level, const Part& part, Tile& tile, int lane,
                int64_t row);
 
-// Takes a codeword off the row's residual; a negative code takes nothing off.
-void take_off(const Batch& batch, const RvqKernels& kernels, const Part& part, int64_t row, int64_t code);
+// Takes a codeword off the row's residual, and gives the square of what is left; a negative code takes nothing off.
+double take_off(const Batch& batch, const RvqKernels& kernels, size_t level, const Part& part, int64_t row,
+                int64_t code);
 
-// Encodes all levels of a batch by the products of the one codebook that they share; `squares` [rows, levels].
-void encode_by_gram(const Batch& batch, double* squares);
+// Encodes all levels of a batch by the products of the one codebook that they share.
+void encode_by_gram(const Batch& batch);
 
 }  // namespace longcat::rvq

@@ -88,14 +88,15 @@ int64_t choose(const Batch& batch, const RvqKernels& kernels, size_t level, cons
     return code = std::max<int64_t>(0, found.best);
 }
 
-void take_off(const Batch& batch, const RvqKernels& kernels, const Part& part, int64_t row, int64_t code) {
+double take_off(const Batch& batch, const RvqKernels& kernels, size_t level, const Part& part, int64_t row,
+                int64_t code) {
     const RvqEncode& p = batch.p;
-    batch.squares[row] = 0;
-    if (code < 0) return;
+    double& square = batch.squares[row * int64_t(p.levels.size()) + int64_t(level)];
+    if (code < 0) return square = 0;
     float* residual = p.residual + (batch.first + row) * p.dim;
     kernels.take_off(residual, batch.sums + row * p.dim, part.book.words + code * part.book.stride, p.dim);
     round_residual(p, residual);
-    batch.squares[row] = kernels.tree_dot(residual, residual, p.dim, part.terms);
+    return square = kernels.tree_dot(residual, residual, p.dim, part.terms);
 }
 
 namespace {
@@ -118,13 +119,13 @@ void screen_tiles(const Batch& batch, const RvqKernels& kernels, const Part& par
     }
 }
 
-void choose_all(const Batch& batch, size_t level, const PackedCodebook& packed, int64_t offset, const Share& share) {
+void choose_all(const Batch& batch, size_t level, const Part& part, const Share& share) {
     const RvqKernels& kernels = batch.kernels(level);
-    const Part part{packed, batch.p.levels[level], offset, share.terms};
     for (int64_t i = share.first_tile; i < share.last_tile; ++i) {
         for (int lane = 0; lane < kernels.tile_rows && i * kernels.tile_rows + lane < batch.rows; ++lane) {
             const int64_t row = i * kernels.tile_rows + lane;
-            take_off(batch, kernels, part, row, choose(batch, kernels, level, part, batch.tiles[i], lane, row));
+            const int64_t code = choose(batch, kernels, level, part, batch.tiles[i], lane, row);
+            take_off(batch, kernels, level, part, row, code);
         }
     }
 }
@@ -150,20 +151,19 @@ struct Pieces {
     }
 };
 
-// Finds the codes of a level.
-void encode_level(const Batch& batch, size_t level, Pieces& pieces) {
+// Finds the codes of a level whose codebook is packed piece by piece, by all threads together.
+void encode_unpacked(const Batch& batch, size_t level, Pieces& pieces) {
     const RvqEncode& p = batch.p;
     const Codebook& book = p.levels[level];
-    const bool prepared = !p.packed.empty();
-    const int64_t size = prepared ? book.entries : std::min(pieces.size, book.entries);
-    PackedCodebook packed = prepared ? p.packed[level] : pieces.view(p, size);
+    const int64_t size = std::min(pieces.size, book.entries);
+    PackedCodebook packed = pieces.view(p, size);
     const bool held = pieces.held == book;
-    if (!prepared && !held) pack_centre(book, packed);
+    if (!held) pack_centre(book, packed);
     batch.share(level, [&](const Share& share) { start_tiles(batch, level, packed.centre, share); });
     int64_t offset = 0;
     for (; offset < book.entries; offset += size) {
         const int64_t count = std::min(size, book.entries - offset);
-        if (!prepared && !held) {
+        if (!held) {
             packed = pieces.view(p, count);
             pack_codebook({book.words + offset * book.stride, count, book.stride}, packed, p.threads);
         }
@@ -173,7 +173,25 @@ void encode_level(const Batch& batch, size_t level, Pieces& pieces) {
     }
     pieces.held = size == book.entries ? book : Codebook{};
     offset -= size;
-    batch.share(level, [&](const Share& share) { choose_all(batch, level, packed, offset, share); });
+    batch.share(level,
+                [&](const Share& share) { choose_all(batch, level, Part{packed, book, offset, share.terms}, share); });
+}
+
+// Finds the codes of all levels, whose codebooks are packed already. Threads wait for each other only where the next
+// level has other tiles.
+void encode_packed(const Batch& batch) {
+    const RvqEncode& p = batch.p;
+    for (size_t first = 0, last = 0; first < p.levels.size(); first = last) {
+        while (last < p.levels.size() && &batch.kernels(last) == &batch.kernels(first)) ++last;
+        batch.share(first, [&](const Share& share) {
+            for (size_t level = first; level < last; ++level) {
+                const Part part{p.packed[level], p.levels[level], 0, share.terms};
+                start_tiles(batch, level, part.packed.centre, share);
+                screen_tiles(batch, batch.kernels(level), part, share);
+                choose_all(batch, level, part, share);
+            }
+        });
+    }
 }
 
 bool by_gram(const RvqEncode& p) {
@@ -184,16 +202,15 @@ bool by_gram(const RvqEncode& p) {
 void encode_batch(const Batch& batch, Pieces& pieces, std::vector<double>& totals) {
     const RvqEncode& p = batch.p;
     const size_t levels = p.levels.size();
-    if (by_gram(p)) {
-        std::vector<double> squares(size_t(batch.rows) * levels);
-        encode_by_gram(batch, squares.data());
-        for (size_t i = 0; i < squares.size(); ++i) totals[i % levels] += squares[i];
-        return;
-    }
-    for (size_t level = 0; level < levels; ++level) {
-        encode_level(batch, level, pieces);
-        for (int64_t row = 0; row < batch.rows; ++row) totals[level] += batch.squares[row];
-    }
+    if (by_gram(p))
+        encode_by_gram(batch);
+    else if (!p.packed.empty())
+        encode_packed(batch);
+    else
+        for (size_t level = 0; level < levels; ++level) encode_unpacked(batch, level, pieces);
+    const double* square = batch.squares;
+    for (int64_t row = 0; row < batch.rows; ++row)
+        for (size_t level = 0; level < levels; ++level) totals[level] += *square++;
 }
 
 // Reads the rows of a batch, and zeroes the sums of their codewords.
@@ -230,7 +247,8 @@ void rvq_encode(const RvqEncode& p) {
     const int64_t padded = ceil_div(batch_rows, kMostRows) * kMostRows;
     const Buffer<uint32_t> units(padded * stride);
     const Buffer<Tile> tiles(ceil_div(padded, 6));
-    std::vector<double> squares(static_cast<size_t>(batch_rows)), totals(p.levels.size());
+    std::vector<double> totals(p.levels.size());
+    const Buffer<double> squares(batch_rows * int64_t(p.levels.size()));
     std::vector<Buffer<double>> terms;
     const Buffer<float> sums(p.dtype == DType::float32 ? 0 : batch_rows * p.dim);
     Batch batch{p, 0, 0, stride, units.data(), tiles.data(), nullptr, squares.data(), {}};

@@ -64,9 +64,9 @@ struct GramRow {
     }
 };
 
-// Encodes all levels of a few rows from their scores; `squares` [rows, levels].
+// Encodes all levels of a few rows from their scores.
 void encode_gram_rows(const Batch& batch, const RvqKernels& kernels, const Part& part, GramRow* first, GramRow* last,
-                      double centre_length, double* squares) {
+                      double centre_length) {
     const size_t levels = batch.p.levels.size();
     for (size_t level = 0; level < levels; ++level) {
         for (GramRow* r = first; r != last; ++r) {
@@ -80,16 +80,15 @@ void encode_gram_rows(const Batch& batch, const RvqKernels& kernels, const Part&
             r->chose(batch.p, part, code);
         }
         for (GramRow* r = first; r != last; ++r) {
-            take_off(batch, kernels, part, r->row, r->code);
-            squares[r->row * int64_t(levels) + int64_t(level)] = batch.squares[r->row];
-            r->next_level(part.packed, batch.squares[r->row], centre_length);
+            const double square = take_off(batch, kernels, level, part, r->row, r->code);
+            r->next_level(part.packed, square, centre_length);
         }
     }
 }
 
 }  // namespace
 
-void encode_by_gram(const Batch& batch, double* squares) {
+void encode_by_gram(const Batch& batch) {
     const PackedCodebook& packed = batch.p.packed[0];
     const RvqKernels& kernels = batch.kernels(0);
     const double centre_length = length_of(packed.centre, batch.p.dim);
@@ -110,7 +109,7 @@ void encode_by_gram(const Batch& batch, double* squares) {
                                   int(r % kernels.tile_rows));
             for (size_t r = 0; r < rows.size(); r += kGramRows)
                 encode_gram_rows(batch, kernels, part, rows.data() + r,
-                                 rows.data() + std::min(rows.size(), r + kGramRows), centre_length, squares);
+                                 rows.data() + std::min(rows.size(), r + kGramRows), centre_length);
         }
     });
 }

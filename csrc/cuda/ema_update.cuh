@@ -55,7 +55,7 @@ LC_KERNEL(longcat::cuda::kTotalThreads) ema_totals(LC_PARAMS(longcat::cuda::EmaK
         total += double(p.cluster_size_ema[entry]);
     total = block_sum<kTotalThreads>(total, sums);
     const double mean = total / entries, relative = p.restart_fraction * mean;
-    const double threshold = relative > p.restart_threshold ? relative : p.restart_threshold;
+    const double threshold = relative <= p.restart_threshold ? p.restart_threshold : relative;  // NaN: none restarts
     const i64 used = p.starts[entries];
     int restarts = 0;
     for (int first = 0; first < entries; first += int(kTotalThreads)) {

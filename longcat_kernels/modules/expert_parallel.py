@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from longcat_kernels.ops.fused_moe import fused_moe
+from longcat_kernels.ops.fused_moe import check_experts, fused_moe
+from longcat_kernels.reference.fused_moe import identity_part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,7 +53,15 @@ class ExpertParallel:
         The gradients of gate_up and down are those of the sum of all ranks' losses. Equal to `fused_moe` of all tokens
         and experts in one process but for the order in which a token's terms are added, by rank and then by slot, and,
         with bfloat16, one rounding of each rank's part.
+
+        Raises:
+            ValueError: a shape, dtype or device is wrong; before anything is sent.
         """
+        check_experts(x, gate_up, down, ids, weights)
+        if len(gate_up) != len(self.own):
+            raise ValueError(
+                f"ExpertParallel: gate_up must have the {len(self.own)} experts of this rank, got {len(gate_up)}"
+            )
         plan = _Plan.of(ids, self.experts, self.ranks)
         sent = plan.counts.tolist()
         received = self._swap(plan.counts).tolist()
@@ -63,9 +72,8 @@ class ExpertParallel:
         part_ND = fused_moe(x_ND, gate_up, down, ids_Nk, weights_Nk, backend=backend)
         part_RD = _Swap.apply(part_ND, received, sent, self.group)  # type: ignore[no-untyped-call]
         wide = torch.promote_types(x.dtype, torch.float32)
-        identity_T1 = torch.where(ids >= self.experts, weights, 0).sum(1, keepdim=True, dtype=wide)
         sum_TD: Tensor = _Gather.apply(part_RD, plan.tokens, plan.rows)  # type: ignore[no-untyped-call]
-        return (sum_TD + identity_T1 * x.to(wide)).to(x.dtype)
+        return (sum_TD + identity_part(x.to(wide), ids, weights.to(wide), self.experts)).to(x.dtype)
 
     def _swap(self, counts_W: Tensor) -> Tensor:
         received_W = torch.empty_like(counts_W)

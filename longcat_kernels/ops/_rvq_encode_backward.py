@@ -70,7 +70,7 @@ def _cuda(grad_TD: Tensor | None, scale_L: Tensor | None, x_TD: Tensor, codes_TL
 def _why_not_cpu(
     grad_TD: Tensor | None, scale_L: Tensor | None, x_TD: Tensor, codes_TL: Tensor, codebooks: list[Tensor], *_: Any
 ) -> str | None:
-    if x_TD.device.type != "cpu":
+    if not x_TD.is_cpu:
         return f"takes tensors on the CPU, got {x_TD.device}"
     if any(book_KD.stride(1) != 1 for book_KD in codebooks):
         return "needs codebooks whose rows have adjacent elements"

@@ -112,30 +112,32 @@ def _packed_of(prepared: PreparedCodebook, embed: Tensor) -> Tensor | None:
 def _check(
     embed_KD: Tensor, embed_ema_KD: Tensor, cluster_size_ema_K: Tensor, vectors_ND: Tensor, codes_N: Tensor
 ) -> None:
-    shape, fits = list(embed_KD.shape), embed_KD.ndim == 2 and embed_KD.dtype == torch.float32
-    check(fits, lambda: f"ema_update: embed must be float32 [K, D], got {embed_KD.dtype} {shape}")
+    shape, rows = embed_KD.shape, vectors_ND.shape
+    fits = len(shape) == 2 and embed_KD.dtype == torch.float32
+    check(fits, lambda: f"ema_update: embed must be float32 [K, D], got {embed_KD.dtype} {list(shape)}")
     for name, tensor, dtype, want in (
         ("embed_ema", embed_ema_KD, torch.float32, shape),
         ("cluster_size_ema", cluster_size_ema_K, torch.float32, shape[:1]),
-        ("codes", codes_N, torch.int64, list(vectors_ND.shape[:1])),
+        ("codes", codes_N, torch.int64, rows[:1]),
     ):
-        if tensor.dtype != dtype or list(tensor.shape) != want:
-            rule = f"{str(dtype).removeprefix('torch.')} {want}"
+        if tensor.dtype != dtype or tensor.shape != want:
+            rule = f"{str(dtype).removeprefix('torch.')} {list(want)}"
             raise ValueError(f"ema_update: {name} must be {rule}, got {tensor.dtype} {list(tensor.shape)}")
-    fits = vectors_ND.ndim == 2 and vectors_ND.shape[1] == shape[1]
-    check(fits, lambda: f"ema_update: vectors must be [N, {shape[1]}], got {list(vectors_ND.shape)}")
+    fits = len(rows) == 2 and rows[1] == shape[1]
+    check(fits, lambda: f"ema_update: vectors must be [N, {shape[1]}], got {list(rows)}")
     check(
         vectors_ND.dtype in DTYPES,
         lambda: f"ema_update: vectors must be float32, bfloat16 or float16, got {vectors_ND.dtype}",
     )
+    device = embed_KD.device
     for name, tensor in (
         ("embed_ema", embed_ema_KD),
         ("cluster_size_ema", cluster_size_ema_K),
         ("vectors", vectors_ND),
         ("codes", codes_N),
     ):
-        if tensor.device != embed_KD.device:
-            raise ValueError(f"ema_update: {name} must be on {embed_KD.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"ema_update: {name} must be on {device}, got {tensor.device}")
 
 
 def _allocate(
@@ -200,7 +202,7 @@ _op = register(
 
 
 def _why_not_cpu(*inputs: Any) -> str | None:
-    if inputs[0].device.type != "cpu":
+    if not inputs[0].is_cpu:
         return f"takes tensors on the CPU, got {inputs[0].device}"
     return _why_not_strides(*inputs) or native.why_not()
 

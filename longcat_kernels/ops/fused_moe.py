@@ -15,7 +15,7 @@ from torch import Tensor
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose
 from longcat_kernels.deferred import WeightGrads
-from longcat_kernels.library import check, once, register
+from longcat_kernels.library import check, once, register, wants_grad
 from longcat_kernels.ops._fused_moe_backward import add_weight_grad, adjacent, input_grad, weight_grad, why_not_cpu
 from longcat_kernels.prepared import PreparedExperts
 from longcat_kernels.reference import fused_moe as spec
@@ -75,13 +75,9 @@ def fused_moe(
     main_gate_up, main_down = main_grads or (None, None)
     packed = _packed(prepared, gate_up, down)
     arguments = (x, gate_up, down, ids, weights, residual, main_gate_up, main_down, packed)
-    if not _wants_grad(x, gate_up, down, weights, residual):
+    if not wants_grad(x, gate_up, down, weights, residual):
         return _op_inference(*arguments, 0, True, backend)[0]
     return _op(*arguments, _saved_rows(ids, down), save == "x", backend)[0]
-
-
-def _wants_grad(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def _saved_rows(ids_Tk: Tensor, down_EDF: Tensor) -> int:
@@ -101,7 +97,8 @@ def _packed(prepared: PreparedExperts | None, gate_up: Tensor, down: Tensor) -> 
     return prepared.refresh().packed
 
 
-def _check(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> None:
+def check_experts(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, weights_Tk: Tensor) -> None:
+    """Raises ValueError unless these fit each other."""
     x, gate_up, down, ids, weights = (t.shape for t in (x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk))
     check(len(x) == 2, lambda: f"fused_moe: x must be [T, D], got {list(x)}")
     check(x_TD.dtype.is_floating_point, lambda: f"fused_moe: x must be floating point, got {x_TD.dtype}")
@@ -163,9 +160,9 @@ def _allocate(
     recompute: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    _check(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk)
+    check_experts(x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk)
     _check_optional(x_TD, gate_up_EFD, down_EDF, residual_TD, main_gate_up, main_down)
-    hidden_RF = torch.empty(0 if recompute else rows, gate_up_EFD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+    hidden_RF = x_TD.new_empty(0 if recompute else rows, gate_up_EFD.shape[1])
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format), hidden_RF
 
 
@@ -179,7 +176,7 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _allocate_hidden(
     x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids: Tensor, rows: int, backend: str
 ) -> Tensor:
-    return torch.empty(rows, gate_up_EFD.shape[1], dtype=x_TD.dtype, device=x_TD.device)
+    return x_TD.new_empty(rows, gate_up_EFD.shape[1])
 
 
 def _run_hidden(*arguments: Any) -> Tensor:
@@ -204,12 +201,12 @@ def _backward(ctx: Any, grad_TD: Tensor, _hidden: None) -> tuple[Any, ...]:
         grad_TD, x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, hidden_RF, ctx.backend
     )
     rows = (grad_TD, x_TD, ids_Tk, weights_Tk, hidden_RF, grad_hidden)
-    rule = (rows, gate_up_EFD.shape[0], ctx.needs_input_grad[1:3], ctx.main, ctx.backend)
+    rule = (gate_up_EFD.shape[0], ctx.needs_input_grad[1:3], ctx.main, ctx.backend)
     if ctx.pending is None:
-        grad_gate_up, grad_down = _weight_grads(*rule)
+        grad_gate_up, grad_down = _weight_grads(rows, *rule)
     else:
         grad_gate_up = grad_down = None
-        ctx.pending.add((gate_up_EFD, down_EDF), lambda: _weight_grads(*rule))
+        ctx.pending.add((gate_up_EFD, down_EDF), lambda *rows: _weight_grads(rows, *rule), rows)
     grad_residual = grad_TD if ctx.needs_input_grad[5] else None
     nothing = (None, None, [None] * ctx.packed, None, None, None)
     return grad_x, grad_gate_up, grad_down, None, grad_weights, grad_residual, *nothing

@@ -82,7 +82,7 @@ def _check(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
 def _allocate(a: Tensor, b: Tensor, offs: Tensor | None, backend: str) -> Tensor:
     _check(a, b, offs)
     batch = [] if a.ndim + b.ndim == 5 else [offs.shape[0] if offs is not None else a.shape[0]]
-    return torch.empty(*batch, a.shape[-2], b.shape[-1], dtype=a.dtype, device=a.device)
+    return a.new_empty(*batch, a.shape[-2], b.shape[-1])
 
 
 def _run(a: Tensor, b: Tensor, offs: Tensor | None, backend: str) -> Tensor:
@@ -100,15 +100,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Both gradients are grouped products again, each computed only where, and when, it is asked for."""
     a, b, offs = ctx.saved_tensors
-    backend = ctx.backend
-    rules: list[Callable[[], list[Tensor]]]
-    rules = [lambda: [_op(grad, b.mT, offs, backend)], lambda: [_op(a.mT, grad, offs, backend)]]
+    backend, ends = ctx.backend, () if offs is None else (offs,)
+    rules: list[Callable[..., list[Tensor]]] = [
+        lambda grad, b, offs=None: [_op(grad, b.mT, offs, backend)],
+        lambda grad, a, offs=None: [_op(a.mT, grad, offs, backend)],
+    ]
     grads: list[Tensor | None] = [None, None]
-    for i, (factor, rule) in enumerate(zip((a, b), rules, strict=True)):
+    for i, (factor, other, rule) in enumerate(zip((a, b), (b, a), rules, strict=True)):
         if ctx.needs_input_grad[i] and ctx.pending is not None and is_weight(factor):
-            ctx.pending.add([factor], rule)
+            ctx.pending.add([factor], rule, (grad, other, *ends))
         elif ctx.needs_input_grad[i]:
-            (grads[i],) = rule()
+            (grads[i],) = rule(grad, other, *ends)
     return *grads, None, None
 
 
@@ -122,7 +124,7 @@ _op = register(
 
 
 def _why_not_cpu(a: Tensor, *_: Any) -> str | None:
-    if a.device.type != "cpu":
+    if not a.is_cpu:
         return f"takes tensors on the CPU, got {a.device}"
     if a.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16, got {a.dtype}"

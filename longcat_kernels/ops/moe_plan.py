@@ -112,7 +112,7 @@ _op = register(
 
 
 def _why_not_cpu(ids_Tk: Tensor, *_: Any) -> str | None:
-    if ids_Tk.device.type != "cpu":
+    if not ids_Tk.is_cpu:
         return f"takes tensors on the CPU, got {ids_Tk.device}"
     return native.why_not()
 

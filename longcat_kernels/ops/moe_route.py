@@ -31,7 +31,7 @@ def moe_route(
     scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Chooses k experts a token and gives their weights, in float32 whatever the logits are.
+    """Chooses k experts a token and gives their weights, in float32, or in float64 of float64 logits.
 
     The choice is the top k of score(logits) + bias, highest first, ties to the lower id; a weight is the score without
     the bias, divided by the sum over the chosen ones if `renorm`, times `scale`.
@@ -45,7 +45,7 @@ def moe_route(
         backend: "auto" or the name of an implementation.
 
     Returns:
-        weights: [T, k] float32, gradient to the logits; ids: [T, k] int64.
+        weights: [T, k] float32 or float64, gradient to the logits; ids: [T, k] int64.
 
     Raises:
         ValueError: a shape, dtype, device or option is wrong, or no implementation takes the tensors.
@@ -70,7 +70,7 @@ def _check(logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, score:
     check(score in SCORES, lambda: f"moe_route: score must be {' or '.join(SCORES)}, got {score!r}")
     if bias_E is not None:
         found, device = f"{bias_E.dtype} {list(bias_E.shape)}", bias_E.device
-        is_right = list(bias_E.shape) == [experts] and bias_E.dtype in (torch.float32, torch.float64)
+        is_right = list(bias_E.shape) == [experts] and bias_E.dtype == torch.float32
         check(is_right, lambda: f"moe_route: bias must be float32 [{experts}], got {found}")
         check(device == logits_TE.device, lambda: f"moe_route: bias must be on {logits_TE.device}, got {device}")
 
@@ -136,10 +136,10 @@ _op = register(
 )
 
 
-def _why_not_cpu(logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, *_: Any) -> str | None:
-    if logits_TE.device.type != "cpu":
+def _why_not_cpu(logits_TE: Tensor, *_: Any) -> str | None:
+    if not logits_TE.is_cpu:
         return f"takes tensors on the CPU, got {logits_TE.device}"
-    if torch.float64 in (logits_TE.dtype, None if bias_E is None else bias_E.dtype):
+    if logits_TE.dtype == torch.float64:
         return "routes in float32, got torch.float64"
     return native.why_not()
 

@@ -175,7 +175,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     inputs = (ids_BS, word_VD, tables, projections, documents_BS, history_BP, numbers, sparse)
     outputs = _allocate(*inputs, backend)
-    if ids_BS.numel() and ids_BS.device.type == "cpu":
+    if ids_BS.numel() and ids_BS.is_cpu:
         low, high = (int(bound) for bound in ids_BS.aminmax())
         wrong, rows = low if low < -1 else high, len(word_VD)
         check(-1 <= wrong < rows, lambda: f"ngram_embedding: ids must be in [-1, {rows}), got {wrong}")
@@ -194,12 +194,13 @@ def _backward(ctx: Any, grad_BSD: Tensor, _hashes: None) -> tuple[Any, ...]:
     ids_BS, hashes_BSN, *rest = ctx.saved_tensors
     tables, projections, word = rest[: ctx.tables], rest[ctx.tables : 2 * ctx.tables], rest[2 * ctx.tables :]
     wants, words = ctx.needs_input_grad[1:4], ctx.words
-    rule = (grad_BSD, ids_BS, hashes_BSN, tables, projections, wants, words, ctx.numbers, ctx.sparse, ctx.backend)
+    saved = (grad_BSD, ids_BS, hashes_BSN)
+    rule: Any = (tables, projections, wants, words, ctx.numbers, ctx.sparse, ctx.backend)
     grads: list[Tensor | None] = [None] * (1 + len(rest))
     if ctx.pending is None:
-        grads = _weight_grads(*rule)
+        grads = _weight_grads(*saved, *rule)
     else:
-        ctx.pending.add([*word, *tables, *projections], lambda: _weight_grads(*rule))
+        ctx.pending.add([*word, *tables, *projections], lambda *saved: _weight_grads(*saved, *rule), saved)
     grad_word, *grads = grads
     return None, grad_word, grads[: ctx.tables], grads[ctx.tables : 2 * ctx.tables], None, None, None, None, None
 
@@ -304,7 +305,7 @@ _op = register(
 def _why_not_cpu(
     ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], *_: Any
 ) -> str | None:
-    if word_VD.device.type != "cpu":
+    if not word_VD.is_cpu:
         return f"takes tensors on the CPU, got {word_VD.device}"
     if word_VD.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, got {word_VD.dtype}"

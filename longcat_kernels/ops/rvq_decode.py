@@ -70,7 +70,7 @@ def _run(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor:
     out_TD = _allocate(codes_TL, codebooks, backend)
     implementation = choose("rvq_decode", IMPLS, backend, codes_TL, codebooks)
     # The compiled one looks at the codes itself. On a device that would cost a synchronisation.
-    if codes_TL.device.type == "cpu" and codes_TL.numel() and implementation is not IMPLS["cpu"]:
+    if codes_TL.is_cpu and codes_TL.numel() and implementation is not IMPLS["cpu"]:
         _check_codes(codes_TL, codebooks)
     implementation.run(codes_TL, codebooks, out_TD)
     return out_TD
@@ -91,10 +91,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_TD: Tensor) -> tuple[Any, ...]:
     codes_TL, *codebooks = ctx.saved_tensors
-    rule = (grad_TD, codes_TL, ctx.entries, ctx.backend)
+    entries, backend = ctx.entries, ctx.backend
     if ctx.pending is None:
-        return None, list(_op_backward(*rule)), None
-    ctx.pending.add(codebooks, lambda: _op_backward(*rule))
+        return None, list(_op_backward(grad_TD, codes_TL, entries, backend)), None
+    ctx.pending.add(codebooks, lambda *saved: _op_backward(*saved, entries, backend), (grad_TD, codes_TL))
     return None, [None] * len(codebooks), None
 
 
@@ -144,7 +144,7 @@ def _cuda_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads
 
 
 def _why_not_cpu(codes_TL: Tensor, codebooks: list[Tensor]) -> str | None:
-    if codes_TL.device.type != "cpu":
+    if not codes_TL.is_cpu:
         return f"takes tensors on the CPU, got {codes_TL.device}"
     if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
         return "needs codebooks whose rows have adjacent elements"
@@ -156,7 +156,7 @@ def _cpu(codes_TL: Tensor, codebooks: list[Tensor], out_TD: Tensor) -> None:
 
 
 def _why_not_cpu_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int]) -> str | None:
-    return native.why_not() if grad_TD.device.type == "cpu" else f"takes tensors on the CPU, got {grad_TD.device}"
+    return native.why_not() if grad_TD.is_cpu else f"takes tensors on the CPU, got {grad_TD.device}"
 
 
 def _cpu_backward(grad_TD: Tensor, codes_TL: Tensor, entries: list[int], *grads: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longcat_kernels import cuda, native, triton
 from longcat_kernels.backends import Impl, choose, reference
-from longcat_kernels.library import check, register
+from longcat_kernels.library import check, register, wants_grad
 from longcat_kernels.ops._rvq_encode_backward import rvq_encode_backward
 from longcat_kernels.prepared import PreparedCodebook
 from longcat_kernels.reference import rvq_encode as spec
@@ -72,7 +72,9 @@ def rvq_encode(
         >>> e.codes.tolist()
         [[0, 0], [1, 1]]
     """
-    return _encode(_op, x, codebooks, levels, row_mask(x, mask, lengths), residual_dtype, backend)
+    books = level_codebooks("rvq_encode", codebooks, levels)
+    run = _op if wants_grad(x, *words_of(books)) else _op_inference
+    return _encode(run, x, books, row_mask(x, mask, lengths), residual_dtype, backend)
 
 
 def rvq_encode_before_update(
@@ -87,25 +89,25 @@ def rvq_encode_before_update(
 
     Backward reads the codewords that the rows chose: they are copied, or the whole codebooks where that is less.
     """
-    wanted = x.requires_grad and torch.is_grad_enabled()
-    run = _EncodeBeforeUpdate.apply if wanted else _op
-    return _encode(run, x, codebooks, None, row_mask(x, mask, None), residual_dtype, backend)
+    run = _EncodeBeforeUpdate.apply if wants_grad(x) else _op_inference
+    books = level_codebooks("rvq_encode", codebooks, None)
+    return _encode(run, x, books, row_mask(x, mask, None), residual_dtype, backend)
 
 
 def _encode(
     run: Callable[..., tuple[Tensor, ...]],
     x: Tensor,
-    codebooks: Sequence[Codebook] | Codebook,
-    levels: int | None,
+    books: list[Codebook],
     mask: Tensor | None,
     residual_dtype: torch.dtype,
     backend: str,
 ) -> RVQEncoding:
-    books = level_codebooks("rvq_encode", codebooks, levels)
     packed, gram = _prepared(books)
     mask_T = None if mask is None else mask.reshape(-1)
-    x_TD = x.reshape(-1, x.shape[-1])
+    x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     quantized, residual, losses, codes = run(x_TD, words_of(books), packed, gram, mask_T, residual_dtype, backend)
+    if x_TD is x:
+        return RVQEncoding(codes, quantized, residual, losses)
     shape = x.shape[:-1]
     return RVQEncoding(codes.view(*shape, len(books)), quantized.view(x.shape), residual.view(x.shape), losses)
 
@@ -115,7 +117,7 @@ class _EncodeBeforeUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = _op(*inputs)
+        outputs: tuple[Tensor, ...] = _op_inference(*inputs)
         x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, ctx.backend = inputs
         _quantized, residual_TD, _losses, codes_TL = outputs
         ctx.mark_non_differentiable(codes_TL, residual_TD)
@@ -241,12 +243,12 @@ def _allocate(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(x_TD, codebooks, residual_dtype)
-    rows, levels = x_TD.shape[0], len(codebooks)
+    shape, levels = x_TD.shape, len(codebooks)
     return (
-        torch.empty(rows, x_TD.shape[1], dtype=x_TD.dtype, device=x_TD.device),
-        torch.empty(rows, x_TD.shape[1], dtype=torch.float32, device=x_TD.device),
-        torch.empty(levels, dtype=torch.float32, device=x_TD.device),
-        torch.empty(rows, levels, dtype=torch.int64, device=x_TD.device),
+        x_TD.new_empty(shape),
+        x_TD.new_empty(shape, dtype=torch.float32),
+        x_TD.new_empty(levels, dtype=torch.float32),
+        x_TD.new_empty(shape[0], levels, dtype=torch.int64),
     )
 
 
@@ -282,15 +284,12 @@ def _backward(
     return grad_x_TD, [None] * len(codebooks), [None] * ctx.packed, None, None, None, None
 
 
-_op = register(
-    "rvq_encode(Tensor x, Tensor[] codebooks, Tensor[] packed, Tensor? gram, Tensor? mask, "
-    "ScalarType residual_dtype, str backend) "
-    "-> (Tensor quantized, Tensor residual, Tensor losses, Tensor codes)",
-    _run,
-    _allocate,
-    save=_save,
-    backward=_backward,
+_SCHEMA = (
+    "(Tensor x, Tensor[] codebooks, Tensor[] packed, Tensor? gram, Tensor? mask, ScalarType residual_dtype, "
+    "str backend) -> (Tensor quantized, Tensor residual, Tensor losses, Tensor codes)"
 )
+_op = register(f"rvq_encode{_SCHEMA}", _run, _allocate, save=_save, backward=_backward)
+_op_inference = register(f"rvq_encode_inference{_SCHEMA}", _run, _allocate)
 
 
 def _why_not_cuda(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
@@ -314,7 +313,7 @@ def _cuda(
 
 
 def _why_not_cpu(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:
-    if x_TD.device.type != "cpu":
+    if not x_TD.is_cpu:
         return f"takes tensors on the CPU, got {x_TD.device}"
     if any(codebook_KD.stride(1) != 1 for codebook_KD in codebooks):
         return "needs codebooks whose rows have adjacent elements"

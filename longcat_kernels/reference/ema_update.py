@@ -5,6 +5,8 @@
     e_k <- m_k (1 / (n (N_k + eps) / (n + K eps)))            n = sum of N_k
     where N_k < max(threshold, fraction n / K):  e_k <- a row of this batch,  N_k <- count (0: n / K),  m_k <- N_k e_k
 
+Where a moving count is NaN, so is n: the statistics move, no codeword does, and none restarts.
+
 Sums and quotients are float64, rounded to float32 once. Which row an entry restarts from is defined by `restart_rows`,
 so that every implementation and every process of a data-parallel run chooses the same one.
 
@@ -97,6 +99,7 @@ class Case:
     seed: int = 0
     restart_fraction: float = 0.0
     restart_count: float = 1.0
+    nan_count: bool = False  # one of the moving counts is NaN
 
 
 EDGE = (
@@ -108,6 +111,7 @@ EDGE = (
     Case(12, 8, 6, ignored=1.0),
     Case(90, 8, 30, used=0.5, restart_threshold=0.0, restart_fraction=0.8, restart_count=0.0),
     Case(90, 8, 30, used=0.5, restart_fraction=0.1, restart_count=2.5),
+    Case(90, 8, 30, used=0.5, nan_count=True),
     Case(300, 16, 40, used=0.5, seed=7),
 )
 MODEL = (Case(4096, 256, 4096), Case(16384, 3584, 16384, torch.bfloat16), Case(6000, 5120, 8192, torch.bfloat16))
@@ -117,6 +121,8 @@ def inputs(case: Case, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
     """Arguments of one call: EMA counts between 0 and 3."""
     g = torch.Generator().manual_seed(seed)
     sizes = torch.rand(case.entries, generator=g) * 3
+    if case.nan_count:
+        sizes[-1] = torch.nan
     embed = torch.randn(case.entries, case.dim, generator=g)
     codes = torch.randint(max(1, int(case.entries * case.used)), (case.rows,), generator=g)
     codes = torch.where(torch.rand(case.rows, generator=g) < case.ignored, -1, codes)

@@ -40,7 +40,7 @@ def fused_moe(
     second result is gate | up of each row, by expert, then slot, and zeros up to `rows`; with `recompute`, no rows.
     """
     hidden = []
-    out_TD = torch.where(ids >= down.shape[0], weights, 0).sum(1, keepdim=True) * x
+    out_TD = identity_part(x, ids, weights, down.shape[0])
     for expert, (up_FD, down_DF) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
         tokens_R, slots_R = torch.where(ids == expert)
         hidden.append(x[tokens_R] @ up_FD.T)
@@ -53,6 +53,13 @@ def fused_moe(
     if recompute or rows == 0:
         return out_TD, hidden_RF[:0].detach()
     return out_TD, torch.cat([hidden_RF, hidden_RF.new_zeros(rows - len(hidden_RF), gate_up.shape[1])]).detach()
+
+
+def identity_part(vectors: Tensor, ids: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """Each token's vector [T, D] times the weights of its identity slots; 0 for a token without one, even of NaN."""
+    is_identity = ids >= experts
+    total_T1 = torch.where(is_identity, weights, 0).sum(1, keepdim=True)
+    return torch.where(is_identity.any(1, keepdim=True), total_T1 * vectors, 0)
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,6 @@ def _swiglu(hidden_RF: Tensor) -> Tensor:
     return functional.silu(gate_RF).mul_(up_RF)
 
 
-def _identity_weights(ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    return torch.where(ids >= experts, weights, 0).sum(1, keepdim=True)
-
-
 def forward(
     x: Tensor,
     gate_up: Tensor,
@@ -137,8 +140,7 @@ def forward(
         saved[: len(x_RD)] = hidden_RF
         saved[len(x_RD) :] = 0
     y_RD = plan.products(_swiglu(hidden_RF), down.mT, torch.empty_like(x_RD))
-    identity_T1 = _identity_weights(ids, weights.to(dtype), down.shape[0])
-    out_TD = plan.combine(y_RD, weights).addcmul_(x.to(dtype), identity_T1)
+    out_TD = plan.combine(y_RD, weights) + identity_part(x.to(dtype), ids, weights.to(dtype), down.shape[0])
     out.copy_(out_TD if residual is None else out_TD + residual)
 
 
@@ -179,8 +181,7 @@ def input_grad(
 
     identity = ids >= down.shape[0]
     grad_x_RD = plan.products(grad_RF, gate_up, grad_TD.new_empty(total, x.shape[1]))
-    identity_T1 = _identity_weights(ids, weights.to(dtype), down.shape[0])
-    grad_x.copy_(plan.combine(grad_x_RD).addcmul_(grad_TD, identity_T1))
+    grad_x.copy_(plan.combine(grad_x_RD) + identity_part(grad_TD, ids, weights.to(dtype), down.shape[0]))
     slot_grad = torch.where(identity, (grad_TD * x.to(dtype)).sum(1, keepdim=True), 0).reshape(-1)
     slot_grad[plan.slots] = row_grad_R
     grad_weights.copy_(slot_grad.view(ids.shape))

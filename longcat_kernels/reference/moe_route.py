@@ -122,6 +122,7 @@ REFUSALS = (
     Refusal("n_real must be between 0 and 6, got 8", lambda a: {"n_real": 8}),
     Refusal("bias must be float32 [6], got torch.float32 [4]", lambda a: {"bias": torch.zeros(4)}),
     Refusal("bias must be float32 [6], got torch.int64 [6]", lambda a: {"bias": torch.zeros(6).long()}),
+    Refusal("bias must be float32 [6], got torch.float64 [6]", lambda a: {"bias": torch.zeros(6).double()}),
     Refusal("score must be softmax or sigmoid, got 'relu'", lambda a: {"score": "relu"}),
     Refusal("backend must be one of auto, ", lambda a: {"backend": "gpu"}),
 )

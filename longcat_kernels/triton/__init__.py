@@ -42,7 +42,7 @@ def on_device(tensor: Tensor) -> bool:
 
 def _why_not(op: str, inputs: tuple[Any, ...]) -> str | None:
     """None where the kernels of `op` can run on these tensors, else the reason."""
-    device = next(iter(tensors(inputs))).device
+    device = next(tensors(inputs)).device
     if not _installed():
         return HOW_TO_GET_IT
     if device.type == "cpu" and not _module("_numeric").INTERPRETED:

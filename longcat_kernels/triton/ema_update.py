@@ -85,7 +85,8 @@ def plan_kernel(
 
     total = tl.sum(sums, 0)
     mean = total / K
-    least = tl.maximum(_float64(fraction) * mean, _float64(threshold))
+    relative = _float64(fraction) * mean
+    least = tl.where(relative <= _float64(threshold), _float64(threshold), relative)  # NaN: none restarts
     new = _float64(count)
     new = tl.where(new == 0, mean.to(tl.float32).to(tl.float64), new)
     tl.store(count_ptr, new)

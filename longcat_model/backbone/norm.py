@@ -55,5 +55,5 @@ class _Normalize(torch.autograd.Function):
         grad_x = torch.addcmul(grads[0] * weight, normed, along).mul_(inverse)
         if ctx.pending is None or not ctx.needs_input_grad[1]:
             return grad_x, product.flatten(0, -2).sum(0), None
-        ctx.pending.add([weight], lambda: [product.flatten(0, -2).sum(0)])
+        ctx.pending.add([weight], lambda product: [product.flatten(0, -2).sum(0)], [product])
         return grad_x, None, None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from longcat_kernels import WeightGrads, defer_weight_grads
 from longcat_model.pipeline.ir import Action, Kind, Placement, Schedule, counterpart
+from longcat_model.pipeline.passes.prefix import revocable_prefix
 from longcat_model.pipeline.stage import Border, Stage
 from longcat_model.pipeline.transport import Receipt, Transport
 
@@ -57,6 +59,7 @@ class _Live:
     """What a stage keeps of one microbatch between its actions."""
 
     hidden: Tensor | None  # its input
+    is_back: bool = False  # I has run
     out: GradientEdge | None = None  # of its output: the output itself is the next stage's to keep
     loss: GradientEdge | None = None
     pending: WeightGrads = field(default_factory=WeightGrads)
@@ -70,16 +73,38 @@ class _Step:
     live: dict[tuple[int, int], _Live] = field(default_factory=dict)
     reports: dict[tuple[int, int], Any] = field(default_factory=dict)
     losses: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    timeline: list[Ran] = field(default_factory=list)
+    peak_live: int = 0
     waited_s: float = 0.0  # of the action that runs
 
+    def put(self, stage: int, kind: Kind, microbatch: int, value: Tensor | Receipt) -> None:
+        if (stage, kind, microbatch) in self.values:
+            raise _impossible(Action(stage, kind, microbatch), "its input is there already")
+        self.values[stage, kind, microbatch] = value
+
     def take(self, stage: int, kind: Kind, microbatch: int) -> Tensor:
-        value = self.values.pop((stage, kind, microbatch))
+        value = self.values.pop((stage, kind, microbatch), None)
+        if value is None:
+            raise _impossible(Action(stage, kind, microbatch), "its input is not there")
         if isinstance(value, Tensor):
             return value
         began = time.perf_counter()
         tensor = value.wait()
         self.waited_s += time.perf_counter() - began
         return tensor
+
+    def drain(self) -> None:
+        """Waits for what was on its way, so that it is not taken for what comes after."""
+        for value in self.values.values():
+            if not isinstance(value, Tensor):
+                value.wait()
+
+    def kept(self, action: Action, is_back: bool) -> _Live:
+        """What the stage keeps of the action's microbatch, before its I or after."""
+        live = self.live.get((action.stage, action.microbatch))
+        if live is None or live.is_back != is_back:
+            raise _impossible(action, "it must run once, F before I before W")
+        return live
 
 
 class Runtime:
@@ -116,30 +141,53 @@ class Runtime:
         if unknown := {action.kind.value for action in self.actions if action.kind not in _HANDLERS}:
             raise ValueError(f"runtime: actions must be among those it runs, got {', '.join(sorted(unknown))}")
         self.transport, self.tied, self.reduce = transport, tied, reduce
+        self._schedule = schedule
         self._recomputed = {(a.stage, a.microbatch) for a in self.actions if a.kind is Kind.R}
         self._trains = any(a.kind in (Kind.I, Kind.B) for a in self.actions)
 
-    def step(self, microbatches: Sequence[Any]) -> StepResult:
+    def step(self, microbatches: Sequence[Any], stands: Callable[[], bool] | None = None) -> StepResult:
         """Runs all microbatches; gradients are added to the parameters' `grad`.
 
         A schedule of forwards alone makes none and keeps nothing.
 
+        Args:
+            stands: called before anything is added to gradients, when forwards have run that can be done again; where
+                it gives False, as it must on all devices alike, they are.
+
         Raises:
             PipelineError: another device was lost, hangs or failed.
+            ValueError: the schedule is not valid, or one for another number of microbatches.
         """
-        step, timeline, peak = _Step(microbatches), [], 0
         began = time.perf_counter()
+        step, early = _Step(microbatches), 0 if stands is None else self._revocable
         with self._telling_others():
-            for action in self.actions:
-                start = time.perf_counter()
-                with _range(action):
-                    _HANDLERS[action.kind](self, step, action)
-                start += step.waited_s
-                step.waited_s = 0.0
-                timeline.append(Ran(action, start - began, time.perf_counter() - began))
-                peak = max(peak, len(step.live))
-        assert not step.values and not step.live, "the schedule left something behind"
-        return StepResult(step.reports, step.losses, timeline, peak)
+            self._run(step, self.actions[:early], began)
+            if stands is not None and not stands():
+                step.drain()
+                step = _Step(microbatches)
+                self._run(step, self.actions[:early], began)
+            self._run(step, self.actions[early:], began)
+            if step.values or step.live or len(step.reports) != len(self.stages) * len(microbatches):
+                raise ValueError(
+                    f"runtime: the schedule must bring each of {len(microbatches)} microbatches through every stage "
+                    "and leave nothing behind: `verify` says what is wrong with it"
+                )
+        return StepResult(step.reports, step.losses, step.timeline, step.peak_live)
+
+    @cached_property
+    def _revocable(self) -> int:
+        return revocable_prefix(self._schedule, self.placement)[self.transport.device]
+
+    def _run(self, step: _Step, actions: Sequence[Action], began: float) -> None:
+        named = _range if torch.cuda.is_available() else nullcontext
+        for action in actions:
+            start = time.perf_counter()
+            with named(action):
+                _HANDLERS[action.kind](self, step, action)
+            start += step.waited_s
+            step.waited_s = 0.0
+            step.timeline.append(Ran(action, start - began, time.perf_counter() - began))
+            step.peak_live = max(step.peak_live, len(step.live))
 
     def share_tied(self, number: int) -> None:
         """Adds up the gradients of tied weights whose two stages are on different devices, for both of them.
@@ -175,13 +223,15 @@ class Runtime:
 
     def _forward(self, step: _Step, action: Action) -> None:
         stage, _, number = action
+        if (stage, number) in step.reports:
+            raise _impossible(action, "it must run once")
         hidden = step.take(stage, Kind.F, number) if stage else None
         live = _Live(None if hidden is None else hidden.detach().requires_grad_(self._trains))
         if self._trains:
             step.live[stage, number] = live
         out = self._compute(step, action, live, self._trains and (stage, number) not in self._recomputed)
         if out is not None:
-            step.values[stage + 1, Kind.F, number] = out.detach()
+            step.put(stage + 1, Kind.F, number, out.detach())
 
     def _compute(self, step: _Step, action: Action, live: _Live, keep: bool) -> Tensor | None:
         """Runs the stage on what `live` holds, and puts into it what backward needs if it is to `keep` that."""
@@ -197,27 +247,32 @@ class Runtime:
         return output.hidden
 
     def _recompute(self, step: _Step, action: Action) -> None:
-        self._compute(step, action, step.live[action.stage, action.microbatch], True)
+        live = step.kept(action, is_back=False)
+        if live.out is not None or live.loss is not None:
+            raise _impossible(action, "it must run once")
+        self._compute(step, action, live, True)
 
     def _backward_input(self, step: _Step, action: Action) -> None:
         stage, _, number = action
-        live = step.live[stage, number]
+        live = step.kept(action, is_back=False)
+        live.is_back = True
         roots = {edge: torch.ones_like(step.losses[stage, number]) for edge in (live.loss,) if edge is not None}
         if stage + 1 < len(self.placement):
             grad = step.take(stage, Kind.I, number)
-            roots |= {edge: grad for edge in (live.out,) if edge is not None}
+            # An empty gradient reaches no weight: none must get zeros from it that one process would not give it.
+            roots |= {edge: grad for edge in (live.out,) if edge is not None and grad.numel()}
         if roots:
             torch.autograd.backward(list(roots), list(roots.values()))
         if live.hidden is not None:
             found = live.hidden.grad
-            step.values[stage - 1, Kind.I, number] = torch.zeros_like(live.hidden) if found is None else found
+            step.put(stage - 1, Kind.I, number, torch.zeros_like(live.hidden) if found is None else found)
         live.hidden = live.out = live.loss = None
         tied = self.tied
         if tied is not None and stage == tied.source and (tied.into, number) in step.live:
             step.live[tied.into, number].pending.extend(live.pending.take(tied.parameters))
 
     def _backward_weights(self, step: _Step, action: Action) -> None:
-        step.live[action.stage, action.microbatch].pending.run()
+        step.kept(action, is_back=True).pending.run()
         del step.live[action.stage, action.microbatch]
 
     def _backward(self, step: _Step, action: Action) -> None:
@@ -240,14 +295,15 @@ class Runtime:
             border, source, wanted = self.stages[stage].gives(microbatch), stage + 1, Kind.I
         is_empty = 0 in border.shape
         value = border.empty() if is_empty else self.transport.receive(border, self.placement[source], action)
-        step.values[stage, wanted, number] = value
+        step.put(stage, wanted, number, value)
 
     def _reduce(self, step: _Step, action: Action) -> None:
         if self.reduce is not None:
             self.reduce(action.stage)
 
     def _free(self, step: _Step, action: Action) -> None:
-        assert (action.stage, action.microbatch) not in step.live, f"{action} comes before W"
+        if (action.stage, action.microbatch) in step.live:
+            raise _impossible(action, "W must come first")
 
 
 _HANDLERS: dict[Kind, Callable[[Runtime, _Step, Action], None]] = {
@@ -265,6 +321,10 @@ _HANDLERS: dict[Kind, Callable[[Runtime, _Step, Action], None]] = {
 }
 
 
+def _impossible(action: Action, why: str) -> ValueError:
+    return ValueError(f"runtime: {action} cannot run here, {why}: `verify` says what is wrong with the schedule")
+
+
 def _edge(tensor: Tensor | None) -> GradientEdge | None:
     return get_gradient_edge(tensor) if tensor is not None and tensor.requires_grad else None
 
@@ -272,9 +332,6 @@ def _edge(tensor: Tensor | None) -> GradientEdge | None:
 @contextmanager
 def _range(action: Action) -> Iterator[None]:
     """Shows the action in a profiler of CUDA."""
-    if not torch.cuda.is_available():
-        yield
-        return
     torch.cuda.nvtx.range_push(str(action))
     try:
         yield

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
@@ -56,6 +57,10 @@ class Transport(Protocol):
         """Every device's value, on every device; values are plain data and tensors on the CPU."""
         ...
 
+    def announce(self, value: Any) -> Callable[[], list[Any]]:
+        """As `gather`, but waits only when what it gives is called. Announcements are in one order on all devices."""
+        ...
+
     def fail(self, error: BaseException | None) -> None:
         """Tells all other devices that this one stops, and why."""
         ...
@@ -70,7 +75,9 @@ class _Shared:
 
     def __init__(self, devices: int) -> None:
         self.changed = threading.Condition()
-        self.tensors: dict[tuple[int, Action], Tensor] = {}  # by receiver and RECV action
+        self.tensors: dict[
+            tuple[int, Action], list[Tensor]
+        ] = {}  # by receiver and RECV action, in the order of sending
         self.gathered: dict[int, dict[int, Any]] = {}  # by round and device
         self.waiting: dict[int, Callable[[], bool]] = {}  # what each waiting device waits for
         self.failure: str | None = None
@@ -98,30 +105,37 @@ class InProcess:
     def send(self, tensor: Tensor, to: int, action: Action) -> None:
         shared, key = self._shared, (to, counterpart(action))
         with shared.changed:
-            shared.tensors[key] = tensor
+            sent = shared.tensors.setdefault(key, [])
+            sent.append(tensor)
             shared.changed.notify_all()
             if self.rendezvous:
                 what = f"device {self.device}, {action} (microbatch {action.microbatch}) to device {to},"
-                self._wait(lambda: key not in shared.tensors, lambda: what)
+                self._wait(lambda: not sent, lambda: what)
 
     def receive(self, border: Border, source: int, action: Action) -> Receipt:
         handover = _Handover(self, border, source, action)
         return Arrived(handover.wait()) if self.rendezvous else handover
 
     def gather(self, value: Any) -> list[Any]:
-        shared = self._shared
+        return self.announce(value)()
+
+    def announce(self, value: Any) -> Callable[[], list[Any]]:
+        shared, everyone = self._shared, set(range(self.devices))
         with shared.changed:
             found = shared.gathered.setdefault(self._round, {})
             self._round += 1
             found[self.device] = value
             shared.changed.notify_all()
-            everyone = set(range(self.devices))
 
-            def waiting() -> str:
-                return f"device {self.device}, gathering from devices {sorted(everyone - found.keys())},"
+        def wait() -> list[Any]:
+            with shared.changed:
+                self._wait(
+                    lambda: everyone == found.keys(),
+                    lambda: f"device {self.device}, gathering from devices {sorted(everyone - found.keys())},",
+                )
+                return [found[device] for device in range(self.devices)]
 
-            self._wait(lambda: everyone == found.keys(), waiting)
-            return [found[device] for device in range(self.devices)]
+        return wait
 
     def fail(self, error: BaseException | None) -> None:
         with self._shared.changed:
@@ -147,8 +161,8 @@ class InProcess:
         """Waits for a tensor and removes it."""
         shared, key = self._shared, (self.device, action)
         with shared.changed:
-            self._wait(lambda: key in shared.tensors, lambda: describe(self.device, action, source))
-            tensor = shared.tensors.pop(key)
+            self._wait(lambda: bool(shared.tensors.get(key)), lambda: describe(self.device, action, source))
+            tensor = shared.tensors[key].pop(0)
             shared.changed.notify_all()
         if (tuple(tensor.shape), tensor.dtype) != (border.shape, border.dtype):
             found = f"{tensor.dtype} {list(tensor.shape)}"
@@ -178,17 +192,23 @@ class Distributed:
     """Devices that are ranks of torch.distributed, with gloo or NCCL; made by `connect`.
 
     What flows to higher ranks and what flows to lower ones each has a process group, and with NCCL a stream, of its
-    own.
+    own; so have plain data, on the CPU, and announcements of them.
     """
 
     def __init__(self, ranks: Sequence[int], stages: int, store: Store | None, limit: timedelta) -> None:
         self.ranks, self._stages, self._store = list(ranks), stages, store
         self._up, self._down = (dist.new_group(self.ranks, timeout=limit) for _ in range(2))
-        self._all = dist.new_group(self.ranks, timeout=limit, backend="gloo")  # plain data, on the CPU
+        self._all, self._news = (dist.new_group(self.ranks, timeout=limit, backend="gloo") for _ in range(2))
+        self._announced: SimpleQueue[tuple[Future[list[Any]], Any] | None] = SimpleQueue()
         self.device, self.devices = dist.get_group_rank(self._all, dist.get_rank()), len(self.ranks)
         self._sent: SimpleQueue[tuple[Any, Tensor] | None] = SimpleQueue()
-        self._drain = threading.Thread(target=_release, args=(self._sent, limit), daemon=True)
-        self._drain.start()
+        # Daemons: a rank that fails must not stay, at its end, for what its peers will never send.
+        self._threads = [
+            threading.Thread(target=_release, args=(self._sent, limit), daemon=True),
+            threading.Thread(target=self._tell, daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     def connect(
@@ -213,7 +233,7 @@ class Distributed:
             if dist.get_rank() in ranks:
                 found = cls(ranks, stages, store, limit)
             else:
-                for backend in (None, None, "gloo"):  # making a group is a matter for all ranks
+                for backend in (None, None, "gloo", "gloo"):  # making a group is a matter for all ranks
                     dist.new_group(list(ranks), timeout=limit, backend=backend)
         return found
 
@@ -234,8 +254,24 @@ class Distributed:
         return _Work(self, tensor, work, source, action)
 
     def gather(self, value: Any) -> list[Any]:
+        return self._gather(value, self._all)
+
+    def announce(self, value: Any) -> Callable[[], list[Any]]:
+        future: Future[list[Any]] = Future()
+        self._announced.put((future, value))
+        return future.result
+
+    def _tell(self) -> None:
+        while (item := self._announced.get()) is not None:
+            future, value = item
+            try:
+                future.set_result(self._gather(value, self._news))
+            except PipelineError as error:
+                future.set_exception(error)
+
+    def _gather(self, value: Any, group: Any) -> list[Any]:
         found: list[Any] = [None] * self.devices
-        self._together("gathering", lambda: dist.all_gather_object(found, value, group=self._all))
+        self._together("gathering", lambda: dist.all_gather_object(found, value, group=group))
         return found
 
     def _together(self, what: str, collective: Callable[[], None]) -> None:
@@ -252,7 +288,9 @@ class Distributed:
     def close(self) -> None:
         """Waits until all that was sent has arrived."""
         self._sent.put(None)
-        self._drain.join()
+        self._announced.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _tag(self, action: Action) -> int:
         kinds = 2

@@ -67,11 +67,18 @@ class Engine(Protocol):
         """Adds gradients to the parameters; gives `loss` and the other metrics."""
         ...
 
-    def clip(self, most: float) -> float:
-        """Scales all gradients down to a norm of `most`; gives their norm before, the same on every rank."""
+    def clip(self, most: float, optimizer: torch.optim.Optimizer) -> float:
+        """Scales all gradients down to a norm of `most`; gives their norm before, the same on every rank.
+
+        Where that is finite, `optimizer` makes its step next.
+        """
         ...
 
     def after_step(self, step: int) -> None: ...
+
+    def settled(self, rows: list[Row]) -> list[Row]:
+        """The rows as they are once no step is open any longer: called before they, and the state, are written."""
+        ...
 
     def written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What this process writes of a checkpoint, given what it has."""
@@ -104,12 +111,15 @@ class InOneProcess:
         found = {name: float(metric) for name, metric in metrics.items()}
         return {"loss": value, **found, "memory_bytes": memory_bytes(loss.device)}
 
-    def clip(self, most: float) -> float:
+    def clip(self, most: float, optimizer: torch.optim.Optimizer) -> float:
         return float(nn.utils.clip_grad_norm_(self.stage.parameters, most))
 
     def after_step(self, step: int) -> None:
         if self.stage.after_step is not None:
             self.stage.after_step(step)
+
+    def settled(self, rows: list[Row]) -> list[Row]:
+        return rows
 
     def written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensors
@@ -159,6 +169,7 @@ def train(
                 bar.set_postfix(shown(row), refresh=False)
                 bar.update()
                 if (step + 1) % save_every == 0 or step + 1 == stage.steps:
+                    rows = engine.settled(rows)
                     if engine.leads:
                         _write_rows(metrics, rows)
                     checkpoints.save(step + 1, engine.written(_tensors(engine, optimizer)))
@@ -181,7 +192,7 @@ def _step(stage: Stage, engine: Engine, optimizer: torch.optim.Optimizer, step: 
     row = engine.backward(batch)
     if not math.isfinite(row["loss"]):
         raise FloatingPointError(f"{stage.name}: loss must be finite, got {row['loss']} at step {step}")
-    norm = engine.clip(CLIP_NORM)
+    norm = engine.clip(CLIP_NORM, optimizer)
     if math.isfinite(norm):  # else the step is skipped, on every rank
         optimizer.step()
         engine.after_step(step)

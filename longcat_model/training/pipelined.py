@@ -23,6 +23,7 @@ from longcat_model.pipeline.parts import Parts, Saved
 from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.split import Microbatch, ModelStage, Report, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
+from longcat_model.pipeline.validation import gradient_norms
 from longcat_model.sequence import Batch
 from longcat_model.training.checkpoint import Checkpoints, Spread
 from longcat_model.training.loop import Row, Stage, prefixed, train
@@ -175,8 +176,8 @@ class Pipelined:
                     for layer, counts in report.choices.items():
                         self.balancer.add(layer, counts)
 
-    def clip(self, most: float) -> float:
-        norms = {name: torch.linalg.vector_norm(g).cpu() for name, w in self.own.items() if (g := w.grad) is not None}
+    def clip(self, most: float, optimizer: torch.optim.Optimizer) -> float:
+        norms = gradient_norms(self.own)
         norms |= self._over_shards({name: norm for name, norm in norms.items() if self._is_shared(name)})
         norm = self._norm({name: norm for found in self.transport.gather(norms) for name, norm in found.items()})
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
@@ -199,6 +200,9 @@ class Pipelined:
         if self.balancer is not None:
             self.balancer.step(step)
 
+    def settled(self, rows: list[Row]) -> list[Row]:
+        return rows
+
     def written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.group is not None:
             return tensors
@@ -216,6 +220,7 @@ def train_pipelined(
     weights: LossWeights | None = None,
     seed: int = 0,
     save_every: int = 200,
+    engine: type[Pipelined] = Pipelined,
 ) -> bool:
     """Trains a stage on a mesh of ranks, or goes on from its checkpoint; see `loop.train` and `launch`.
 
@@ -229,6 +234,7 @@ def train_pipelined(
         saved: the model before training.
         microbatches: of a pipeline and a step, at most; None: four a rank.
         weights: those of the stage's loss.
+        engine: `PostValidated` for ranks that do not wait for the gradient's norm.
 
     Returns:
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
@@ -240,7 +246,7 @@ def train_pipelined(
         experts = saved.sizes.backbone.experts.real
         raise ValueError(f"train: expert-parallel must divide the {experts} experts of a layer, got {mesh.experts}")
     most = 4 * mesh.pipeline if microbatches is None else microbatches
-    return launch(mesh.ranks, _train_rank, mesh, make, saved, directory, most, weights, seed, save_every)
+    return launch(mesh.ranks, _train_rank, mesh, make, saved, directory, most, weights, seed, save_every, engine)
 
 
 def _train_rank(
@@ -253,6 +259,7 @@ def _train_rank(
     weights: LossWeights | None,
     seed: int,
     save_every: int,
+    kind: type[Pipelined],
 ) -> None:
     transport = Distributed.connect(2 * mesh.pipeline, mesh.pipelines(), store=rank.store)
     assert transport is not None  # every rank is in a pipeline
@@ -270,7 +277,7 @@ def _train_rank(
         parts.bring(stage)
     trained = make(parts.model)
     spread = dict if shards is None else shards.spread
-    engine = Pipelined(trained, plan, transport, weights, groups, told, spread)
+    engine = kind(trained, plan, transport, weights, groups, told, spread)
     train(trained, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
 

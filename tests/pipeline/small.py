@@ -13,9 +13,14 @@ from torch import Tensor
 
 from longcat_model import presets
 from longcat_model.model import LongcatNext
-from longcat_model.pipeline.ir import Placement, Schedule
+from longcat_model.pipeline.costs import uniform
+from longcat_model.pipeline.ir import Placement, Schedule, loop_placement, v_placement
 from longcat_model.pipeline.runtime import Runtime, StepResult
+from longcat_model.pipeline.schedules.linear import interleaved_1f1b, one_f_one_b, zb_h1
+from longcat_model.pipeline.schedules.searched import Effort, searched
+from longcat_model.pipeline.schedules.v import v_half, v_min, v_zb
 from longcat_model.pipeline.split import Microbatch, split, tied
+from longcat_model.pipeline.stage import Border, Output
 from longcat_model.pipeline.transport import InProcess, Transport
 from longcat_model.sequence import Batch, Document, Layout, pack
 from longcat_model.tokenizers.text import ByteTokenizer
@@ -24,6 +29,24 @@ from longcat_model.training.loss import LossWeights, Terms, Totals, join, loss
 from longcat_model.vocabulary import Vocabulary
 
 T = TypeVar("T")
+EFFORT = Effort(moves=2000, tries=20, blocks=1, starts=2)
+
+
+def found(devices: int, microbatches: int) -> Schedule:
+    """What the search finds for stages that differ."""
+    scales = [1.6, *[1.0] * (2 * devices - 2), 1.3]
+    return searched(uniform(2 * devices, microbatches, 10, 16, 5, 1, stage_scales=scales), effort=EFFORT)
+
+
+SCHEDULES: dict[str, tuple[Callable[[int, int], Schedule], Callable[[int], Placement]]] = {
+    "1f1b": (one_f_one_b, loop_placement),
+    "interleaved_1f1b": (interleaved_1f1b, lambda devices: loop_placement(devices, 2)),
+    "zb_h1": (zb_h1, loop_placement),
+    "v_zb": (v_zb, v_placement),
+    "v_min": (v_min, v_placement),
+    "v_half": (v_half, v_placement),
+    "searched": (found, v_placement),
+}
 LAYOUT = Layout(Vocabulary.of(presets.tiny().vocabulary), ByteTokenizer().encode)
 WEIGHTS = LossWeights(hidden_z=1e-3, router_z=1e-2, balance=1e-1)  # the regularizers show in the gradients
 
@@ -48,12 +71,24 @@ def documents() -> list[Document]:
     ]
 
 
-def batches(count: int) -> list[Batch]:
-    """Mixed, image only, speech only, text only, without anything supervised; of different lengths."""
+KINDS = ("mixed", "image", "speech", "text", "nothing")
+
+
+def batches(count: int, kind: str = "mixed") -> list[Batch]:
+    """What is supervised in all of them: image, speech, text or nothing alone, or of mixed ones each in turn, and all.
+
+    Of different lengths.
+    """
     docs = documents()
-    kinds = [pack(docs, 40), pack(docs[6:7], 13), pack(docs[7:], 12), pack(docs[4:5], 11), pack(docs[5:6], 5)]
-    kinds.append(pack(docs[:3], 37))
-    return [kinds[i % len(kinds)] for i in range(count)]
+    pure = {
+        "image": [pack(docs[6:7], 13), pack([docs[6], docs[6]], 26)],
+        "speech": [pack(docs[7:], 12), pack([docs[7], docs[7]], 24)],
+        "text": [pack(docs[4:5], 11), pack([docs[4], docs[4]], 22)],
+        "nothing": [pack(docs[5:6], 5), pack([docs[5], docs[5]], 10)],
+    }
+    mixed = [pack(docs, 40), *(parts[0] for parts in pure.values()), pack(docs[:3], 37)]
+    parts = mixed if kind == "mixed" else pure[kind]
+    return [parts[i % len(parts)] for i in range(count)]
 
 
 def one_process(reference: LongcatNext, parts: Sequence[Batch]) -> list[Tensor]:
@@ -136,6 +171,24 @@ def gradients(models: Sequence[LongcatNext]) -> dict[str, Tensor]:
                 assert name not in found or torch.equal(found[name], parameter.grad), name
                 found[name] = parameter.grad
     return found
+
+
+class Toy:
+    """A stage of one product, other for each microbatch; `trouble` is called before each forward."""
+
+    def __init__(self, is_last: bool, trouble: Callable[[int], None] = lambda microbatch: None) -> None:
+        self.weight, self.is_last, self.trouble = torch.nn.Parameter(torch.eye(2) + 0.1), is_last, trouble
+
+    def __call__(self, hidden: Tensor | None, microbatch: int) -> Output:
+        self.trouble(microbatch)
+        x = torch.tensor([[1.0, 2.0 + microbatch]]) if hidden is None else hidden
+        out = torch.nn.functional.linear(x, self.weight).sin()
+        return Output(None, out.sum()) if self.is_last else Output(out)
+
+    def takes(self, microbatch: int) -> Border:
+        return Border((1, 2), torch.float32, torch.device("cpu"))
+
+    gives = takes
 
 
 def saved(directory: Path) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from longcat_model.training.model_stages import joint, pre_align
 from longcat_model.training.optim import adamw, learning_rate
 from longcat_model.training.pipelined import Pipelined, train_pipelined
 from longcat_model.training.plan import Plan, measured_plan
+from longcat_model.training.post_validated import PostValidated
 from longcat_model.training.replicas import Groups, Replicas
 
 STEPS, RATE = 4, 1e-2
@@ -241,11 +242,13 @@ def noting(folder: Path, model: LongcatNext) -> Stage:
     return joint(model, batch, steps=2, learning_rate=RATE, weights=small.WEIGHTS)
 
 
-def test_processes_train_as_threads_do_and_have_only_their_parts(tmp_path: Path) -> None:
+def test_processes_that_do_not_wait_train_as_threads_that_do_and_have_only_their_parts(tmp_path: Path) -> None:
     model = small.model()
     saved = Saved.of(model, tmp_path / "before.safetensors")
     make_noting = partial(noting, tmp_path)
-    assert train_pipelined(make_noting, saved, tmp_path / "two", Mesh(2), microbatches=3, weights=small.WEIGHTS)
+    assert train_pipelined(
+        make_noting, saved, tmp_path / "two", Mesh(2), microbatches=3, weights=small.WEIGHTS, engine=PostValidated
+    )
     sizes = [[int(line) for line in file.read_text().split()] for file in tmp_path.glob("bytes.*")]
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     assert len(sizes) == 2 and sum(size[-1] for size in sizes) == whole and all(size[-1] for size in sizes)
@@ -253,7 +256,8 @@ def test_processes_train_as_threads_do_and_have_only_their_parts(tmp_path: Path)
 
     (rows, *_) = piped(tmp_path / "one", 2, make(small.model(), steps=2))
     found = train(joint(model, batch, steps=2, learning_rate=RATE), tmp_path / "two", quiet=True)
-    assert [row["loss"] for row in found] == [row["loss"] for row in rows]
+    for name in ("loss", "gradient_norm"):
+        assert [row[name] for row in found] == [row[name] for row in rows]
     assert all(0 <= row["bubble"] < 1 and row["tokens_per_s"] > 0 and row["memory_bytes"] > 1e8 for row in found)
 
 

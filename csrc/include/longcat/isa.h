@@ -29,7 +29,10 @@ namespace longcat {
 
 enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
-// Names of those compiled in that this processor has, the fastest last.
+// Those compiled in that this processor has, the fastest last.
+const std::vector<Isa>& isas_here();
+
+// Their names.
 std::vector<std::string> available_isas();
 
 // Names of all compiled in.
