@@ -10,7 +10,8 @@
 namespace longcat {
 namespace {
 
-using Words = std::vector<const float*>;  // codewords of a row
+constexpr int64_t kRun = 64;   // rows that one thread writes in turn
+constexpr int64_t kAhead = 8;  // words
 
 }  // namespace
 
@@ -40,7 +41,7 @@ LC_TARGET_END
 
 namespace {
 
-using SumWords = void (*)(const Words&, const Words&, int64_t, float*);
+using SumWords = void (*)(const float* const*, const float* const*, int64_t, float*);
 
 SumWords sum_words_for(Isa isa) {
 #if LC_X86
@@ -51,14 +52,24 @@ SumWords sum_words_for(Isa isa) {
     return portable::sum_words;
 }
 
-void find_words(const RvqDecode& p, int64_t row, Words& words) {
-    words.clear();
-    for (int64_t l = 0; l < p.codes.levels && row < p.codes.rows; ++l) {
-        const Codebook& book = p.codebooks[size_t(l)];
-        const int64_t code = p.codes.at(row, l);
-        if (code >= 0) words.push_back(book.words + code * book.stride);
+// The codewords of some rows, one row after another.
+struct Words {
+    std::vector<const float*> words;
+    std::vector<size_t> starts;
+
+    void find(const RvqDecode& p, int64_t first, int64_t last) {
+        words.clear(), starts.assign(1, 0);
+        for (int64_t t = first; t < last; ++t) {
+            for (int64_t l = 0; l < p.codes.levels; ++l) {
+                const Codebook& book = p.codebooks[size_t(l)];
+                const int64_t code = p.codes.at(t, l);
+                if (code >= 0) words.push_back(book.words + code * book.stride);
+            }
+            starts.push_back(words.size());
+        }
+        words.insert(words.end(), size_t(kAhead), p.codebooks[0].words);
     }
-}
+};
 
 void check_codes(const RvqDecode& p) {
     for (int64_t l = 0; l < p.codes.levels; ++l) {
@@ -81,12 +92,15 @@ void rvq_decode(const RvqDecode& p) {
     const SumWords sum_words = sum_words_for(p.isa);
 #pragma omp parallel num_threads(p.threads)
     {
-        Words words, ahead;
+        Words run;
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < p.codes.rows; ++t) {
-            find_words(p, t, words);
-            find_words(p, t + 1, ahead);
-            sum_words(words, ahead, p.dim, p.out + t * p.dim);
+        for (int64_t first = 0; first < p.codes.rows; first += kRun) {
+            const int64_t last = std::min(first + kRun, p.codes.rows);
+            run.find(p, first, last);
+            const float* const* words = run.words.data();
+            for (int64_t t = first; t < last; ++t)
+                sum_words(words + run.starts[size_t(t - first)], words + run.starts[size_t(t - first) + 1], p.dim,
+                          p.out + t * p.dim);
         }
     }
 }
