@@ -33,7 +33,7 @@ lint: .venv/.dev
 
 gpu-check: WITH := $(or $(wildcard $(BIN)/python),$(PYTHON))
 gpu-check:
-	@$(WITH) -c "import torch" || { echo "gpu-check: $(WITH) has no torch: make gpu-check PYTHON=..." >&2; exit 2; }
+	@$(WITH) -c "import torch" 2>/dev/null || { echo "gpu-check: $(WITH) has no torch: make gpu-check PYTHON=..." >&2; exit 2; }
 	$(WITH) benchmarks/gpu_check.py $(ARGS)
 
 # One torch version for everybody: newer ones have not been tried, and CI measures with this one.
