@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -76,16 +78,23 @@ def wav(waveform: Tensor, rate: int) -> bytes:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes under a temporary name, then renames: a reader sees the old file or the new one.
+    """Writes a file whole or not at all.
 
     Raises:
         ValueError: the directory does not exist.
     """
     if not path.parent.is_dir():
         raise ValueError(f"output: directory must exist, got {path.parent}")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write under, renamed to `path` when that has succeeded: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import resource
 import shutil
@@ -109,12 +108,8 @@ def commit() -> str | None:
 
 def _save(path: Path, result: dict[str, Any]) -> None:
     """Writes tensors and plain data; an interrupted call leaves the file that was there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with files.replacing(path) as temporary:
         torch.save(result, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> dict[str, Any]:
