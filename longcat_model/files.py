@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +89,11 @@ def write(path: Path, content: bytes) -> None:
         raise ValueError(f"output: directory must exist, got {path.parent}")
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Likewise."""
+    write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 @contextmanager

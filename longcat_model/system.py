@@ -46,7 +46,7 @@ class System:
         for name, module in self.parts().items():
             with files.replacing(directory / f"{name}.safetensors") as temporary:
                 save_model(module, str(temporary))
-        files.write(directory / "config.json", (json.dumps(config.to_dict(self.sizes), indent=1) + "\n").encode())
+        files.write_json(directory / "config.json", config.to_dict(self.sizes))
 
     @classmethod
     def load(cls, directory: Path) -> System:

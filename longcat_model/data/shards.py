@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longcat_model.files import replacing, write
+from longcat_model.files import replacing, write, write_json
 from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Targets
 
 COLUMNS = ("text", "marker", "visual", "audio", "text_labels", "visual_labels", "audio_labels")
@@ -75,7 +75,7 @@ def write_shard(directory: Path, number: int, documents: Sequence[Columns]) -> N
 
 
 def write_index(directory: Path, index: Index) -> None:
-    write(directory / "index.json", (json.dumps(index._asdict(), indent=1) + "\n").encode())
+    write_json(directory / "index.json", index._asdict())
 
 
 def read_index(directory: Path) -> Index | None:

@@ -82,7 +82,7 @@ class Workspace:
 
     def write(self, name: str, value: Any) -> None:
         """Writes JSON whole or not at all."""
-        files.write(self.directory / name, (json.dumps(value, indent=1) + "\n").encode())
+        files.write_json(self.directory / name, value)
 
     def _read(self, name: str) -> Any:
         path = self.directory / name
