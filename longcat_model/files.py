@@ -92,7 +92,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Likewise."""
+    """Writes a JSON file whole or not at all; raises what `write` does."""
     write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 

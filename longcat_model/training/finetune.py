@@ -33,11 +33,13 @@ SAVE_EVERY = 50  # steps
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """Of one training; `run` refuses what is out of range."""
+
     steps: int
-    rows: int
-    row_length: int
-    learning_rate: float
-    seed: int
+    rows: int  # packed rows a step
+    row_length: int  # positions
+    learning_rate: float  # peak: see `loop.Stage`
+    seed: int  # of the order of the documents
 
 
 def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh: Mesh, *, workers: int = 0) -> None:
