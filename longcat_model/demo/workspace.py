@@ -7,7 +7,6 @@ import pickle
 import resource
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from longcat_model import files
+from longcat_model.training.rates import resident_bytes
 
 
 class Workspace:
@@ -91,8 +91,7 @@ class Workspace:
 
 def peak_rss_bytes() -> int:
     """High-water mark of resident memory of this process or of its largest child."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(map(resident_bytes, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
 
 def commit() -> str | None:
