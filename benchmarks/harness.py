@@ -8,9 +8,7 @@ so that `run.py <op>` finds it. A case names its size and makes its `Contender`s
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import parts
 from longcat_kernels.spec import Cost
 
 ROUNDS, QUICK_ROUNDS, MOST_ROUNDS = 7, 3, 400
@@ -324,8 +323,4 @@ def _fraction(cost: Cost, seconds: float, ceilings: dict[str, float], name: str 
 
 def save(path: Path, environment: dict[str, Any], ceilings: dict[str, float], rows: Iterable[Row]) -> None:
     """Writes a results file whole or not at all."""
-    document = {"environment": environment, "ceilings": ceilings, "rows": [asdict(row) for row in rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(unfinished, path)
+    parts.save(path, {"environment": environment, "ceilings": ceilings, "rows": [asdict(row) for row in rows]})

@@ -33,10 +33,11 @@ def run(module: ModuleType, file: Path | None, case: str, quick: bool, environme
 
 
 def save(file: Path, document: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
+    """Writes a JSON file whole or not at all."""
+    text = json.dumps(document, indent=1) + "\n"
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n")
+    unfinished.write_text(text)
     os.replace(unfinished, file)
 
 

@@ -49,9 +49,9 @@ def sail_v_half(devices: int, microbatches: int) -> Schedule:
     rows = [[list(range(start, start + 6 * microbatches, 6)) for start in _starts(row, device, devices)]
             for device, row in enumerate(half_block(devices))]  # fmt: skip
     rows = [[*row, _free_slots(row)] for row in rows]
-    rows = [row[:W] for row in _squeezed(_moved(rows, microbatches, ends_only=False), microbatches)]
+    rows = [row[:W] for row in _squeezed(_moved(rows, microbatches, ends_only=False))]
     rows = _moved(rows, microbatches, ends_only=True)
-    rows = [row[:W] for row in _squeezed([[*row, _free_slots(row)] for row in rows], microbatches)]
+    rows = [row[:W] for row in _squeezed([[*row, _free_slots(row)] for row in rows])]
     return tuple(_row(row, device, devices) for device, row in enumerate(rows))
 
 
@@ -129,7 +129,7 @@ def _move(rows: list[Slots], device: int, task: int, k: int, occupied: set[int],
     row[task][k] = latest
 
 
-def _squeezed(rows: list[Slots], microbatches: int) -> list[Slots]:
+def _squeezed(rows: list[Slots]) -> list[Slots]:
     """The same order, each action as early as it can be where all take one slot."""
     events = sorted(
         (slot, d, t, k) for d, row in enumerate(rows) for t, slots in enumerate(row) for k, slot in enumerate(slots)

@@ -106,7 +106,7 @@ def summary(results: Path) -> str:
                 *lines,
                 f"\nOn {environment['device']} at commit `{environment['commit']}`, {environment['date']}.\n",
             ]
-    return "\n".join([*parts, "A peer's column is its time by ours. All of it: `benchmarks/RESULTS.md`."])
+    return "\n".join([*parts, "A peer's column is its time divided by ours. All of it: `benchmarks/RESULTS.md`."])
 
 
 def insert(readme: str, place: str, table: str) -> str:

@@ -30,6 +30,7 @@ from longcat_model.pipeline.schedules.searched import DEFAULT, Effort, searched
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.simulate import bubble, peak_bytes, unit_bytes
 from longcat_model.pipeline.verify import verify
+from parts import save
 from peers_schedules import sail_v_half, torch_dualpipev, torch_zbv
 
 OUT = Path(__file__).resolve().parent / "results" / "simulated" / "schedules.json"
@@ -230,12 +231,11 @@ def main(parts: Sequence[str]) -> int:
     if unknown := set(parts) - set(PARTS):
         print(f"schedules.py: parts are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
-    OUT.parent.mkdir(parents=True, exist_ok=True)
     document = json.loads(OUT.read_text()) if OUT.exists() else {}
     for part in parts or PARTS:
         document["environment"] = machine.environment("cpu", 1)
         document[part] = PARTS[part]()
-        OUT.write_text(json.dumps(document, indent=1))
+        save(OUT, document)
     OUT.with_suffix(".md").write_text(markdown(document))
     plot(document, OUT.with_suffix(".png"))
     print(markdown(document))

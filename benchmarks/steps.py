@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import outcomes
+import parts
 
 PASSED, FAILED, CUT_OFF, NOT_RUN = "passed", "failed", "cut off", "not run"
 GRACE_S = 8.0  # from the interrupt that asks a step to end until it is killed
@@ -100,10 +101,7 @@ class Book:
         return Counter(step["state"] for step in self.steps.values())
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".unfinished")
-        partial.write_text(json.dumps({"about": self.about, "steps": self.steps}, indent=1) + "\n")
-        os.replace(partial, self.path)
+        parts.save(self.path, {"about": self.about, "steps": self.steps})
 
 
 def outcome(state: str, seconds: float, detail: str = "", **more: Any) -> Outcome:

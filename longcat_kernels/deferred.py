@@ -259,6 +259,8 @@ def _layer_norm(
 ) -> Tensor:
     if weight is None or bias is None or _is_autocast(input) or not is_weight(weight):
         return functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    if bias.requires_grad and not is_weight(bias):
+        return functional.layer_norm(input, normalized_shape, weight, bias, eps)
     return _separate(input, pending, LayerNormRule(weight, bias, list(normalized_shape), eps))
 
 

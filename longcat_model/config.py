@@ -134,9 +134,13 @@ class AudioTokenizer:
     pool: int = 4  # encoder frames to one position: 50 Hz to 12.5 Hz
 
     @property
+    def samples_per_position(self) -> int:
+        return self.encoder.hop * 2 * self.pool
+
+    @property
     def frame_hz(self) -> float:
         """Positions a second."""
-        return self.encoder.sample_rate / self.encoder.hop / 2 / self.pool
+        return self.encoder.sample_rate / self.samples_per_position
 
 
 @dataclass(frozen=True, kw_only=True)

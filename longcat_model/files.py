@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,16 +80,28 @@ def wav(waveform: Tensor, rate: int) -> bytes:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes under a temporary name, then renames: a reader sees the old file or the new one.
+    """Writes a file whole or not at all.
 
     Raises:
         ValueError: the directory does not exist.
     """
     if not path.parent.is_dir():
         raise ValueError(f"output: directory must exist, got {path.parent}")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all; raises what `write` does."""
+    write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write under, renamed to `path` when that has succeeded: a reader sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        temporary.write_bytes(content)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from longcat_model import config, presets
+from longcat_model.backbone import Cache
 from longcat_model.released import checkpoint
-from longcat_model.released.plan import Part, cache_bytes, expert_bytes, plan, table_bytes
+from longcat_model.released.plan import Part, expert_bytes, plan, table_bytes
 from longcat_model.released.sizes import Sizes
 from longcat_model.system import System
 from longcat_model.vocabulary import Vocabulary
@@ -62,7 +63,7 @@ def describe_plan(subject: str, memory: Sequence[float], *, rows: int, positions
     for place in dict.fromkeys(part.place for part in found.parts):
         places.append((place, f"{found.used(place):,}", f"{gpus[place]:,}" if place in gpus else ""))
     notes = [
-        f"A position takes {cache_bytes(backbone):,} bytes of cache.",
+        f"A position takes {Cache.position_bytes(backbone, torch.bfloat16):,} bytes of cache.",
         f"It reads {table_bytes(backbone):,} bytes of n-gram tables",
         f"and, on average, {expert_bytes(backbone):,} bytes of each layer's experts.",
         "Tables in their file take no memory but the operating system's cache.",

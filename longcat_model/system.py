@@ -6,7 +6,6 @@ Layout of a directory: `config.json`, `model.safetensors`, `vision.safetensors`,
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +41,12 @@ class System:
         return {"model": self.model, "vision": self.vision, "audio": self.audio}
 
     def save(self, directory: Path) -> None:
-        """Writes every file under a temporary name first; `config.json` comes last and makes the system whole."""
+        """Writes every file whole or not at all; `config.json` comes last and makes the system whole."""
         directory.mkdir(parents=True, exist_ok=True)
         for name, module in self.parts().items():
-            temporary = directory / f"{name}.safetensors.partial"
-            save_model(module, str(temporary))
-            os.replace(temporary, directory / f"{name}.safetensors")
-        files.write(directory / "config.json", (json.dumps(config.to_dict(self.sizes), indent=1) + "\n").encode())
+            with files.replacing(directory / f"{name}.safetensors") as temporary:
+                save_model(module, str(temporary))
+        files.write_json(directory / "config.json", config.to_dict(self.sizes))
 
     @classmethod
     def load(cls, directory: Path) -> System:

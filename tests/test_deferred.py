@@ -450,6 +450,18 @@ def test_odd_inputs_are_those_of_one_backward(name: str) -> None:
         assert found.dtype == want.dtype and torch.equal(found, want)
 
 
+def test_a_bias_that_is_no_weight_gives_its_gradient_with_the_inputs() -> None:
+    weight, x = parameter(WIDTH), torch.randn(3, WIDTH, requires_grad=True)
+
+    def normed() -> Tensor:
+        return functional.layer_norm(x, (WIDTH,), weight, x.mean(0))
+
+    with defer_weight_grads():
+        out = normed()
+    (found,), (want,) = (torch.autograd.grad(y.square().sum(), x) for y in (out, normed()))
+    assert torch.equal(found, want)
+
+
 def test_a_kept_graph_gives_every_gradient_again() -> None:
     layer = nn.Linear(WIDTH, 3)
     out, pending = forward(layer, torch.ones(2, WIDTH))

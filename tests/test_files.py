@@ -10,7 +10,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from longcat_model.files import png, read_image, read_speech, wav, write
+from longcat_model.files import png, read_image, read_speech, replacing, wav, write
 
 
 def test_image_round_trips(tmp_path: Path) -> None:
@@ -71,6 +71,15 @@ def test_refuses_silence(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
     with pytest.raises(ValueError, match="silence"):
         read_speech(tmp_path / "a.wav", 16_000)
+
+
+def test_an_interrupted_write_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.bin", b"old")
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a.bin") as temporary:
+        temporary.write_bytes(b"ne")
+        raise KeyboardInterrupt
+    assert (tmp_path / "a.bin").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_refuses_a_missing_directory(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from longcat_model import config
 from longcat_model.data.shards import Shards
 from longcat_model.data.shuffle import shuffled
+from longcat_model.files import replacing
 from longcat_model.vocabulary import Vocabulary
 
 WINDOW = 8192  # documents packed at once
@@ -69,10 +69,14 @@ def plan(shards: Shards, row_length: int, costs: HeadCosts, seed: int, out: Path
     made_from = json.dumps([shards.index.digest, row_length, costs, seed]).encode()
     directory, counts = out / f"rows-{hashlib.sha256(made_from).hexdigest()[:12]}", shards.counts
     directory.mkdir(parents=True, exist_ok=True)
-    paths = _paths(directory)
-    if not paths[1].exists():
-        partial = [path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths]
-        with partial[0].open("wb") as documents, partial[1].open("wb") as ends:
+    documents_path, ends_path = _paths(directory)
+    if not ends_path.exists():  # it is renamed last
+        with (
+            replacing(ends_path) as ends_partial,
+            replacing(documents_path) as documents_partial,
+            documents_partial.open("wb") as documents,
+            ends_partial.open("wb") as ends,
+        ):
             for start in range(0, len(counts), WINDOW):
                 places = np.arange(start, min(start + WINDOW, len(counts)))
                 numbers = shuffled(places, len(counts), seed)
@@ -80,8 +84,6 @@ def plan(shards: Shards, row_length: int, costs: HeadCosts, seed: int, out: Path
                 rows = pack(found[:, 0], found[:, 1:] @ np.array(costs), row_length)
                 documents.write(numbers[np.concatenate(rows)].astype("<i8").tobytes())
                 ends.write((start + np.cumsum([len(row) for row in rows])).astype("<i8").tobytes())
-        for written, path in zip(partial, paths, strict=True):
-            written.replace(path)
     return Rows(directory)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -32,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longcat_model.files import write
+from longcat_model.files import replacing, write, write_json
 from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Targets
 
 COLUMNS = ("text", "marker", "visual", "audio", "text_labels", "visual_labels", "audio_labels")
@@ -76,7 +75,7 @@ def write_shard(directory: Path, number: int, documents: Sequence[Columns]) -> N
 
 
 def write_index(directory: Path, index: Index) -> None:
-    write(directory / "index.json", (json.dumps(index._asdict(), indent=1) + "\n").encode())
+    write_json(directory / "index.json", index._asdict())
 
 
 def read_index(directory: Path) -> Index | None:
@@ -97,12 +96,11 @@ def read_index(directory: Path) -> Index | None:
 def finish(directory: Path, made_from: dict[str, Any], shards: int) -> None:
     """Counts the documents of the first `shards` shards and writes the index, which makes the directory whole."""
     sizes = [len(_open(shard_path(directory, number))["lengths"]) for number in range(shards)]
-    path, temporary = directory / "counts.npy", directory / f".counts.npy.{os.getpid()}.partial"
-    counts = np.lib.format.open_memmap(temporary, "w+", np.int32, (sum(sizes), len(COUNTS)))  # type: ignore[no-untyped-call]
-    for number, last in enumerate(accumulate(sizes)):
-        counts[last - sizes[number] : last] = _counts(_open(shard_path(directory, number)))
-    counts.flush()
-    temporary.replace(path)
+    with replacing(directory / "counts.npy") as temporary:
+        counts = np.lib.format.open_memmap(temporary, "w+", np.int32, (sum(sizes), len(COUNTS)))  # type: ignore[no-untyped-call]
+        for number, last in enumerate(accumulate(sizes)):
+            counts[last - sizes[number] : last] = _counts(_open(shard_path(directory, number)))
+        counts.flush()
     write_index(directory, Index(made_from, sizes))
 
 

@@ -21,18 +21,6 @@ PIXEL = 5  # screen pixels of a picture's pixel
 
 
 @dataclass(frozen=True)
-class Score:
-    """A share of right answers."""
-
-    value: float
-    n: int
-    judge: float | None  # the judge's own score on held-out real data; None: exact match
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "n": self.n, "judge": self.judge}
-
-
-@dataclass(frozen=True)
 class Sample:
     """One example to look at or listen to; media are embedded in the page."""
 

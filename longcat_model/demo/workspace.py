@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import resource
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from typing import Any
 import torch
 
 from longcat_model import files
+from longcat_model.training.rates import resident_bytes
 
 
 class Workspace:
@@ -83,7 +82,7 @@ class Workspace:
 
     def write(self, name: str, value: Any) -> None:
         """Writes JSON whole or not at all."""
-        files.write(self.directory / name, (json.dumps(value, indent=1) + "\n").encode())
+        files.write_json(self.directory / name, value)
 
     def _read(self, name: str) -> Any:
         path = self.directory / name
@@ -92,8 +91,7 @@ class Workspace:
 
 def peak_rss_bytes() -> int:
     """High-water mark of resident memory of this process or of its largest child."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(map(resident_bytes, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
 
 def commit() -> str | None:
@@ -109,12 +107,8 @@ def commit() -> str | None:
 
 def _save(path: Path, result: dict[str, Any]) -> None:
     """Writes tensors and plain data; an interrupted call leaves the file that was there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with files.replacing(path) as temporary:
         torch.save(result, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> dict[str, Any]:

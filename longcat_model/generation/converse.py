@@ -17,11 +17,12 @@ from typing import Any
 from torch import Tensor
 
 from longcat_model import messages as official
+from longcat_model.conversation import blank
 from longcat_model.generation.answers import Answer, Event, Listener, Painted, Spoken
 from longcat_model.generation.decode import Partner, Request, cache_bytes, decode
 from longcat_model.generation.machine import Position
 from longcat_model.generation.prefill import Prefixes
-from longcat_model.generation.prompts import Files, blank, context, encode, read_files
+from longcat_model.generation.prompts import Files, context, encode, read_files
 from longcat_model.generation.settings import Settings
 from longcat_model.messages import StartImage, StartSpeech
 from longcat_model.released.differences import unconditional
@@ -156,7 +157,7 @@ class Job:
         sketches = []
         for number, prompt in enumerate(self.prompts, 1):
             with _named(number, len(self.prompts)):
-                codes = {path: blank(media, self.system) for path, media in prompt.files.items()}
+                codes = {path: blank(media, self.system.sizes) for path, media in prompt.files.items()}
                 sketches.append(self.request(prompt, codes))
         return sketches
 

@@ -43,7 +43,7 @@ class Ask:
     """Which heads to ask, and how they choose; None: not this one."""
 
     text: Sampling | None = None
-    allowed: str = "text"  # ids the text head may choose: see `decode.text_masks`
+    allowed: str = "text"  # ids the text head may choose: see `chooser.text_masks`
     visual: Sampling | None = None
     guidance: float | None = None  # scale of classifier-free guidance of the visual head
     audio: Sampling | None = None

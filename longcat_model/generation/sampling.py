@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from longcat_kernels import DepthSampling
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -42,10 +40,6 @@ class Sampling:
         """What `longcat_kernels.sample` and `DepthSampling` take of them."""
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "order")
         return {name: getattr(self, name) for name in names}
-
-    def of_codes(self, **how: Any) -> DepthSampling:
-        """For `depth_decode`, with what it needs besides."""
-        return DepthSampling(**self.numbers(), **how)
 
 
 # The released model's recommendations (its README). Images and speech stand here without repetition penalties, as the

@@ -75,9 +75,7 @@ class _Shared:
 
     def __init__(self, devices: int) -> None:
         self.changed = threading.Condition()
-        self.tensors: dict[
-            tuple[int, Action], list[Tensor]
-        ] = {}  # by receiver and RECV action, in the order of sending
+        self.tensors: dict[tuple[int, Action], list[Tensor]] = {}  # by receiver and RECV action, the oldest first
         self.gathered: dict[int, dict[int, Any]] = {}  # by round and device
         self.waiting: dict[int, Callable[[], bool]] = {}  # what each waiting device waits for
         self.failure: str | None = None

@@ -97,7 +97,8 @@ def plan(sizes: Sizes, memory: Mapping[str, int] = H200, *, rows: int = 2, posit
     movable = {name: weights.pop(name) for name in (*experts, _VISION, _AUDIO)} | decoder_bytes(sizes)
     parts = [Part(_TABLES, FILE, weights.pop(_TABLES))]
     parts += [Part(name, main, size) for name, size in weights.items()]
-    parts.append(Part(f"cache, {rows} x {positions:,} positions", main, rows * positions * cache_bytes(backbone)))
+    cache = rows * positions * Cache.position_bytes(backbone, torch.bfloat16)
+    parts.append(Part(f"cache, {rows} x {positions:,} positions", main, cache))
     parts.append(Part("activations", main, rows * activation_bytes(backbone, positions)))
     parts += [Part("reserve", gpu, RESERVE) for gpu in memory]
     places = {}
@@ -112,12 +113,6 @@ def plan(sizes: Sizes, memory: Mapping[str, int] = H200, *, rows: int = 2, posit
         audio=places[_AUDIO],
     )
     return Plan(placement=placement, parts=tuple(parts), memory=dict(memory))
-
-
-def cache_bytes(sizes: config.Backbone) -> int:
-    """Bytes that the cache holds of one position of one row, in bfloat16."""
-    cache = Cache.empty(sizes, batch=1, capacity=1, device="meta")
-    return cache.latents.numel() * BF16 + cache.documents.nbytes + cache.text.nbytes
 
 
 def table_bytes(sizes: config.Backbone) -> int:

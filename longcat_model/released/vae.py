@@ -19,6 +19,8 @@ EPS = 1e-6
 
 
 class VAE(nn.Module):
+    """`encode` gives latents of images, `decode` images of latents."""
+
     def __init__(self, sizes: VAESizes) -> None:
         super().__init__()
         self.sizes = sizes

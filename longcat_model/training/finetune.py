@@ -18,7 +18,7 @@ from longcat_model import config
 from longcat_model.data import rows, tokenize
 from longcat_model.data.batches import Ahead, Batches
 from longcat_model.data.shards import Shards
-from longcat_model.files import write
+from longcat_model.files import write_json
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.parts import Saved
 from longcat_model.sequence import Batch
@@ -33,11 +33,13 @@ SAVE_EVERY = 50  # steps
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """Of one training; `run` refuses what is out of range."""
+
     steps: int
-    rows: int
-    row_length: int
-    learning_rate: float
-    seed: int
+    rows: int  # packed rows a step
+    row_length: int  # positions
+    learning_rate: float  # peak: see `loop.Stage`
+    seed: int  # of the order of the documents
 
 
 def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh: Mesh, *, workers: int = 0) -> None:
@@ -116,7 +118,7 @@ def _claim(out: Path, training: dict[str, Any]) -> None:
     """Notes in `out` what is trained there."""
     _refuse_another(out, training)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "finetune.json", (json.dumps(training, indent=1) + "\n").encode())
+    write_json(out / "finetune.json", training)
 
 
 def _refuse_another(out: Path, training: dict[str, Any]) -> None:

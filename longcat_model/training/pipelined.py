@@ -264,20 +264,20 @@ def _train_rank(
     transport = Distributed.connect(2 * mesh.pipeline, mesh.pipelines(), store=rank.store)
     assert transport is not None  # every rank is in a pipeline
     groups, shards = mesh.connect(rank.device, saved.sizes.backbone.experts.real)
-    parts, told = Parts(saved, rank.device, shards), dist.new_group(backend="gloo")
+    parts, group = Parts(saved, rank.device, shards), dist.new_group(backend="gloo")
     plans: list[Plan | None] = [None]
     if rank.rank == 0:  # times differ from rank to rank: the first one's are everybody's
         whole = Parts(saved, rank.device)
         batch = make(whole.model).batch(0).to(rank.device)
         plans = [measured_plan(whole.model, mesh.pipeline, batch, microbatches, lend=whole.lend)]
-    dist.broadcast_object_list(plans, 0, group=told)
+    dist.broadcast_object_list(plans, 0, group=group)
     plan = plans[0]
     assert plan is not None  # the first rank's
     for stage in own_stages(parts.model, plan, transport.device).values():
         parts.bring(stage)
     trained = make(parts.model)
     spread = dict if shards is None else shards.spread
-    engine = kind(trained, plan, transport, weights, groups, told, spread)
+    engine = kind(trained, plan, transport, weights, groups, group, spread)
     train(trained, directory, seed=seed, save_every=save_every, engine=engine)
     transport.close()
 

@@ -22,7 +22,12 @@ def memory_bytes(device: torch.device) -> int:
     """The most that this process has had: allocated on a GPU, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resident_bytes(resource.RUSAGE_SELF)
+
+
+def resident_bytes(who: int) -> int:
+    """High-water mark of resident memory of this process (RUSAGE_SELF) or of its largest child (RUSAGE_CHILDREN)."""
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def shown(row: dict[str, float]) -> dict[str, str]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from longcat_model import presets
 from longcat_model.data.documents import Reader
+from longcat_model.generation import converse
 from longcat_model.sequence import IGNORE, Document, join
-from longcat_model.system import Tokenizers
+from longcat_model.system import System, Tokenizers
 from longcat_model.tokenizers.text import ByteTokenizer
 from longcat_model.vocabulary import BOS, EOS
 
@@ -88,6 +89,33 @@ def test_a_conversation_learns_speech_with_its_transcript(read: Any) -> None:
     assert set(found) == {1, 2, 3}
     for delay, document in found.items():
         assert_same(document, join(*before, make.LAYOUT.speak(ids("ab"), FRAMES, delay=delay), END))
+
+
+@pytest.mark.parametrize(
+    ("start", "answer"),
+    [
+        ("", "This."),
+        ("<longcat_img_token_size>2 2</longcat_img_token_size><longcat_img_start>", IMAGE),
+        ("<longcat_audiogen_start>", f"<longcat_audiogen_start>ab{AUDIO}<longcat_audiogen_end>"),
+    ],
+)
+def test_a_conversation_begins_with_the_prompt_that_generation_builds(tmp_path: Path, start: str, answer: str) -> None:
+    system = System.load(make.system(make.media(tmp_path)))
+    reader = Reader(system.sizes, system.text, lambda _: CELLS, lambda _: FRAMES, longest=200)
+    before = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": f"This {IMAGE} and {AUDIO}?"},
+        {"role": "assistant", "content": f"This: {IMAGE}{AUDIO}"},
+    ]
+    asked, answered = {"role": "user", "content": f"Again.{start}"}, {"role": "assistant", "content": answer}
+    job = converse.prepare([[*before, asked]], system, directory=tmp_path)
+    prompt = job.request(job.prompts[0], {tmp_path / "a.png": CELLS, tmp_path / "a.wav": FRAMES}).prompt
+    learnt = {"messages": [*before, {"role": "user", "content": "Again."}, answered]}
+    document = reader.document(learnt, tmp_path, torch.Generator().manual_seed(0))
+    length = len(prompt.text)
+    assert length < len(document) and bool((document.targets.text != IGNORE).any())
+    for name, tensor in vars(prompt).items():
+        assert torch.equal(tensor, getattr(document.inputs, name)[:length]), name
 
 
 def test_a_conversation_that_ends_with_the_user_learns_the_end_alone(read: Any) -> None:

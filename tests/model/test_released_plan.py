@@ -32,7 +32,6 @@ from longcat_model.released.plan import (
     RESERVE,
     Placement,
     activation_bytes,
-    cache_bytes,
     decoder_bytes,
     plan,
     table_bytes,
@@ -60,7 +59,7 @@ def test_one_gpu_holds_all_but_the_tables() -> None:
     assert not found.lacking()
     backbone = RELEASED.model.backbone
     assert table_bytes(backbone) == 6144
-    assert cache_bytes(backbone) == 32_256 + 16  # latents; and a document number and a text id
+    assert Cache.position_bytes(backbone, torch.bfloat16) == 32_256 + 16  # latents; and a document number and a text id
 
 
 def test_smaller_gpus_leave_experts_to_the_next_and_then_to_the_host() -> None:

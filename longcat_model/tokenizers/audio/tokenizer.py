@@ -60,7 +60,7 @@ class AudioTokenizer(nn.Module):
 
     @property
     def samples_per_position(self) -> int:
-        return self.sizes.encoder.hop * 2 * self.sizes.pool
+        return self.sizes.samples_per_position
 
     @property
     def positions_per_chunk(self) -> int:
