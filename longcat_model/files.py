@@ -28,7 +28,7 @@ def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
     try:
         with Image.open(path) as file:
             opaque = Image.new("RGBA", file.size, "white")
-            opaque.alpha_composite(file.convert("RGBA"))
+            opaque.alpha_composite(_eight_bits(file).convert("RGBA"))
             picture = opaque.convert("RGB")
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"image: path must name a readable image, got {path}: {error}") from error
@@ -37,6 +37,13 @@ def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
     if picture.size != (wide, high):
         picture = picture.resize((wide, high), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """A 16-bit grey picture, whose values above 255 Pillow would make white, scaled down; others as they are."""
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
 
 
 def png(image: Tensor, scale: int = 1) -> bytes:
@@ -52,7 +59,7 @@ def read_speech(path: Path, rate: int) -> Tensor:
     """Mono float32 [samples] at `rate` Hz.
 
     Raises:
-        ValueError: the file is missing, no sound, or silent.
+        ValueError: the file is missing, no sound, or silent, or holds samples that are not finite.
     """
     import soundfile  # here, because images and checkpoints do without it
 
@@ -61,6 +68,8 @@ def read_speech(path: Path, rate: int) -> Tensor:
     except (soundfile.LibsndfileError, OSError) as error:
         raise ValueError(f"speech: path must name a readable sound file, got {path}: {error}") from error
     waveform = samples.mean(axis=1)
+    if not np.isfinite(waveform).all():
+        raise ValueError(f"speech: path must name a file of finite samples, got others in {path}")
     if not waveform.size or not np.abs(waveform).max() > 0:
         raise ValueError(f"speech: path must name a file with sound, got silence in {path}")
     if found != rate:

@@ -48,6 +48,23 @@ def test_speech_round_trips_and_resamples(tmp_path: Path) -> None:
     assert float(peak) * 8000 / 4000 == pytest.approx(440, abs=2)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path: Path, suffix: str) -> None:
+    shades = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(shades).save(tmp_path / f"a.{suffix}")
+    expected = torch.from_numpy(shades.astype(np.float32) / 65535).expand(3, 8, 8)
+    torch.testing.assert_close(read_image(tmp_path / f"a.{suffix}", 8), expected, rtol=0, atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_samples_that_are_not_finite_are_refused(tmp_path: Path, bad: float) -> None:
+    samples = np.full(100, 0.1)
+    samples[3] = bad
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+    with pytest.raises(ValueError, match="speech: path must name a file of finite samples"):
+        read_speech(tmp_path / "a.wav", 16_000)
+
+
 @pytest.mark.parametrize("content", [None, b"", b"neither image nor sound"])
 def test_refuses_unreadable_files(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "a.bin"

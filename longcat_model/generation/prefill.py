@@ -80,11 +80,11 @@ class Reader:
 
     def read(self, row: int, inputs: Inputs) -> Tensor:
         """Adds positions [T] to a row of the cache; returns the last one's hidden state [D]."""
-        key = b""
-        hidden = torch.empty(0)
+        key, hidden = b"", torch.empty(0)
+        begins = self.cache.lengths[row] == 0  # otherwise no key names what the row goes on from: nothing is shared
         for chunk in _chunks(inputs):
             key = _digest(key, chunk)
-            hidden = self._block(row, key, chunk).hidden
+            hidden = self._block(row, key, chunk).hidden if begins else self._forward(row, chunk)
         return hidden
 
     def _block(self, row: int, key: bytes, inputs: Inputs) -> Block:
@@ -94,15 +94,19 @@ class Reader:
             self.cache.copy_in(row, known.latents, inputs.documents, inputs.text)
             hidden = known.hidden
         else:
-            alone = self.cache.row(row)
-            batch = inputs.map(lambda field: field[None]).to(self.cache.text.device)
-            hidden = self.model(batch, alone).hidden[0, -1].clone()  # a view would hold the whole block's
-            self.cache.lengths[row] = alone.lengths[0]
+            hidden = self._forward(row, inputs)
         block = Block(self.cache.latents[:, row, start : start + new], hidden)
         self._here[key] = block
         if self.prefixes is not None:
             self._note(key, block, new, known is not None)
         return block
+
+    def _forward(self, row: int, inputs: Inputs) -> Tensor:
+        alone = self.cache.row(row)
+        batch = inputs.map(lambda field: field[None]).to(self.cache.text.device)
+        hidden = self.model(batch, alone).hidden[0, -1].clone()  # a view would hold the whole block's
+        self.cache.lengths[row] = alone.lengths[0]
+        return hidden
 
     def _note(self, key: bytes, block: Block, positions: int, is_known: bool) -> None:
         assert self.prefixes is not None

@@ -207,7 +207,7 @@ def _json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"released: {path.parent} must hold a checkpoint, but has no {path.name}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"released: {path} must be JSON, got: {error}") from error
 
 
@@ -221,24 +221,52 @@ def _shards(directory: Path) -> list[Path]:
 
 def _header(shard: Path) -> dict[str, dict[str, Any]]:
     """Each tensor's description, with the bytes that the file holds of it under "held"."""
+    text, held = _header_text(shard)
+    try:
+        header: dict[str, dict[str, Any]] = json.loads(text, object_pairs_hook=_each_once)
+        header.pop("__metadata__", None)
+        for described in header.values():
+            first, last = described["data_offsets"]
+            described["held"] = min(last, held) - first
+            described["shape"], described["stored"] = tuple(described["shape"]), last - first
+            described["dtype"] = str(described["dtype"])
+        _check_offsets([described["data_offsets"] for described in header.values()], held)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{shard.name}: damaged header: {error}") from error
+    return header
+
+
+def _header_text(shard: Path) -> tuple[bytes, int]:
+    """The header, and how many bytes the file holds after it."""
     try:
         size = shard.stat().st_size
         with shard.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(size - 8, _HEADER_LIMIT):
                 raise ValueError(f"{shard.name}: truncated in its header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for described in header.values():
-            first, last = described["data_offsets"]
-            described["held"] = min(last, size - 8 - length) - first
-            described["shape"], described["stored"] = tuple(described["shape"]), last - first
+            return file.read(length), size - 8 - length
     except FileNotFoundError as error:
         raise ValueError(f"{shard.name}: missing file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{shard.name}: damaged header: {error}") from error
-    found: dict[str, dict[str, Any]] = header
+    except OSError as error:
+        raise ValueError(f"{shard.name}: unreadable: {error.strerror}") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
     return found
+
+
+def _check_offsets(offsets: list[list[int]], held: int) -> None:
+    """Tensors must lie one after another, without gaps, up to the end of the file or, in a truncated one, beyond."""
+    end = 0
+    for first, last in sorted(offsets):
+        if first != end or last < first:
+            raise ValueError(f"bytes {first} to {last} where those from {end} on belong")
+        end = last
+    if end < held:
+        raise ValueError(f"{held - end} bytes too many after the last tensor")
 
 
 def _fault(described: dict[str, Any], wanted: Entry | None, shard: Path) -> str | None:

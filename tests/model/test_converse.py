@@ -35,6 +35,7 @@ from longcat_model.generation import (
     generate_text,
     prefill,
 )
+from longcat_model.generation.chooser import Chooser
 from longcat_model.generation.decode import decode
 from longcat_model.generation.machine import stack
 from longcat_model.generation.prompts import context
@@ -137,6 +138,20 @@ def test_an_answer_does_not_depend_on_the_company(
     )
     assert isinstance(answers, list)
     assert [plain(answer) for answer in answers] == [alone[way][i] for way, i in zip(ways, chosen, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["null", "bare"])
+def test_images_begun_at_the_same_step_do_not_mix(
+    system: System, media: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Their size and start are the same, what stands before is not."""
+    start = system.model.ids.image_start
+    monkeypatch.setattr(Chooser, "_text", lambda _, asking, *__: [EOS if a.written.text else start for a in asking])
+    how = replace(SMALL, media=1, cfg_uncond=kind, guidance=30.0, height=6, width=6)  # type: ignore[arg-type]
+    chats = [user("hello"), user("good day"), user("hey")]
+    together = longcat_model.generate(chats, system=system, settings=how, seed=[0, 0, 0])
+    assert isinstance(together, list)
+    assert [plain(answer) for answer in together] == [plain(ask(system, media, chat, how)) for chat in chats]
 
 
 def test_every_task_answers_in_its_kind(system: System, media: Path) -> None:

@@ -104,6 +104,24 @@ def test_rows_that_begin_alike_are_read_once(model: LongcatNext, monkeypatch: py
     assert [tuple(shape) for shape in shapes] == [(1, 4), (1, 4), (1, 2), (1, 2)]
 
 
+@torch.no_grad()
+def test_rows_that_go_on_alike_after_other_beginnings_share_nothing(model: LongcatNext) -> None:
+    """As where two answers begin an image at the same step: its size and start are the same, what is before is not."""
+    cache = Cache.empty(model.sizes.backbone, 2, 8)
+    cache.keep([])
+    begin = Reader(model, cache)
+    for row, ids in enumerate([(20, 21), (30, 31, 32)]):
+        begin.read(cache.add_row(), text(*ids))
+    go_on = Reader(model, cache)
+    for row, before in enumerate([(20, 21), (30, 31, 32)]):
+        found = go_on.read(row, text(40, 41, 42))
+        alone = Cache.empty(model.sizes.backbone, 1, 8)
+        Reader(model, alone).read(0, text(*before))
+        assert torch.equal(found, Reader(model, alone).read(0, text(40, 41, 42)))
+        held = alone.lengths[0]
+        assert torch.equal(cache.latents[:, row, :held], alone.latents[:, 0, :held])
+
+
 def test_other_content_is_another_block(model: LongcatNext) -> None:
     """Every field counts, and so does everything before a block."""
     base = LAYOUT.hear(torch.tensor([[1, 2, 3, 0]] * 6)).inputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +154,52 @@ def test_all_faults_are_listed_at_once_before_anything_is_allocated(
 def _header(shard: Path) -> bytes:
     content = shard.read_bytes()
     return content[8 : 8 + int.from_bytes(content[:8], "little")]
+
+
+def _damage(header: dict[str, Any], how: str) -> bytes:
+    first, second = sorted((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])[:2]
+    if how == "no type":
+        del header[first]["dtype"]
+    elif how == "type of another kind":
+        header[first]["dtype"] = ["BF16"]
+    elif how == "overlap":
+        header[second]["data_offsets"] = [offset - 2 for offset in header[second]["data_offsets"]]
+    elif how == "before the file":
+        header[first]["data_offsets"] = [offset - 64 for offset in header[first]["data_offsets"]]
+    elif how == "nested":
+        return b'{"a":' * 20_000
+    text = json.dumps(header)
+    return (text[:-1] + f", {json.dumps(first)}: {json.dumps(header[first])}}}" if how == "twice" else text).encode()
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("no type", "damaged header: 'dtype'"),
+        ("type of another kind", r"type must be torch\.\w+, got \['BF16'\]"),
+        ("overlap", r"damaged header: bytes \d+ to \d+ where those from \d+ on belong"),
+        ("before the file", "damaged header: bytes -64 to"),
+        ("nested", "damaged header: maximum recursion"),
+        ("twice", "damaged header: a name stands twice"),
+        ("longer", "damaged header: 2 bytes too many"),
+        ("directory", "unreadable: Is a directory"),
+    ],
+)
+def test_damaged_headers_are_refused_before_anything_is_allocated(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, how: str, reason: str
+) -> None:
+    shard = min(copy.glob("*.safetensors"))
+    text, content = _header(shard), shard.read_bytes()
+    damaged = _damage(json.loads(text), how)
+    shard.write_bytes(len(damaged).to_bytes(8, "little") + damaged + content[8 + len(text) :])
+    if how == "longer":
+        shard.write_bytes(content + bytes(2))
+    elif how == "directory":
+        shard.unlink()
+        shard.mkdir()
+    monkeypatch.setattr(checkpoint, "empty", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(ValueError, match=reason):
+        checkpoint.load(copy, progress=False)
 
 
 def test_a_directory_that_holds_something_else(tmp_path: Path, copy: Path) -> None:
