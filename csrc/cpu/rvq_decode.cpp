@@ -67,6 +67,7 @@ struct Words {
             }
             starts.push_back(words.size());
         }
+        // Past the last word some word must stand, for whoever looks ahead.
         words.insert(words.end(), size_t(kAhead), p.codebooks[0].words);
     }
 };
