@@ -191,16 +191,16 @@ def _file(text: str, tag: str, directory: Path) -> Path:
     if name.startswith("{"):
         try:
             found = json.loads(name)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{tag} must be followed by a path or JSON, got {name!r}: {error}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{tag} must be followed by a path or JSON, got {name[:80]!r}: {error}") from error
         if found.keys() != {"path"} or not isinstance(found["path"], str):
             raise ValueError(f'{tag} must be followed by a path or {{"path": ...}}, got {name!r}')
         name = found["path"]
     path = directory / name
     try:
         exists = path.is_file()
-    except ValueError as error:  # a zero byte
-        raise ValueError(f"{tag} must name a file, got {name!r}: {error}") from error
+    except (ValueError, OSError) as error:  # a zero byte, a name too long, a directory that may not be read
+        raise ValueError(f"{tag} must name a file, got {name[:80]!r}: {error}") from error
     if not exists:
         raise ValueError(f"{tag} must name a file, got {str(path)!r}")
     return path

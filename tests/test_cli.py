@@ -12,6 +12,7 @@ import torch
 from longcat_model import presets
 from longcat_model.cli import main
 from longcat_model.files import png, read_image, wav, write
+from longcat_model.generation import converse
 from longcat_model.system import System
 from longcat_model.tokenizers.vision import VisionTokenizer
 
@@ -153,6 +154,22 @@ def test_bad_conversations_write_nothing(system: Path, media: Path, capsys: pyte
         error = capsys.readouterr().err.splitlines()[-1]
         assert message in error and error.startswith("longcat: ")
         assert not (media / "answers").exists()
+
+
+def test_messages_nested_too_deep_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "chat.json").write_text("[" * 100_000)
+    assert main(["generate", "--messages", str(tmp_path / "chat.json")]) == 2
+    assert "messages must be JSON, got" in capsys.readouterr().err
+
+
+def test_where_answers_go_is_tried_before_they_are_made(
+    system: Path, media: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converse.Job, "run", lambda *_, **__: pytest.fail("computed"))
+    arguments = ask(system, media, CONVERSATIONS)
+    for out in (media / "a.png", Path("/proc")):
+        assert main([*arguments, "--out", str(out)]) == 2
+        assert f"out must be a directory that can be written to, got {out}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

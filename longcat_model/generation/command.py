@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ def answer(
     """Answers the conversations of a JSON file and prints a line for each; the command line's help has the rest.
 
     Raises:
-        ValueError: no JSON, or what `converse.generate` refuses.
+        ValueError: no JSON, what `converse.generate` refuses, or `out` cannot be written to; before anything is
+            computed.
     """
     conversations, _ = conversations_of(_read(messages))
     directory = Path() if messages == Path("-") else messages.parent
     job = prepare(conversations, run, settings, seed=seed, roles=roles, directory=directory)
     print(f"cache: {job.cache_bytes:,} bytes; conversations: {len(job.prompts)}", file=sys.stderr)
     job.check_memory(max_memory)
-    out.mkdir(parents=True, exist_ok=True)
+    _ready(out)
     for number, answered in enumerate(job.run(listen=_tell if stream else None), 1):
         print(json.dumps(_written(number, answered, out)))
 
@@ -44,8 +46,17 @@ def _read(messages: Path) -> Any:
         return json.loads(sys.stdin.read() if messages == Path("-") else messages.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"generate: messages must be a readable file, got {messages}: {error}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"generate: messages must be JSON, got {messages}: {error}") from error
+
+
+def _ready(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"generate: out must be a directory that can be written to, got {out}: {error}") from error
 
 
 def _tell(event: Event) -> None:

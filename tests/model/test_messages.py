@@ -113,6 +113,8 @@ def test_any_row_of_tags_is_parsed_whole_or_refused_in_a_line(pieces: list[str])
         (f"{IMAGE}none.png{IMAGE_END}", f"message 2: {IMAGE} must name a file, got 'none.png'"),
         (f"{IMAGE}{IMAGE_END}", f"message 2: {IMAGE} must name a file, got '.'"),
         (f"{AUDIO}a\0b{AUDIO_END}", f"message 2: {AUDIO} must name a file"),
+        (f"{IMAGE}{'a' * 300}{IMAGE_END}", f"message 2: {IMAGE} must name a file, got 'aaa"),
+        (IMAGE + '{"a":' * 20_000 + IMAGE_END, f"message 2: {IMAGE} must be followed by a path or JSON"),
         (f'{AUDIO}{{"file": "a.wav"}}{AUDIO_END}', f"message 2: {AUDIO} must be followed by a path or"),
         (f"{AUDIO}{{a.wav{AUDIO_END}", f"message 2: {AUDIO} must be followed by a path or JSON"),
         (f"{IMAGE}a.png", f"message 2: {IMAGE} must be followed by a path and {IMAGE_END}, or end the last message"),

@@ -110,7 +110,7 @@ def test_rows_that_go_on_alike_after_other_beginnings_share_nothing(model: Longc
     cache = Cache.empty(model.sizes.backbone, 2, 8)
     cache.keep([])
     begin = Reader(model, cache)
-    for row, ids in enumerate([(20, 21), (30, 31, 32)]):
+    for ids in [(20, 21), (30, 31, 32)]:
         begin.read(cache.add_row(), text(*ids))
     go_on = Reader(model, cache)
     for row, before in enumerate([(20, 21), (30, 31, 32)]):

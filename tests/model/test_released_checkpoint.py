@@ -157,7 +157,8 @@ def _header(shard: Path) -> bytes:
 
 
 def _damage(header: dict[str, Any], how: str) -> bytes:
-    first, second = sorted((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])[:2]
+    names = sorted(header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"])
+    first, second = names[:2]
     if how == "no type":
         del header[first]["dtype"]
     elif how == "type of another kind":
