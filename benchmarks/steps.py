@@ -172,6 +172,11 @@ def _environment(step: Step) -> dict[str, str]:
     return found
 
 
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class _Running:
     """A step's process group. Past its budget it is interrupted, as by Ctrl-C, and killed if it goes on."""
 
@@ -192,6 +197,7 @@ class _Running:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )
 
     def passed_s(self) -> float:

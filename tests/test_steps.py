@@ -95,9 +95,10 @@ def test_what_passed_is_not_run_again_while_the_code_is_the_same(steps: ModuleTy
 def test_what_a_stopped_check_has_reached_is_in_the_file(steps: ModuleType, tmp_path: Path) -> None:
     """Killed between two steps, with no time to write: the file has what was done, and names all that was not."""
     script = f"""
-import sys; sys.path.insert(0, {str(FOLDER)!r})
+import signal, sys; sys.path.insert(0, {str(FOLDER)!r})
 from pathlib import Path
 from steps import Book, Step, run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
 slow = (sys.executable, "-S", "-c", "import time; print('begun', flush=True); time.sleep(60)")
 planned = [Step("a", (sys.executable, "-S", "-c", ""), 9), Step("b", slow, 90), Step("c", slow, 90)]
 book = Book.open(Path("check.json"), {ABOUT!r}, [s.name for s in planned])

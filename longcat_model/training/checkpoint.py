@@ -99,7 +99,7 @@ class Checkpoints:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             with _without_warning():
-                writer = FileSystemWriter(partial)
+                writer = FileSystemWriter(partial, per_thread_copy_ahead=0)  # copies from a device: there are none
                 save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             if self.leads:
                 _finish(partial, complete)
@@ -142,11 +142,11 @@ class Reader:
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Reads these tensors, and no others, from the files into their memory."""
-        near = {name: torch.empty_like(x, device="cpu") if x.is_cuda else x for name, x in tensors.items()}
+        near = {name: x if x.is_cpu else torch.empty_like(x, device="cpu") for name, x in tensors.items()}
         with self._telling(), _without_warning():
             load(self.spread(near), storage_reader=FileSystemReader(self.path), no_dist=True)
         for name, tensor in tensors.items():
-            if tensor.is_cuda:
+            if not tensor.is_cpu:
                 tensor.copy_(near[name])
 
     @contextmanager
