@@ -48,7 +48,8 @@ def slug(name: str) -> str:
 def environment(device: str, threads: int) -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     commit = _git("rev-parse", "--short=12", "HEAD").strip()
-    changed = bool(_git("status", "--porcelain", "--untracked-files=no").strip())
+    code = ("--", ":/", ":(top,exclude)benchmarks/results")  # results of other ops may have just been written
+    changed = bool(_git("status", "--porcelain", "--untracked-files=no", *code).strip())
     return {
         "device": device_name(device),
         "processors": os.cpu_count(),
