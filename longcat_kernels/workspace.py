@@ -25,7 +25,8 @@ class Workspace:
     """Results of calls and what lies between, each made when a call first needs one of its shape, and then kept.
 
     Calls of the same shapes allocate no tensor, and a CUDA graph may keep the addresses for as long as it keeps the
-    workspace. Results are overwritten by the next call of their shapes. Not for two calls at a time.
+    workspace. Results are overwritten by the next call of their shapes, so that call must be given copies of those it
+    reads. Not for two calls at a time.
 
     Example:
         >>> from longcat_kernels import depth_decode

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from longcat_kernels import DepthDecoding, PreparedDepth, Workspace, depth_decode, native
@@ -105,3 +106,11 @@ def test_a_compiled_graph_has_its_own_memory() -> None:
 
     compiled = torch.compile(draw, fullgraph=True, backend="eager")
     assert torch.equal(compiled(arguments["hidden"]), depth_decode(**arguments).codes) and workspace.bytes == 0
+
+
+def test_fake_tensors_never_become_the_workspaces() -> None:
+    workspace, arguments = Workspace(), served(CASES[0])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = arguments | {"hidden": mode.from_tensor(arguments["hidden"])}
+        shape = depth_decode(**fake, workspace=workspace).codes.shape
+    assert workspace.bytes == 0 and shape == depth_decode(**arguments, workspace=workspace).codes.shape

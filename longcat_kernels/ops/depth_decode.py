@@ -70,8 +70,10 @@ def depth_decode(
             row t owns codes[offsets[t] : offsets[t + 1]], which its repetition penalty is about. Ids that a level does
             not have are ignored.
         logits: also return the logits of all levels that have a head.
-        workspace: memory of the results, which the next call with it overwrites, and of all between. A call whose
-            numbers, seed, step and pairs are tensors then allocates none. Not used inside `torch.compile`.
+        workspace: memory of the results, which the next call with it overwrites while it still reads its arguments
+            (an earlier result among them must be a copy), and of all between. A call whose numbers, seed, step and
+            pairs are tensors, and all arguments contiguous, then allocates none. Not used inside `torch.compile`, nor
+            for fake tensors or those on meta.
         backend: "auto" or the name of an implementation.
 
     Returns:
@@ -118,7 +120,8 @@ def depth_decode(
         logits,
         backend,
     )
-    new = None if workspace is None or torch.compiler.is_compiling() else workspace.new
+    is_real = not torch.compiler.is_compiling() and hidden.untyped_storage().device.type != "meta"
+    new = workspace.new if workspace is not None and is_real else None
     with torch.no_grad():
         outputs = _op(*arguments) if new is None else _decode(arguments, new)
     logprobs, drawn_logprobs, embedding, all_logits, codes = outputs

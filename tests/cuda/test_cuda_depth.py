@@ -21,7 +21,7 @@ from longcat_kernels.testing import assert_close, record
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="CUDA emulation: no C++ compiler")
 (OP,) = (op for op in OPS if op.name == "depth_decode")
-SMALL = [case for case in spec.EDGE if 0 < case.tokens <= 8]  # all that one launch takes
+SMALL = [case for case in spec.EDGE if 0 < case.tokens <= 8]  # all that the kernel for few rows takes
 
 
 def arguments(case: Any, seed: int = 0) -> list[Any]:
