@@ -26,7 +26,7 @@ class Workspace:
 
     Calls of the same shapes allocate no tensor, and a CUDA graph may keep the addresses for as long as it keeps the
     workspace. Results are overwritten by the next call of their shapes, so that call must be given copies of those it
-    reads. Not for two calls at a time.
+    reads, and refuses these themselves. Not for two calls at a time.
 
     Example:
         >>> from longcat_kernels import depth_decode
@@ -40,6 +40,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._tensors: dict[Any, Tensor] = {}
+        self._addresses: set[int] = set()
 
     def new(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The tensor of that name and shape; what it holds is what was last written to it."""
@@ -47,7 +48,12 @@ class Workspace:
         if key not in self._tensors:
             with torch.inference_mode(False):  # may be written outside of it, too
                 self._tensors[key] = torch.empty(shape, dtype=dtype, device=device)
+            self._addresses.add(self._tensors[key].untyped_storage().data_ptr())
         return self._tensors[key]
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether the tensor is one of the workspace's, or a view of it."""
+        return tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in self._addresses
 
     @property
     def bytes(self) -> int:

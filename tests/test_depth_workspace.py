@@ -114,3 +114,14 @@ def test_fake_tensors_never_become_the_workspaces() -> None:
         fake = arguments | {"hidden": mode.from_tensor(arguments["hidden"])}
         shape = depth_decode(**fake, workspace=workspace).codes.shape
     assert workspace.bytes == 0 and shape == depth_decode(**arguments, workspace=workspace).codes.shape
+
+
+def test_refuses_what_it_would_overwrite_while_it_reads() -> None:
+    arguments = {**served(CASES[0]), "workspace": Workspace()}
+    first = depth_decode(**arguments)
+    offsets = torch.zeros(len(first.codes) + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="history's codes must not be a result that its workspace holds"):
+        depth_decode(**arguments | {"history": (first.codes, offsets)})
+    with pytest.raises(ValueError, match="prefix must not be a result that its workspace holds"):
+        depth_decode(**arguments | {"prefix": first.codes[:, :1]})
+    depth_decode(**arguments | {"history": (first.codes.clone(), offsets), "prefix": first.codes[:, :1].clone()})

@@ -121,11 +121,26 @@ def depth_decode(
         backend,
     )
     is_real = not torch.compiler.is_compiling() and hidden.untyped_storage().device.type != "meta"
-    new = workspace.new if workspace is not None and is_real else None
+    new = None
+    if workspace is not None and is_real:
+        given = {"hidden": hidden, "start": start, "prefix": prefix, "active": active}
+        _check_apart(
+            workspace, given | dict(zip(("history's codes", "history's offsets"), history or (), strict=False))
+        )
+        new = workspace.new
     with torch.no_grad():
         outputs = _op(*arguments) if new is None else _decode(arguments, new)
     logprobs, drawn_logprobs, embedding, all_logits, codes = outputs
     return DepthDecoding(codes, logprobs, drawn_logprobs, embedding, all_logits)
+
+
+def _check_apart(workspace: Workspace, given: dict[str, Tensor | None]) -> None:
+    for name, tensor in given.items():
+        if tensor is not None and workspace.has(tensor):
+            raise ValueError(
+                f"depth_decode: {name} must not be a result that its workspace holds, which this call overwrites "
+                "while it reads; pass a clone"
+            )
 
 
 def _leaders(pairs: str | Tensor | None, rows: int, device: torch.device) -> Tensor | None:
