@@ -142,7 +142,8 @@ def tests_pass(op: str, module: ModuleType) -> bool:
     """Runs the op's contract tests and its own, or the module's TESTS; their report goes to the terminal."""
     selected = ["tests/test_contract.py", f"tests/test_{op}.py", "-k", op]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *getattr(module, "TESTS", selected)]
-    settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(machine.ROOT), os.getenv("PYTHONPATH")]))}
+    imports = os.pathsep.join(filter(None, [str(machine.ROOT), os.getenv("PYTHONPATH")]))
+    settings = {**os.environ, "PYTHONPATH": imports, "OMP_NUM_THREADS": "1"}  # as `make test` runs them
     return subprocess.run(command, cwd=machine.ROOT, env=settings, check=False).returncode == 0
 
 
