@@ -9,32 +9,13 @@
 #include "exponential.h"
 #include "lanes.h"
 
+#define LC_PAIRS_ONLY 0
+#define LC_BODY "depth_kernels_body.h"
+#include "each_isa.h"
+
 namespace longcat {
 
-#define LC_PAIRS_ONLY 0
-namespace portable {
-namespace {
-#include "depth_kernels_body.h"
-}  // namespace
-}  // namespace portable
-
 #if LC_X86
-LC_TARGET_AVX2
-namespace avx2 {
-namespace {
-#include "depth_kernels_body.h"
-}  // namespace
-}  // namespace avx2
-LC_TARGET_END
-
-LC_TARGET_AVX512
-namespace avx512 {
-namespace {
-#include "depth_kernels_body.h"
-}  // namespace
-}  // namespace avx512
-LC_TARGET_END
-
 #undef LC_PAIRS_ONLY
 #define LC_PAIRS_ONLY 1  // floats and bytes are not multiplied as pairs of bfloat16
 LC_TARGET_AVX512_BF16

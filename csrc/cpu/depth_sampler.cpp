@@ -8,34 +8,10 @@
 #include "exponential.h"
 #include "lanes.h"
 
+#define LC_BODY "depth_sampler_body.h"
+#include "each_isa.h"
+
 namespace longcat {
-
-#define LC_COMPRESS 0
-namespace portable {
-namespace {
-#include "depth_sampler_body.h"
-}  // namespace
-}  // namespace portable
-
-#if LC_X86
-LC_TARGET_AVX2
-namespace avx2 {
-namespace {
-#include "depth_sampler_body.h"
-}  // namespace
-}  // namespace avx2
-LC_TARGET_END
-
-#undef LC_COMPRESS
-#define LC_COMPRESS 1
-LC_TARGET_AVX512
-namespace avx512 {
-namespace {
-#include "depth_sampler_body.h"
-}  // namespace
-}  // namespace avx512
-LC_TARGET_END
-#endif
 
 DrawCode draw_code(Isa isa) {
 #if LC_X86

@@ -136,7 +136,7 @@ struct Cut {
 
 // The numbers of `from` whose bits are set, one after the other; more may be written after them.
 static inline void append(const void* from, uint32_t mask, void* to) {
-#if LC_COMPRESS
+#if LC_AVX512
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(__mmask16(mask), _mm512_loadu_si512(from)));
 #else
     for (auto* out = static_cast<uint32_t*>(to); mask != 0; mask &= mask - 1)

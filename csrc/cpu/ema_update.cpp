@@ -81,31 +81,12 @@ void restart_entry(const EmaUpdate& p, int64_t k, int64_t row, double count) {
 }
 
 }  // namespace
+}  // namespace longcat
 
-namespace portable {
-namespace {
-#include "ema_update_body.h"
-}
-}  // namespace portable
+#define LC_BODY "ema_update_body.h"
+#include "each_isa.h"
 
-#if LC_X86
-LC_TARGET_AVX2
-namespace avx2 {
-namespace {
-#include "ema_update_body.h"
-}
-}  // namespace avx2
-LC_TARGET_END
-
-LC_TARGET_AVX512
-namespace avx512 {
-namespace {
-#include "ema_update_body.h"
-}
-}  // namespace avx512
-LC_TARGET_END
-#endif
-
+namespace longcat {
 namespace {
 
 using MoveEntry = void (*)(const EmaUpdate&, const int64_t*, const int64_t*, int64_t, double, double*);

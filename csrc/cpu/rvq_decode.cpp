@@ -14,31 +14,12 @@ constexpr int64_t kRun = 64;   // rows that one thread writes in turn
 constexpr int64_t kAhead = 8;  // words
 
 }  // namespace
+}  // namespace longcat
 
-namespace portable {
-namespace {
-#include "rvq_decode_body.h"
-}
-}  // namespace portable
+#define LC_BODY "rvq_decode_body.h"
+#include "each_isa.h"
 
-#if LC_X86
-LC_TARGET_AVX2
-namespace avx2 {
-namespace {
-#include "rvq_decode_body.h"
-}
-}  // namespace avx2
-LC_TARGET_END
-
-LC_TARGET_AVX512
-namespace avx512 {
-namespace {
-#include "rvq_decode_body.h"
-}
-}  // namespace avx512
-LC_TARGET_END
-#endif
-
+namespace longcat {
 namespace {
 
 using SumWords = void (*)(const float* const*, const float* const*, int64_t, float*);

@@ -14,7 +14,8 @@
 // 4 * rows * depth bytes the activations, the rest rings of 24 KB a slot, six at most. One row of depth 4096 leaves six
 // slots: 144 KB that are on their way or wait. An H200 at 4.3 TB/s brings each of its 132 multiprocessors 33 bytes a
 // nanosecond, so this covers 4.4 us of a barrier and the making of activations; eight rows of depth 4096 leave four
-// slots (2.9 us), eight of 6144 one, which is too few: four rows are taken then.
+// slots (2.9 us), eight of 6144 one, which is too few: float32 weights then take four rows, bfloat16 those of
+// depth_mma.cuh.
 #pragma once
 
 #include "cuda/depth_mma.cuh"

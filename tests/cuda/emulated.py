@@ -8,9 +8,11 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -288,3 +290,28 @@ def runtime(name: str) -> str | None:
     run = subprocess.run([compiler() or "c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
     found = run.stdout.strip()
     return found if os.path.isabs(found) else None
+
+
+def assert_clean(module: str, *calls: str) -> None:
+    """Runs calls of a test module, `t`, in a process of its own: no wild access, no undefined behaviour."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("CUDA emulation: sanitizers are tried on Linux")
+    needed = [runtime(name) for name in ("libasan.so", "libstdc++.so")]
+    if None in needed:
+        pytest.skip("CUDA emulation: no sanitizer runtime")
+    instrumented = library_file("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
+    lines = (
+        f"import ctypes, emulated\nemulated.library = lambda library=ctypes.CDLL({str(instrumented)!r}): library",
+        f"import {module} as t",
+        *calls,
+        "print('clean')",
+    )
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(map(str, needed)),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "cuda"), str(ROOT)]),
+    }
+    command = [sys.executable, "-c", "\n".join(lines)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert run.stdout == "clean\n", run.stderr[-3000:]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -187,25 +184,9 @@ def test_numbers_that_nobody_checked_touch_no_memory() -> None:
 
 def test_under_sanitizers() -> None:
     """A few calls in a process of its own: no wild access, no undefined behaviour."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("CUDA emulation: sanitizers are tried on Linux")
-    needed = [emulated.runtime(name) for name in ("libasan.so", "libstdc++.so")]
-    if None in needed:
-        pytest.skip("CUDA emulation: no sanitizer runtime")
-    library = emulated.library_file("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
-    code = (
-        f"import ctypes, emulated\nemulated.library = lambda library=ctypes.CDLL({str(library)!r}): library\n"
-        "import test_cuda_depth as t\n"
-        "t.test_equals_the_truth(t.SMALL[3])\n"
-        "t.test_many_rows_equal_the_truth(t.MANY[3])\n"
-        "t.test_numbers_that_nobody_checked_touch_no_memory()\n"
-        "print('clean')\n"
+    emulated.assert_clean(
+        "test_cuda_depth",
+        "t.test_equals_the_truth(t.SMALL[3])",
+        "t.test_many_rows_equal_the_truth(t.MANY[3])",
+        "t.test_numbers_that_nobody_checked_touch_no_memory()",
     )
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(map(str, needed)),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join([str(emulated.ROOT / "tests" / "cuda"), str(emulated.ROOT)]),
-    }
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert run.stdout == "clean\n", run.stderr[-3000:]

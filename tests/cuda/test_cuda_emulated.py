@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import emulated
@@ -230,28 +227,12 @@ def test_the_two_layouts_agree() -> None:
 
 def test_under_sanitizers() -> None:
     """A few calls in a process of its own, every kernel once: no wild access, no undefined behaviour."""
-    if os.uname().sysname != "Linux":
-        pytest.skip("CUDA emulation: sanitizers are tried on Linux")
-    needed = [emulated.runtime(name) for name in ("libasan.so", "libstdc++.so")]
-    if None in needed:
-        pytest.skip("CUDA emulation: no sanitizer runtime")
-    library = emulated.library_file("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
-    code = (
-        f"import ctypes, emulated\nemulated.library = lambda library=ctypes.CDLL({str(library)!r}): library\n"
-        "import test_cuda_emulated as t\n"
-        "t.test_rvq_encode_is_the_definition(t.spec.EDGE[3])\n"
-        "t.test_rvq_encode_is_the_definition(t.spec.EDGE[6])\n"
-        "t.test_rvq_encode_backward_is_the_gradient(t.torch.bfloat16)\n"
-        "t.test_rvq_decode_and_its_gradient(t.decode_spec.EDGE[3])\n"
-        "t.test_ema_update_is_the_definition(t.ema_spec.EDGE[3])\n"
-        "t.test_ema_update_refreshes_the_packed_codebook()\n"
-        "print('clean')\n"
+    emulated.assert_clean(
+        "test_cuda_emulated",
+        "t.test_rvq_encode_is_the_definition(t.spec.EDGE[3])",
+        "t.test_rvq_encode_is_the_definition(t.spec.EDGE[6])",
+        "t.test_rvq_encode_backward_is_the_gradient(t.torch.bfloat16)",
+        "t.test_rvq_decode_and_its_gradient(t.decode_spec.EDGE[3])",
+        "t.test_ema_update_is_the_definition(t.ema_spec.EDGE[3])",
+        "t.test_ema_update_refreshes_the_packed_codebook()",
     )
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": " ".join(map(str, needed)),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join([str(emulated.ROOT / "tests" / "cuda"), str(emulated.ROOT)]),
-    }
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
-    assert run.stdout == "clean\n", run.stderr[-3000:]
