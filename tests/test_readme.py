@@ -112,6 +112,13 @@ def test_numbers_come_from_the_committed_result() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|[^|]*\| ([\d.]+ %) \|", README, re.MULTILINE))
     assert rows == {name: f"{100 * result[name]['value']:.1f} %" for name in GOALS}
     assert result["settings"]["smoke"] is False
+    text = README[README.index("`make demo` wrote these numbers") : README.index("<!-- end of results -->")]
+    minutes, gigabytes = sum(result["seconds"].values()) / 60, result["peak_rss_bytes"] / 1e9
+    stated = [f"in {minutes:.1f} minutes", f"{gigabytes:.1f} GB", f"`{result['commit']}`"]
+    for row in result["speed"]:
+        shown = "{:.1f} %" if row["unit"] == "%" else "{:.0f}"
+        stated += [shown.format(row["op"]), shown.format(row["definition"])]
+    assert [fact for fact in stated if fact not in " ".join(text.split())] == []
 
 
 def test_the_benchmark_table_is_generated_from_the_committed_results() -> None:
