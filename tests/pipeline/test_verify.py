@@ -93,6 +93,8 @@ def compute(
             mine[key] = value
 
     if kind is Kind.F:
+        if ("saved", stage, k) in mine:
+            raise Broken(f"{action}: has run before")
         take("in", 1000 * k + stage, needed=stage > 0)
         give("out", stage + 1, "in", 1000 * k + stage + 1)
         mine["saved", stage, k] = 1
