@@ -204,9 +204,10 @@ def run(a: Tensor, b: Tensor, offs: Tensor | None, out: Tensor) -> None:
         run(b.T, a.mT, offs, out.T)
     elif b.ndim == 2:
         with on(a.device):
-            sum_rows(a.T, b, out, offs)
+            sum_rows(a.T, b, out, offs.contiguous())
     else:
         with on(a.device):
+            ends_E = offs.contiguous()
             tile = tile_of(a.shape[0], b.shape[0], a.dtype, shared_bytes(a.device))
-            multiply_rows(a, b, out, offs, cut(offs, a.shape[0], tile.rows), tile)
-            zero_tail(out, offs[-1])
+            multiply_rows(a, b, out, ends_E, cut(ends_E, a.shape[0], tile.rows), tile)
+            zero_tail(out, ends_E[-1])

@@ -165,6 +165,16 @@ def test_grouped_products(form: str, ends: tuple[int, ...], tail: int, access: s
         assert_close(grouped_mm(a_, b_, offs, backend="triton"), want)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_offsets_of_any_stride(form: str, dtype: torch.dtype) -> None:
+    a, b = {"2x3": ([9, 4], [2, 4, 5]), "3x2": ([2, 5, 4], [4, 9]), "2x2": ([4, 9], [9, 5])}[form]
+    offs = torch.tensor([[3, 1], [8, 2]], dtype=dtype)[:, 0]
+    operands = torch.randn(a, generator=torch.Generator().manual_seed(1)), torch.ones(b)
+    got, want = (grouped_mm(*operands, ends, backend="triton") for ends in (offs, offs.contiguous()))
+    assert offs.stride() == (2,) and torch.equal(got, want)
+
+
 @pytest.mark.parametrize("ends", [[9, 4, 30], [-5, 12, 50], [40, 41, 60]])
 def test_wrong_offsets_write_inside_the_output_only(ends: list[int]) -> None:
     from longcat_kernels.triton.grouped_mm import run
