@@ -66,6 +66,7 @@ EDGE = (
     Case(17, 3, 5, zero=2),
     Case(17, 3, 5, zero=3, ids="identity"),
     Case(9, 2, 4, ids="one", tile=5),
+    Case(600, 2, 2, zero=2, ids="identity"),  # kernels count in more blocks of slots than there are experts
     Case(33, 3, 7, zero=2, ids="ignored", tile=16),
 )
 MODEL = (Case(4096, 12, 256, zero=128, tile=64),)

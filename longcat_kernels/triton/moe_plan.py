@@ -18,7 +18,7 @@ from longcat_kernels.triton._numeric import INTERPRETED, folds
 
 BLOCK = 512  # slots
 STEP = BLOCK if INTERPRETED else 32  # slots that a block compares its own with at a time
-LANES = 64  # tiles that are written at a time
+LANES = 64  # tiles, or numbers past the last, that are written at a time
 
 
 @triton.jit
@@ -57,10 +57,10 @@ def scan_kernel(before_ptr, totals_ptr, blocks, BINS: tl.constexpr, HEIGHT: tl.c
 
 
 @triton.jit
-def write_tiles(tiles_ptr, start, count, N, TILE: tl.constexpr, PADS: tl.constexpr, LANES: tl.constexpr):
+def write_tiles(tiles_ptr, start, count, N, TILE: tl.constexpr, LANES: tl.constexpr):
     """Tiles of this program's group, of groups with `count` rows from `start`; and its share of what is past the last.
 
-    The group is the program's number.
+    The group is the program's number; programs beyond the groups have that share only.
     """
     bin_ = tl.arange(0, start.shape[0])
     lane = tl.arange(0, LANES)
@@ -74,8 +74,8 @@ def write_tiles(tiles_ptr, start, count, N, TILE: tl.constexpr, PADS: tl.constex
         ptrs = tiles_ptr + 2 * (before + first + lane)
         tl.store(ptrs, tl.zeros_like(lane) + group, inside)
         tl.store(ptrs + 1, row + (first + lane) * TILE, inside)
-    pad = 2 * tl.sum(tiles, 0) + group * PADS + tl.arange(0, PADS)
-    tl.store(tiles_ptr + pad, tl.full((PADS,), -1, tl.int32), pad < 2 * N)
+    for first in range(2 * tl.sum(tiles, 0) + group * LANES, 2 * N, tl.num_programs(0) * LANES):
+        tl.store(tiles_ptr + first + lane, tl.full((LANES,), -1, tl.int32), first + lane < 2 * N)
 
 
 @triton.jit
@@ -98,7 +98,6 @@ def place_kernel(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
-    PADS: tl.constexpr,
     LANES: tl.constexpr,
     ALONE: tl.constexpr,  # there is one block: nothing has been counted
 ):
@@ -108,8 +107,7 @@ def place_kernel(
     count = tl.where(bin_ < E, _narrow(tl.histogram(own, BINS)) if ALONE else tl.load(totals_ptr + bin_), 0)
     start = _narrow(tl.cumsum(count, 0)) - count
     rows = tl.sum(count, 0)
-    if block < E:
-        write_tiles(tiles_ptr, start, count, N, TILE, PADS, LANES)
+    write_tiles(tiles_ptr, start, count, N, TILE, LANES)
     if block == 0:
         tl.store(counts_ptr + bin_, count, bin_ < E)
         tl.store(offsets_ptr + bin_, start, bin_ <= E)
@@ -138,20 +136,13 @@ def place_kernel(
 
 
 @triton.jit
-def cut_kernel(
-    ends_ptr, tiles_ptr, E, R, N, TILE: tl.constexpr, BINS: tl.constexpr, PADS: tl.constexpr, LANES: tl.constexpr
-):
+def cut_kernel(ends_ptr, tiles_ptr, E, R, N, TILE: tl.constexpr, BINS: tl.constexpr, LANES: tl.constexpr):
     """Tiles of groups that end at `ends`; what decreases or leaves [0, R] gives rows inside it nevertheless."""
     bin_ = tl.arange(0, BINS)
     end = tl.load(ends_ptr + bin_, bin_ < E, other=0)
     start = tl.load(ends_ptr + bin_ - 1, (bin_ > 0) & (bin_ < E), other=0)
     start, end = tl.minimum(tl.maximum(start, 0), R).to(tl.int32), tl.minimum(tl.maximum(end, 0), R).to(tl.int32)
-    write_tiles(tiles_ptr, start, tl.maximum(end - start, 0), N, TILE, PADS, LANES)
-
-
-def pads(tiles: int, programs: int) -> int:
-    """Numbers past the last tile that each of `programs` writes."""
-    return 1 << folds(triton.cdiv(2 * tiles, programs))
+    write_tiles(tiles_ptr, start, tl.maximum(end - start, 0), N, TILE, LANES)
 
 
 def cut(ends_E: Tensor, rows: int, tile: int) -> Tensor:
@@ -162,7 +153,6 @@ def cut(ends_E: Tensor, rows: int, tile: int) -> Tensor:
         *(ends_E, tiles_N2, groups, rows, len(tiles_N2)),
         TILE=tile,
         BINS=1 << folds(groups + 1),
-        PADS=pads(len(tiles_N2), groups),
         LANES=LANES,
     )
     return tiles_N2
@@ -188,15 +178,13 @@ def run(
         if blocks > 1:
             count_kernel[(blocks,)](ids_R, before, slots, n_real, BINS=bins, BLOCK=BLOCK)
             scan_kernel[(triton.cdiv(bins, 16),)](before, totals, blocks, BINS=bins, HEIGHT=64, WIDTH=min(16, bins))
-        programs = max(blocks, n_real)
-        place_kernel[(programs,)](
+        place_kernel[(max(blocks, n_real),)](
             *(ids_R, before, totals, counts_E, offsets, tokens_R, slots_R, rows_Tk, tiles_N2),
             *(slots, n_real, len(tiles_N2), blocks, ids_Tk.shape[1]),
             TILE=tile,
             BINS=bins,
             BLOCK=BLOCK,
             STEP=STEP,
-            PADS=pads(len(tiles_N2), programs),
             LANES=LANES,
             ALONE=blocks <= 1,
             num_warps=8,

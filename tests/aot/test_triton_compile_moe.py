@@ -115,7 +115,7 @@ def test_float32_is_multiplied_in_three_parts(size: str, arch: int, tmp_path: Pa
 
 def others() -> list[Kernel]:
     plan = {"BINS": 512, "BLOCK": 512}
-    place = {**plan, "TILE": 128, "STEP": 32, "PADS": 16, "LANES": 64}
+    place = {**plan, "TILE": 128, "STEP": 32, "LANES": 64}
     pointers = "*i64 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 i32*16 i32*16 i32 i32 i32"
     whole = {"ROWS": 2, "WIDTH": 1024}
     route = {"ROWS": 4, "WIDTH": 512, "SOFTMAX": True, "RENORM": True, "column_stride": 1}
