@@ -75,6 +75,19 @@ def test_refuses_counts_that_are_none(counts: torch.Tensor) -> None:
         RoutingPlan.from_counts(counts, 4)
 
 
+@pytest.mark.parametrize(
+    ("counts", "total", "message"),
+    [
+        ([2, 3], 4, "total must be at least the sum of counts, 5, got 4"),
+        ([2, 3], -1, "total must be at least 0, got -1"),
+        ([4, -1], 5, "counts must be at least 0, got -1"),
+    ],
+)
+def test_refuses_rows_that_there_is_no_room_for(counts: list[int], total: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^moe_plan: {message}"):
+        RoutingPlan.from_counts(torch.tensor([counts]), total)
+
+
 def test_compiles_to_one_graph_from_counts_too() -> None:
     counts = torch.tensor([[1, 2], [0, 3]])
     compiled = torch.compile(lambda c: RoutingPlan.from_counts(c, 8), fullgraph=True, backend="aot_eager")

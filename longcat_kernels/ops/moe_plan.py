@@ -45,7 +45,8 @@ class RoutingPlan(NamedTuple):
             plan: of `total` tokens with a slot each: `tokens` says where in the buffer each expert's rows are.
 
         Raises:
-            ValueError: a shape, dtype or size is wrong.
+            ValueError: a shape, dtype or size is wrong, or there are more rows than room. Counts on a GPU are not waited
+                for, nor those of a trace: rows without room are then left out.
 
         Example:
             >>> plan = RoutingPlan.from_counts(torch.tensor([[1, 2], [1, 0]]), 5)
@@ -56,8 +57,13 @@ class RoutingPlan(NamedTuple):
             counts.ndim == 2 and min(counts.shape) >= 1 and not counts.is_floating_point(),
             lambda: f"moe_plan: counts must be integers [S, E], got {counts.dtype} {list(counts.shape)}",
         )
+        check(total >= 0, lambda: f"moe_plan: total must be at least 0, got {total}")
         sources, experts = counts.shape
         ends = counts.flatten().cumsum(0)
+        if counts.is_cpu and not torch.compiler.is_compiling():
+            least, rows = int(counts.min()), int(ends[-1])
+            check(least >= 0, lambda: f"moe_plan: counts must be at least 0, got {least}")
+            check(rows <= total, lambda: f"moe_plan: total must be at least the sum of counts, {rows}, got {total}")
         block = torch.searchsorted(ends, torch.arange(total, device=counts.device), right=True)
         ids = torch.where(block < sources * experts, block % experts, -1)
         return moe_plan(ids[:, None], experts, tile=tile, backend=backend)
