@@ -1,7 +1,8 @@
 """Every Triton kernel of the mixture of experts and of the n-gram embedding, compiled for LongCat-Flash-Lite's shape.
 
 What it promises: each tile that a launcher can choose multiplies on tensor cores, nothing spills, and shared memory
-suffices. H 3072, F 1024, 256 experts, 12 slots.
+suffices. H 3072, F 1024, 256 experts, 12 slots; and sides that tiles do not divide, if 16 does. Where it does not,
+copies are element by element, and products may spill.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ def tile_for(size: str, arch: int, dtype: torch.dtype, **how: int) -> Tile:
     return tile_of(ROWS[size], EXPERTS, dtype, SHARED_BYTES[arch], **how)
 
 
-def weights(tile: Tile, arch: int, dtype: torch.dtype, inner: bool) -> tuple[str, dict[str, Any]]:
+def weights(tile: Tile, arch: int, dtype: torch.dtype, inner: bool, even: bool = True) -> tuple[str, dict[str, Any]]:
     """The type of the weights' argument, and constants, as `weights_of` has them there."""
     name, described = NAMES[dtype], arch >= 90
     block = f"{tile.columns},{tile.depth}" if inner else f"{tile.depth},{tile.columns}"
-    constants = {"DESCRIBED": described, "K_INNER": described and inner, "EVEN": True, "b_k" if inner else "b_n": 1}
+    constants = {"DESCRIBED": described, "K_INNER": described and inner, "EVEN": even, "b_k" if inner else "b_n": 1}
     return f"tensordesc<{name}[1,{block}]>" if described else f"*{name}", constants
 
 
@@ -41,30 +42,34 @@ def launched(tile: Tile) -> tuple[dict[str, int], dict[str, int]]:
     return {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}, options(tile.warps, tile.stages)
 
 
-def up(size: str, arch: int, dtype: torch.dtype) -> Kernel:
+def up(size: str, arch: int, dtype: torch.dtype, even: bool = True) -> Kernel:
     tile = tile_for(size, arch, dtype, wide=256 if arch >= 90 else 128, parts=2)
     cut, how = launched(tile)
-    kind, constants = weights(tile, arch, dtype, inner=True)
+    kind, constants = weights(tile, arch, dtype, True, even)
     constants = {k.replace("b_", "w_"): v for k, v in constants.items()}
     types = f"*x {kind} *x *x *i32 *i32 *i32 i32*16 i32*16 i32*16 i32*16 i32*16".replace("*x", f"*{NAMES[dtype]}")
     flags = {"SAVE": True, "ACT": True, "OUT": OUT[dtype], "x_column": 1}
     return Kernel("_moe", "up_kernel", types, {**cut, **constants, **flags}, how)
 
 
-def rows(size: str, arch: int, dtype: torch.dtype, inner: bool = True) -> Kernel:
+def rows(size: str, arch: int, dtype: torch.dtype, even: bool = True, inner: bool = True) -> Kernel:
     tile = tile_for(size, arch, dtype)
     cut, how = launched(tile)
-    kind, constants = weights(tile, arch, dtype, inner)
+    kind, constants = weights(tile, arch, dtype, inner, even)
     a = f"tensordesc<{NAMES[dtype]}[{tile.rows},{tile.depth}]>" if arch >= 90 else f"*{NAMES[dtype]}"
     types = f"{a} {kind} *{NAMES[dtype]} *i32 *i32 i32 i32*16 i32*16 i32*16 i32*16 i32*16 i32*16"
     flags = {"A_DESCRIBED": arch >= 90, "OUT": OUT[dtype], "a_column": 1, "out_column": 1}
     return Kernel("grouped_mm", "rows_kernel", types, {**cut, **constants, **flags}, how)
 
 
-def act_grad(size: str, arch: int, dtype: torch.dtype) -> Kernel:
+def x_grad(size: str, arch: int, dtype: torch.dtype, even: bool = True) -> Kernel:
+    return rows(size, arch, dtype, even, inner=False)
+
+
+def act_grad(size: str, arch: int, dtype: torch.dtype, even: bool = True) -> Kernel:
     tile = tile_for(size, arch, dtype)
     cut, how = launched(tile)
-    kind, constants = weights(tile, arch, dtype, inner=False)
+    kind, constants = weights(tile, arch, dtype, False, even)
     constants = {k.replace("b_", "w_"): v for k, v in constants.items()}
     x = f"*{NAMES[dtype]}"
     types = f"{x} {kind} {x} *fp32 {x} *fp32 *i32 *i32 *i32 *i32 i32*16 i32*16 i32*16 i32*16 i32*16"
@@ -95,9 +100,15 @@ def products(kernel: Kernel, arch: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("arch", TENSOR_CORES)
 @pytest.mark.parametrize("size", ROWS)
-@pytest.mark.parametrize("kernel", [up, rows, act_grad], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", [up, rows, act_grad, x_grad], ids=lambda kernel: kernel.__name__)
 def test_products_of_rows(kernel: Any, size: str, arch: int, tmp_path: Path) -> None:
     products(kernel(size, arch, torch.bfloat16), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch", TENSOR_CORES)
+@pytest.mark.parametrize("kernel", [up, rows, act_grad], ids=lambda kernel: kernel.__name__)
+def test_products_of_sides_that_tiles_do_not_divide(kernel: Any, arch: int, tmp_path: Path) -> None:
+    products(kernel("large", arch, torch.bfloat16, even=False), arch, tmp_path)
 
 
 @pytest.mark.parametrize("arch", TENSOR_CORES)
