@@ -45,8 +45,8 @@ class RoutingPlan(NamedTuple):
             plan: of `total` tokens with a slot each: `tokens` says where in the buffer each expert's rows are.
 
         Raises:
-            ValueError: a shape, dtype or size is wrong, or there are more rows than room. Counts on a GPU are not waited
-                for, nor those of a trace: rows without room are then left out.
+            ValueError: a shape, dtype or size is wrong, or there are more rows than room. Counts on a GPU are not
+                waited for, nor those of a trace: rows without room are then left out.
 
         Example:
             >>> plan = RoutingPlan.from_counts(torch.tensor([[1, 2], [1, 0]]), 5)
