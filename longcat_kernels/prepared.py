@@ -30,8 +30,8 @@ class PreparedCodebook:
     Args:
         words: [K, D] float32, K and D at least 1; kept, not copied.
         gram: also keep the products of all pairs of codewords, K x K float32, by which `rvq_encode` quantizes all
-            levels of a shared codebook with one matrix product: on the CPU. On a GPU it would not pay
-            (csrc/cuda/rvq_encode.cuh), and nothing is kept.
+            levels of a shared codebook with one matrix product. Only on the CPU: on a GPU nothing is kept, for the
+            reasons in csrc/cuda/rvq_encode.cuh.
 
     Raises:
         ValueError: words is not such a tensor.

@@ -65,10 +65,10 @@
 
 namespace longcat {
 
-constexpr float kLowest = -1e38f;  // below every score that is screened
-constexpr double kLongest = 1e18;  // beyond it float32 products could overflow
+constexpr float kLowest = -1e38f;                    // below every score that is screened
+constexpr double kLongest = 1e18;                    // beyond it float32 products could overflow
 constexpr int64_t kMostScreened = int64_t(1) << 22;  // elements of a row, of which float32 sums still say something
-constexpr int kMostRows = 12;      // of a tile, at most
+constexpr int kMostRows = 12;                        // of a tile, at most
 constexpr int64_t kNoRuns = int64_t(1) << 40;
 constexpr int kMostCandidates = 32;  // held for a row before they are resolved
 

@@ -4,9 +4,9 @@
 // keeps the candidates; rvq_finish scores these exactly, takes the codeword off and prepares the rows for the next
 // level.
 //
-// A shared codebook has no Gram form here, nor in Triton (cpu/rvq_gram.cpp has it). Its one product instead of L must be
-// as exact as float32, that is three of float16: their error stays while residuals shrink, and with it the window would
-// fill. For N = 4096 rows, D = 3584, K = 16384 and L = 8 on an H200 (790 TFLOP/s, 4.3 TB/s):
+// A shared codebook has no Gram form here, nor in Triton (cpu/rvq_gram.cpp has it). Its one product instead of L must
+// be as exact as float32, that is three of float16: their error stays while residuals shrink, and with it the window
+// would fill. For N = 4096 rows, D = 3584, K = 16384 and L = 8 on an H200 (790 TFLOP/s, 4.3 TB/s):
 //
 //     level by level     L 2 N D K flops                                                4.9 ms
 //     Gram form          3 2 N D K flops, and (L - 1) 3 N K floats read or written      1.8 + 1.3 ms
