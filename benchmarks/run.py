@@ -140,7 +140,8 @@ def compare(modules: dict[str, ModuleType], arguments: Arguments, device: str) -
 
 def tests_pass(op: str, module: ModuleType) -> bool:
     """Runs the op's contract tests and its own, or the module's TESTS; their report goes to the terminal."""
-    selected = ["tests/test_contract.py", f"tests/test_{op}.py", "-k", op]
+    own = sorted(str(file.relative_to(machine.ROOT)) for file in machine.ROOT.glob(f"tests/test_{op}*.py"))
+    selected = ["tests/test_contract.py", *own, "-k", op]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *getattr(module, "TESTS", selected)]
     imports = os.pathsep.join(filter(None, [str(machine.ROOT), os.getenv("PYTHONPATH")]))
     settings = {**os.environ, "PYTHONPATH": imports, "OMP_NUM_THREADS": "1"}  # as `make test` runs them

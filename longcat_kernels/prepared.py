@@ -22,15 +22,16 @@ class PreparedCodebook:
     """A codebook [K, D] float32 and its packed form: centred, rounded, with norms and error bounds.
 
     Takes the place of a codebook in `rvq_encode` and `rvq_decode`. Writes to `words`, by torch or by `ema_update`, are
-    noticed by the tensor's version, and the packed form is made anew at the next use. `ema_update` with `prepared=`
-    does that in the pass that writes the codewords. Where torch does not count a write, call `mark_stale` after it:
-    those through `words.data` or numpy, and steps of an optimizer with `fused=True`. Inside `torch.compile`, which
-    cannot ask for versions, it stands for its codewords alone.
+    noticed by the tensor's version, and moves by where its memory is; the packed form is then made anew at the next
+    use. `ema_update` with `prepared=` does that in the pass that writes the codewords. Where torch does not count a
+    write, call `mark_stale` after it: those into `words.data` or numpy, and steps of an optimizer with `fused=True`.
+    Inside `torch.compile`, which cannot ask for versions, it stands for its codewords alone.
 
     Args:
         words: [K, D] float32, K and D at least 1; kept, not copied.
         gram: also keep the products of all pairs of codewords, K x K float32, by which `rvq_encode` quantizes all
-            levels of a shared codebook with one matrix product.
+            levels of a shared codebook with one matrix product. Only on the CPU: on a GPU nothing is kept, for the
+            reasons in csrc/cuda/rvq_encode.cuh.
 
     Raises:
         ValueError: words is not such a tensor.
@@ -57,11 +58,14 @@ class PreparedCodebook:
             )
         self.words, self.packed, self.gram = words, None, None
         self._wants_gram, self._version = gram, -1
+        self._has_memory = words.untyped_storage().device.type != "meta"  # a FakeTensor has none to read
+        self._memory = self._memory_now()  # that `packed` and `gram` were made for
 
     @property
     def is_current(self) -> bool:
         """Whether the packed form is that of the codewords as they are; never of those of inference mode."""
-        return not self.words.is_inference() and self._version == self.words._version
+        same = not self.words.is_inference() and self._version == self.words._version
+        return same and self._memory == self._memory_now()
 
     def refresh(self) -> PreparedCodebook:
         """Makes the packed form anew if the codewords have changed since; gives itself."""
@@ -78,11 +82,21 @@ class PreparedCodebook:
         """Says that the codewords have changed by a write that their version does not count."""
         self._version = -1
 
+    def followed(self) -> Tensor | None:
+        """`packed`, for a kernel that writes it with the codewords; None where it is to be made at the next use."""
+        return self.packed if self.gram is None and self._memory == self._memory_now() else None
+
+    def _memory_now(self) -> tuple[Any, ...] | None:
+        return (self.words.data_ptr(), self.words.shape, self.words.stride()) if self._has_memory else None
+
     def _pack(self) -> None:
         """Fills `packed`, and `gram` where it is wanted, in the layout of the codewords' device."""
-        words = self.words.resolve_neg()  # packers read memory as it is
-        if words.untyped_storage().device.type == "meta":  # of a FakeTensor: no memory to read
+        if not self._has_memory:
             return
+        memory = self._memory_now()
+        if memory != self._memory:
+            self.packed, self.gram, self._memory = None, None, memory
+        words = self.words.resolve_neg()  # packers read memory as it is
         if cuda.why_not_packed(words) is None:
             self.packed = cuda.packed(words)
         elif triton.on_device(words):

@@ -248,6 +248,15 @@ def test_red_tests_refuse_speed(
     assert ok or "rvq_decode: its tests fail, so its speed is not reported" in printed.err
 
 
+def test_all_tests_of_an_op_are_run_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, commands = script("run"), []
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(run.subprocess, "run", lambda command, **_: commands.append(command) or done)
+    assert run.tests_pass("rvq_encode", SimpleNamespace())
+    wanted = {"contract", "rvq_encode", "rvq_encode_backward", "rvq_encode_bound"}
+    assert {f"tests/test_{name}.py" for name in wanted} <= set(commands[0])
+
+
 def test_every_op_has_a_benchmark() -> None:
     assert [op.name for op in OPS if not (FOLDER / f"bench_{op.name}.py").is_file()] == []
 

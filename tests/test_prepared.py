@@ -81,6 +81,21 @@ def test_writes_that_torch_does_not_count_are_noticed_once_told() -> None:
 
 
 @pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("entries", [40, 73])
+def test_a_prepared_codebook_follows_words_that_moved_to_other_memory(gram: bool, entries: int) -> None:
+    """As `module.to` moves parameters, which no version counts."""
+    x, words = torch.randn(60, 8), torch.randn(40, 8)
+    book = PreparedCodebook(words, gram=gram).refresh()
+    words.data = torch.randn(entries, 8)
+    assert not book.is_current
+    assert torch.equal(rvq_encode(x, book, levels=2).codes, rvq_encode(x, words.clone(), levels=2).codes)
+    words.data = torch.randn(entries + 30, 8)
+    codes = torch.zeros(60, dtype=torch.int64)
+    ema_update(words, words.clone(), torch.ones(len(words)), x, codes, prepared=book)
+    assert torch.equal(rvq_encode(x, book, levels=2).codes, rvq_encode(x, words.clone(), levels=2).codes)
+
+
+@pytest.mark.parametrize("gram", [False, True])
 def test_a_prepared_codebook_follows_an_update_through_data(gram: bool) -> None:
     x, words = torch.randn(60, 8), torch.randn(40, 8)
     book = PreparedCodebook(words, gram=gram).refresh()

@@ -346,6 +346,17 @@ def load(module: ResidualVQ, state: dict[str, Tensor], assign: bool) -> Residual
     return module
 
 
+def test_a_model_of_bfloat16_keeps_its_codebooks_to_the_bit() -> None:
+    module = trained(batches=1)
+    model = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(module)).bfloat16()
+    assert model[0].weight.dtype == torch.bfloat16 and same_state(model[1], module)
+    x = clusters(50).bfloat16()
+    assert torch.equal(model[1](x).codes, module(x).codes) and same_state(model[1], module)
+    there = model.to("meta")[1]
+    assert all(value.device.type == "meta" for value in there.state_dict().values())
+    assert all(book.dtype == torch.float32 for book in there.entries())
+
+
 def test_a_copy_trains_by_itself() -> None:
     module = trained(batches=1)
     copied, before = copy.deepcopy(module), copy.deepcopy(module.state_dict())

@@ -109,6 +109,12 @@ def test_codewords_that_are_all_alike_and_too_long_for_float32_are_scored(isa: s
     assert (codes_by(isa, torch.randn(3, 8), torch.full((64, 8), value)) == 0).all()
 
 
+def test_rows_so_wide_that_float32_sums_say_nothing_are_scored_exhaustively() -> None:
+    wide = torch.ones(1, 2**24 + 2**20)
+    book = torch.cat([-wide, wide])
+    assert [codes_by(isa, wide, book).item() for isa in ISAS] == [1] * len(ISAS)
+
+
 @pytest.mark.parametrize("levels", [6, 200])
 def test_the_gram_form_is_exact_where_products_of_words_near_overflow(levels: int) -> None:
     g = torch.Generator().manual_seed(14)

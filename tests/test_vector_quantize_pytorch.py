@@ -192,6 +192,33 @@ def test_all_codes_are_those_that_were_chosen() -> None:
     torch.testing.assert_close(all_codes.sum(0), quantized)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_codes_of_any_integers_are_decoded(dtype: torch.dtype) -> None:
+    module = ResidualVQ(**LAYOUTS["plain"])
+    indices = torch.randint(16, (2, 5, 3))
+    assert torch.equal(module.get_output_from_indices(indices.to(dtype)), module.get_output_from_indices(indices))
+    assert torch.equal(module.get_codes_from_indices(indices.to(dtype)), module.get_codes_from_indices(indices))
+
+
+@pytest.mark.parametrize("indices", [torch.zeros(2, 4), torch.zeros(2, 4).long(), torch.zeros(2, 0).long()])
+def test_codes_that_no_level_has_are_refused(indices: Tensor) -> None:
+    module = ResidualVQ(**LAYOUTS["plain"])
+    want = f"ResidualVQ: indices must be integers [..., at least 1 and at most 3], got {indices.dtype} "
+    for decode in (module.get_codes_from_indices, module.get_output_from_indices):
+        with pytest.raises(ValueError) as caught:
+            decode(indices)
+        assert str(caught.value) == want + str(list(indices.shape))
+
+
+@layouts
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_of_bfloat16_keeps_its_codebooks(layout: dict[str, Any], training: bool) -> None:
+    module = ResidualVQ(**layout).train(training).bfloat16()
+    quantized, _, losses = module(torch.randn(2, 30, layout["dim"], dtype=torch.bfloat16))
+    assert quantized.dtype == torch.bfloat16 and losses.isfinite().all()
+    assert all(book.dtype == torch.float32 for book in module.codebooks)
+
+
 def test_lens_stand_for_a_mask() -> None:
     a, b = ResidualVQ(**LAYOUTS["plain"]), ResidualVQ(**LAYOUTS["plain"])
     b.load_state_dict(a.state_dict())

@@ -54,7 +54,8 @@ void describe_word(const PackedCodebook& packed, int64_t k, double whole, double
     const bool usable = std::isfinite(packed.norm[k]);
     packed.slack[k] = usable ? up(slack) : 0.0f;
     packed.start[k] = usable ? up(slack - 0.5 * whole) : -kInfinity;
-    const bool too_long = !(packed.norm[k] < kLongest * kLongest);  // slack and products of whole words could overflow
+    // Slack and products of whole words could overflow, or sums of so many products err without bound.
+    const bool too_long = !(packed.norm[k] < kLongest * kLongest) || packed.dim > kMostScreened;
     packed.length[k] = usable ? (too_long ? kInfinity : up(length)) : 0.0f;
     packed.error[k] = usable ? up(std::sqrt(lost * grown) + kUnit * length + tiny) : 0.0f;
 }

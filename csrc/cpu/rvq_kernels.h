@@ -45,8 +45,11 @@
 // the winner satisfies a_k + E_k >= max_j (a_j - E_j - 2 slack_j) - margin, and a codeword outside this window can
 // neither win nor tie. What is inside is scored in double, in the defined order.
 //
+// The slack is a further 1 + (D + 32) u times as large, which pays for g slack_k on the right-hand side as long as D u
+// is at most 1/4, D at most kMostScreened.
+//
 // A panel of codewords is first compared against its largest length and error, then codeword by codeword. Rows and
-// codebooks longer than 1e18, whose products could overflow, are scored exhaustively.
+// codebooks longer than 1e18, whose products could overflow, are scored exhaustively, and so are wider ones.
 //
 // The Gram form encodes all levels of a shared codebook by one product: with q the codewords chosen so far,
 // (x - q - m).d_k = (x - m).d_k - sum_j H[j, k], where H[j, k] ~ c_j.d_k is computed once, as above with rho = c_j and
@@ -62,9 +65,10 @@
 
 namespace longcat {
 
-constexpr float kLowest = -1e38f;  // below every score that is screened
-constexpr double kLongest = 1e18;  // beyond it float32 products could overflow
-constexpr int kMostRows = 12;      // of a tile, at most
+constexpr float kLowest = -1e38f;                    // below every score that is screened
+constexpr double kLongest = 1e18;                    // beyond it float32 products could overflow
+constexpr int64_t kMostScreened = int64_t(1) << 22;  // elements of a row, of which float32 sums still say something
+constexpr int kMostRows = 12;                        // of a tile, at most
 constexpr int64_t kNoRuns = int64_t(1) << 40;
 constexpr int kMostCandidates = 32;  // held for a row before they are resolved
 

@@ -221,15 +221,18 @@ class ResidualVQ(nn.Module):
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """The codewords [L, B, ..., D] of codes [B, ..., at most L]; those of negative and missing codes are zero."""
-        books = self._books()
-        words = [rvq_decode(indices[..., level : level + 1], [books[level].entries]) for level in _levels(indices)]
+        books, indices = self._books(), self._checked(indices)
+        words = [
+            rvq_decode(indices[..., level : level + 1], [book.entries])
+            for level, book in enumerate(books[: indices.shape[-1]])
+        ]
         missing = [torch.zeros_like(words[0])] * (len(books) - len(words))
         return torch.stack([*words, *missing])
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """The output [B, ..., dim] of codes [B, ..., at most L]; negative codes add nothing."""
-        books = self._books()
-        quantized = rvq_decode(indices, [books[level].entries for level in _levels(indices)])
+        indices = self._checked(indices)
+        quantized = rvq_decode(indices, [book.entries for book in self._books()[: indices.shape[-1]]])
         return self.project_out(quantized)
 
     def forward(
@@ -280,6 +283,13 @@ class ResidualVQ(nn.Module):
 
     def _books(self) -> list[EuclideanCodebook]:
         return [layer._codebook for layer in self.layers if isinstance(layer, Layer)]
+
+    def _checked(self, indices: Tensor) -> Tensor:
+        levels, shape = self.num_quantizers, list(indices.shape)
+        if indices.is_floating_point() or not shape or not 1 <= shape[-1] <= levels:
+            rule = f"integers [..., at least 1 and at most {levels}]"
+            raise ValueError(f"ResidualVQ: indices must be {rule}, got {indices.dtype} {shape}")
+        return indices.long()
 
     def _kept_levels(self, seed: int | None) -> int:
         if not (self.training and self.quantize_dropout):
@@ -338,10 +348,6 @@ class ResidualVQ(nn.Module):
             books[0].move(vectors_ND, codes_N, decay=self.decay, eps=self.eps, restart_threshold=0.0)
         if self.threshold_ema_dead_code > 0:
             books[0].move(torch.cat(given), codes_NL.T.reshape(-1), decay=1.0, seed=seed, **restarts)
-
-
-def _levels(indices: Tensor) -> range:
-    return range(indices.shape[-1])
 
 
 def _sizes(levels: int | None, size: int | tuple[int, ...], shared: bool) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ _FROM_ROWS = {"decay": 0.0, "eps": 0.0, "restart_threshold": math.inf}
 
 class Codebook(nn.Module, ABC):
     """The state of one codebook; only `ema_update` moves it. Subclasses name its buffers as their checkpoints do.
+
+    It stays float32 where a model is made `bfloat16()` or `double()`: moving sums of 16 bits would stand still.
 
     Args:
         gram: see `PreparedCodebook`.
@@ -61,6 +63,14 @@ class Codebook(nn.Module, ABC):
         """`ema_update` by `rule`."""
         prepared = None if torch.compiler.is_compiling() else self.prepared()
         ema_update(self.entries, self.sums, self.counts, vectors_ND, codes_N, prepared=prepared, **rule)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        def moved(tensor: Tensor) -> Tensor:
+            there = fn(tensor)
+            return there if there.dtype == tensor.dtype else tensor.to(there.device)
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles make their own prepared form."""

@@ -69,7 +69,8 @@ class ResidualVQ(nn.Module):
         dim: width of a row.
         shared: one codebook for all levels (equal sizes); its statistics are those of all levels together, after each
             batch. The state dict holds it once per level, as the released checkpoint does.
-        gram: with a shared codebook, also keep the products of all pairs of its words, K x K: see `PreparedCodebook`.
+        gram: with a shared codebook on the CPU, also keep the products of all pairs of its words, K x K: see
+            `PreparedCodebook`.
         decay, eps, restart_threshold, restart_fraction, restart_count: see `ema_update`.
         kmeans_init: False: start from random entries, without waiting for a batch.
         kmeans_steps: of the first batch, at most 254; later batches go on by moving averages.

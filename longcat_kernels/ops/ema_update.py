@@ -106,7 +106,7 @@ def _packed_of(prepared: PreparedCodebook, embed: Tensor) -> Tensor | None:
     words = prepared.words
     same = words.data_ptr() == embed.data_ptr() and words.shape == embed.shape and words.stride() == embed.stride()
     check(same, lambda: "ema_update: prepared must be the prepared form of embed, got that of another tensor")
-    return None if prepared.gram is not None else prepared.packed
+    return prepared.followed()
 
 
 def _check(

@@ -195,6 +195,9 @@ def _mask_of(lengths: Tensor, x: Tensor) -> Tensor:
 def level_codebooks(op: str, codebooks: Sequence[Codebook] | Codebook, levels: int | None) -> list[Codebook]:
     """One codebook a level; a shared one stands there `levels` times."""
     if isinstance(codebooks, (Tensor, PreparedCodebook)):
+        if isinstance(codebooks, Tensor) and codebooks.ndim > 2:
+            rule, shape = "a list of [K, D], or one that levels share", list(codebooks.shape)
+            raise ValueError(f"{op}: codebooks must be {rule}, got {shape}: unbind it")
         if levels is None or levels < 1:
             raise ValueError(f"{op}: levels must be at least 1 with one shared codebook, got {levels}")
         return [codebooks] * levels

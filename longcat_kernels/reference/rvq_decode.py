@@ -65,6 +65,10 @@ def cost(case: Case) -> Cost:
 
 
 REFUSALS = (
+    Refusal(
+        "codebooks must be a list of [K, D], or one that levels share, got [2, 4, 8]: unbind it",
+        lambda a: {"codebooks": torch.ones(2, 4, 8)},
+    ),
     Refusal("codes must be int64, got torch.int32", lambda a: {"codes": a["codes"].int()}),
     Refusal("codes must be [..., 2], got [0, 3]", lambda a: {"codes": a["codes"].new_zeros(0, 3)}),
     Refusal("codes must be [..., 2], got []", lambda a: {"codes": a["codes"].sum()}),

@@ -176,6 +176,10 @@ def cost(case: Case) -> Cost:
 
 
 REFUSALS = (
+    Refusal(
+        "codebooks must be a list of [K, D], or one that levels share, got [2, 4, 8]: unbind it",
+        lambda a: {"codebooks": torch.ones(2, 4, 8)},
+    ),
     Refusal("x must be float32, bfloat16 or float16, got torch.int64", lambda a: {"x": a["x"].long()}),
     Refusal("x must be [..., D], D at least 1, got []", lambda a: {"x": a["x"].sum()}),
     Refusal("codebooks must have at least one level, got 0", lambda a: {"codebooks": []}),

@@ -19,7 +19,7 @@ struct PackedCodebook {
     struct Header {
         uint64_t magic;
         int64_t entries, dim;
-        int32_t isa, exhaustive;  // exhaustive: too long for float32 products, so every codeword is scored exactly
+        int32_t isa, exhaustive;  // exhaustive: too long or wide for float32 sums, so every codeword is scored exactly
     };
 
     Isa isa;
