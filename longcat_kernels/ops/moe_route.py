@@ -59,20 +59,26 @@ def moe_route(
 
 
 def _check(logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, score: str) -> None:
-    shape, dtype = list(logits_TE.shape), logits_TE.dtype
+    shape = logits_TE.shape
     check(
-        len(shape) == 2 and dtype.is_floating_point,
-        lambda: f"moe_route: logits must be [T, E] floating point, got {dtype} {shape}",
+        len(shape) == 2 and logits_TE.dtype.is_floating_point,
+        lambda: f"moe_route: logits must be [T, E] floating point, got {logits_TE.dtype} {list(shape)}",
     )
     experts = shape[1]
     check(1 <= k <= experts, lambda: f"moe_route: k must be between 1 and {experts}, got {k}")
     check(0 <= n_real <= experts, lambda: f"moe_route: n_real must be between 0 and {experts}, got {n_real}")
     check(score in SCORES, lambda: f"moe_route: score must be {' or '.join(SCORES)}, got {score!r}")
     if bias_E is not None:
-        found, device = f"{bias_E.dtype} {list(bias_E.shape)}", bias_E.device
-        is_right = list(bias_E.shape) == [experts] and bias_E.dtype == torch.float32
-        check(is_right, lambda: f"moe_route: bias must be float32 [{experts}], got {found}")
-        check(device == logits_TE.device, lambda: f"moe_route: bias must be on {logits_TE.device}, got {device}")
+        _check_bias(bias_E, logits_TE)
+
+
+def _check_bias(bias_E: Tensor, logits_TE: Tensor) -> None:
+    wanted, device = logits_TE.shape[1:], logits_TE.device
+    check(
+        bias_E.shape == wanted and bias_E.dtype == torch.float32,
+        lambda: f"moe_route: bias must be float32 {list(wanted)}, got {bias_E.dtype} {list(bias_E.shape)}",
+    )
+    check(bias_E.device == device, lambda: f"moe_route: bias must be on {device}, got {bias_E.device}")
 
 
 def _allocate(
@@ -80,8 +86,7 @@ def _allocate(
 ) -> tuple[Tensor, Tensor]:
     _check(logits_TE, k, n_real, bias_E, score)
     dtype, rows = torch.promote_types(logits_TE.dtype, torch.float32), logits_TE.shape[0]
-    weights_Tk = torch.empty(rows, k, dtype=dtype, device=logits_TE.device)
-    return weights_Tk, torch.empty(rows, k, dtype=torch.int64, device=logits_TE.device)
+    return logits_TE.new_empty(rows, k, dtype=dtype), logits_TE.new_empty(rows, k, dtype=torch.int64)
 
 
 def _run(
