@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
-from longcat_kernels.library import check, once, register
+from longcat_kernels.library import once, register
 from longcat_kernels.reference import moe_route as spec
 from longcat_kernels.spec import Op
 
@@ -59,26 +59,23 @@ def moe_route(
 
 
 def _check(logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, score: str) -> None:
-    shape = logits_TE.shape
-    check(
-        len(shape) == 2 and logits_TE.dtype.is_floating_point,
-        lambda: f"moe_route: logits must be [T, E] floating point, got {logits_TE.dtype} {list(shape)}",
-    )
+    shape, dtype = logits_TE.shape, logits_TE.dtype
+    if len(shape) != 2 or not dtype.is_floating_point:
+        raise ValueError(f"moe_route: logits must be [T, E] floating point, got {dtype} {list(shape)}")
     experts = shape[1]
-    check(1 <= k <= experts, lambda: f"moe_route: k must be between 1 and {experts}, got {k}")
-    check(0 <= n_real <= experts, lambda: f"moe_route: n_real must be between 0 and {experts}, got {n_real}")
-    check(score in SCORES, lambda: f"moe_route: score must be {' or '.join(SCORES)}, got {score!r}")
-    if bias_E is not None:
-        _check_bias(bias_E, logits_TE)
-
-
-def _check_bias(bias_E: Tensor, logits_TE: Tensor) -> None:
-    wanted, device = logits_TE.shape[1:], logits_TE.device
-    check(
-        bias_E.shape == wanted and bias_E.dtype == torch.float32,
-        lambda: f"moe_route: bias must be float32 {list(wanted)}, got {bias_E.dtype} {list(bias_E.shape)}",
-    )
-    check(bias_E.device == device, lambda: f"moe_route: bias must be on {device}, got {bias_E.device}")
+    if not 1 <= k <= experts:
+        raise ValueError(f"moe_route: k must be between 1 and {experts}, got {k}")
+    if not 0 <= n_real <= experts:
+        raise ValueError(f"moe_route: n_real must be between 0 and {experts}, got {n_real}")
+    if score not in SCORES:
+        raise ValueError(f"moe_route: score must be {' or '.join(SCORES)}, got {score!r}")
+    if bias_E is None:
+        return
+    found, device = list(bias_E.shape), bias_E.device
+    if found != [experts] or bias_E.dtype != torch.float32:
+        raise ValueError(f"moe_route: bias must be float32 [{experts}], got {bias_E.dtype} {found}")
+    if device != logits_TE.device:
+        raise ValueError(f"moe_route: bias must be on {logits_TE.device}, got {device}")
 
 
 def _allocate(

@@ -113,37 +113,30 @@ def _check(ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: l
 
 def _check_table(table_RW: Tensor, projection_DW: Tensor, word_VD: Tensor) -> None:
     shape = table_RW.shape
-    check(
-        len(shape) == 2 and shape[0] >= 1,
-        lambda: f"ngram_embedding: tables must be [rows, W] with at least one row, got {list(shape)}",
-    )
-    wanted, found = (word_VD.shape[1], shape[1]), projection_DW.shape
-    check(
-        found == wanted,
-        lambda: f"ngram_embedding: projections must be {list(wanted)} to follow word and its table, got {list(found)}",
-    )
+    if len(shape) != 2 or shape[0] < 1:
+        raise ValueError(f"ngram_embedding: tables must be [rows, W] with at least one row, got {list(shape)}")
+    wanted, found = [word_VD.shape[1], shape[1]], list(projection_DW.shape)
+    if found != wanted:
+        raise ValueError(f"ngram_embedding: projections must be {wanted} to follow word and its table, got {found}")
     for name, tensor in (("tables", table_RW), ("projections", projection_DW)):
-        _check_like(name, tensor, word_VD)
-
-
-def _check_like(name: str, tensor: Tensor, word_VD: Tensor) -> None:
-    dtype, device = tensor.dtype, tensor.device
-    check(dtype == word_VD.dtype, lambda: f"ngram_embedding: {name} must be {word_VD.dtype} as word is, got {dtype}")
-    check(
-        device == word_VD.device or (name == "tables" and device.type == "cpu"),
-        lambda: f"ngram_embedding: {name} must be on {word_VD.device} as word is, got {device}",
-    )
+        if tensor.dtype != word_VD.dtype:
+            raise ValueError(f"ngram_embedding: {name} must be {word_VD.dtype} as word is, got {tensor.dtype}")
+        if name != "tables" or not tensor.is_cpu:
+            _check_device(name, tensor, word_VD.device)
 
 
 def _check_places(name: str, places: Tensor | None, wanted: list[int], device: torch.device) -> None:
     if places is None:
         return
-    dtype, found, on = places.dtype, list(places.shape), places.device
-    check(
-        dtype == torch.int64 and found == wanted,
-        lambda: f"ngram_embedding: {name} must be int64 {wanted}, got {dtype} {found}",
-    )
-    check(on == device, lambda: f"ngram_embedding: {name} must be on {device} as word is, got {on}")
+    found = list(places.shape)
+    if places.dtype != torch.int64 or found != wanted:
+        raise ValueError(f"ngram_embedding: {name} must be int64 {wanted}, got {places.dtype} {found}")
+    _check_device(name, places, device)
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"ngram_embedding: {name} must be on {device} as word is, got {tensor.device}")
 
 
 def _allocate(

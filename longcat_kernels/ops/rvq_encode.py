@@ -218,12 +218,12 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
 def check_codebook(op: str, codebook: Tensor, width: int, device: torch.device) -> None:
     """Raises ValueError unless `codebook` is [K, width] float32 on `device`."""
     shape = codebook.shape
-    check(
-        len(shape) == 2 and shape[0] >= 1 and shape[1] == width,
-        lambda: f"{op}: codebooks must be [K, {width}] with K at least 1, got {list(shape)}",
-    )
-    check(codebook.dtype == torch.float32, lambda: f"{op}: codebooks must be float32, got {codebook.dtype}")
-    check(codebook.device == device, lambda: f"{op}: codebooks must be on {device}, got {codebook.device}")
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != width:
+        raise ValueError(f"{op}: codebooks must be [K, {width}] with K at least 1, got {list(shape)}")
+    if codebook.dtype != torch.float32:
+        raise ValueError(f"{op}: codebooks must be float32, got {codebook.dtype}")
+    if codebook.device != device:
+        raise ValueError(f"{op}: codebooks must be on {device}, got {codebook.device}")
 
 
 def _check(x_TD: Tensor, codebooks: list[Tensor], residual_dtype: torch.dtype) -> None:
