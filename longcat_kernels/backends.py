@@ -75,12 +75,11 @@ def _wanted(op: str, impls: dict[str, Impl], backend: str) -> str:
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor:
-    """The first tensor among `values` and in the lists and tuples among them."""
+    """The first tensor among `values` and at the head of the lists and tuples among them."""
     for value in values:
-        if isinstance(value, Tensor):
-            return value
-        if isinstance(value, (list, tuple)) and value:
-            return first_tensor(value)
+        head = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(head, Tensor):
+            return head
     raise TypeError("an op must have a tensor among its inputs")
 
 

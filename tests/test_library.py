@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from longcat_kernels import moe_route
 from longcat_kernels.library import wants_grad
 from longcat_kernels.ops import OPS
 from longcat_kernels.spec import Op
@@ -136,3 +137,12 @@ def test_a_gradient_is_wanted_by_tensors_and_by_lists_of_them() -> None:
     assert not wants_grad("auto", None, 3, [1, 2], plain, [plain], [])
     with torch.no_grad():
         assert not wants_grad(leaf, [leaf])
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_sign_that_torch_has_put_off_is_not_lost(gradient: bool) -> None:
+    logits = torch.randn(5, 6)
+    negated = torch.complex(logits, logits).conj().imag.requires_grad_(gradient)
+    assert negated.is_neg()
+    for got, want in zip(moe_route(negated, 2, n_real=4), moe_route(-logits, 2, n_real=4), strict=True):
+        assert torch.equal(got, want)
