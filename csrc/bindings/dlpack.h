@@ -1,5 +1,5 @@
-// What a tensor is, asked in C: the part of DLPack's exchange table (version 1 of the standard) that reads, which
-// torch.Tensor has had since torch 2.10.
+// What a tensor is, asked in C: the part of DLPack's exchange table (github.com/dmlc/dlpack, version 1.3) that reads.
+// torch.Tensor has the table in newer torch only.
 #pragma once
 
 #include <pybind11/pybind11.h>
