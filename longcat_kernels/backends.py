@@ -6,7 +6,7 @@ An op's file lists its implementations as a dict in order of preference; `choose
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +52,14 @@ def choose(op: str, impls: dict[str, Impl], backend: str, *inputs: Any) -> Impl:
     """
     wanted = _wanted(op, impls, backend)
     passed_over: dict[str, str] = {}
-    if wanted == "auto":
-        passed_over = _ON_CPU if next(tensors(inputs)).is_cpu else _ON_ACCELERATOR
-    refused = {}
-    for name, impl in impls.items() if wanted == "auto" else [(wanted, impls[wanted])]:
-        reason = passed_over.get(name) or impl.why_not(*inputs)
-        if reason is None:
+    if wanted != "auto":
+        impls = {wanted: impls[wanted]}
+    else:
+        passed_over = _ON_CPU if first_tensor(inputs).is_cpu else _ON_ACCELERATOR
+    for name, impl in impls.items():
+        if name not in passed_over and impl.why_not(*inputs) is None:
             return impl
-        refused[name] = reason
+    refused = {name: passed_over.get(name) or impl.why_not(*inputs) for name, impl in impls.items()}
     raise ValueError(f"{op}: no backend takes these tensors:" + "".join(f"\n  {n}: {r}" for n, r in refused.items()))
 
 
@@ -74,13 +74,13 @@ def _wanted(op: str, impls: dict[str, Impl], backend: str) -> str:
     return preferred if preferred in impls else "auto"
 
 
-def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among `values` and among the lists and tuples in it."""
+def first_tensor(values: Iterable[Any]) -> Tensor:
+    """The first tensor among `values` and at the head of the lists and tuples among them."""
     for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors(value)
+        head = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(head, Tensor):
+            return head
+    raise TypeError("an op must have a tensor among its inputs")
 
 
 def _copy_results(function: Callable[..., tuple[Tensor, ...]], arguments: tuple[Any, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ def check(condition: bool, message: Callable[[], str], error: type[Exception] = 
         raise error(message())
 
 
-def wants_grad(*inputs: Tensor | None) -> bool:
-    """Whether autograd has a part in a call of these inputs: without one, an op that lacks it is quicker to call."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+def wants_grad(*arguments: Any) -> bool:
+    """Whether autograd has a part in a call: it is on, and a tensor of the arguments or of their lists requires it."""
+    return torch.is_grad_enabled() and _requires_grad(arguments)
 
 
 def once(op: str) -> Callable[..., Any]:
@@ -42,7 +42,10 @@ def register(
     save: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Defines `longcat::<schema>` and gives its overload.
+    """Defines `longcat::<schema>` and gives what calls it.
+
+    Where the op has a gradient, calls that want none go to `longcat::<name>_inference`, the same op without autograd:
+    torch's part of it is Python, which takes longer than the whole dispatch of an op that lacks it.
 
     Args:
         schema: as `torch.library.Library.define` takes it; integer results last (opcheck adds results up in order).
@@ -51,10 +54,27 @@ def register(
         save: `save(ctx, inputs, output)` keeps what backward needs.
         backward: `backward(ctx, *grads)` gives one gradient per input.
     """
-    name = schema.split("(")[0]
-    _LIBRARY.define(schema)
+    name, signature = schema.split("(", 1)
+    overload = _define(name, signature, run, allocate)
+    if backward is None:
+        return overload
+    torch.library.register_autograd(f"longcat::{name}", backward, setup_context=save, lib=_LIBRARY)
+    inference = _define(f"{name}_inference", signature, run, allocate)
+    return lambda *arguments: (overload if wants_grad(*arguments) else inference)(*arguments)
+
+
+def _define(name: str, signature: str, run: Callable[..., Any], allocate: Callable[..., Any]) -> Callable[..., Any]:
+    _LIBRARY.define(f"{name}({signature}")
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"longcat::{name}", allocate, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(f"longcat::{name}", backward, setup_context=save, lib=_LIBRARY)
     return getattr(torch.ops.longcat, name).default
+
+
+def _requires_grad(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (list, tuple)) and _requires_grad(value):
+            return True
+    return False

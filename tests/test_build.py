@@ -54,6 +54,42 @@ def test_refuses_what_is_no_tensor() -> None:
         native.module().rvq_encode([1.0], [], [], None, None, torch.float32, None, None, None, None, threads=1)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool, torch.float64]
+)
+def test_a_tensor_and_a_subclass_are_read_alike(dtype: torch.dtype) -> None:
+    """The first by DLPack where torch has it, the second by its attributes: codewords may be of no other dtype."""
+    words = torch.arange(30.0).reshape(10, 3).to(dtype)[::2, 1:]
+    codes = torch.tensor([[4], [-1], [2]])
+    found: list[Any] = []
+    for book in (words, words.as_subclass(Subclass)):
+        out = torch.full((3, 2), torch.nan)
+        try:
+            native.module().rvq_decode(codes, [book], out, threads=1)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found.append(out.tolist())
+    assert found[0] == found[1]
+    assert (found[0] == [[25, 26], [0, 0], [13, 14]]) == (dtype == torch.float32)
+
+
+def test_no_attribute_of_a_plain_tensor_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("torch: this one has no DLPack exchange table")
+    codes, words, out = torch.tensor([[0]]), torch.ones(1, 2), torch.empty(1, 2)
+    native.module().rvq_decode(codes, [words], out, threads=1)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 1 / 0)
+    native.module().rvq_decode(codes, [words], out, threads=1)
+    with pytest.raises(ZeroDivisionError):
+        native.module().rvq_decode(codes, [words.as_subclass(Subclass)], out, threads=1)
+    assert out.tolist() == [[1, 1]]
+
+
+class Subclass(torch.Tensor):
+    """A tensor that could say anything of itself."""
+
+
 def rvq_arguments() -> dict[str, Any]:
     """A good call of the compiled rvq_encode: 6 rows of 4, two levels."""
     return {

@@ -147,7 +147,8 @@ def test_the_weight_pass_runs_only_for_weights_that_want_a_gradient() -> None:
     for call, expected in ((a, 1), (frozen, 0)):
         with torch.profiler.profile() as profile:
             fused_moe(**call).sum().backward()
-        assert sum(event.name == "longcat::fused_moe_weight_grad" for event in profile.events()) == expected
+        names = [event.name for event in profile.events()]
+        assert sum(name.startswith("longcat::fused_moe_weight_grad") for name in names) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -126,7 +126,8 @@ def test_computes_only_the_gradient_that_is_asked_for() -> None:
     a, b, offs = operands("2x3", [2, 3], 0, (2, 3))
     with torch.profiler.profile() as profile:
         grouped_mm(a.requires_grad_(), b, offs).sum().backward()
-    assert sum(event.name == "longcat::grouped_mm" for event in profile.events()) == 2
+    names = [event.name for event in profile.events()]
+    assert names.count("longcat::grouped_mm") == names.count("longcat::grouped_mm_inference") == 1
 
 
 @pytest.mark.parametrize(("ends", "form"), [([3, 2], "2x3"), ([2, 7], "3x2"), ([-1, 5], "2x2")])

@@ -1,5 +1,5 @@
-// Arguments from Python without torch's headers: what a torch.Tensor says of itself, read through its public
-// attributes.
+// Arguments from Python without torch's headers: what a torch.Tensor says of itself, in C where it can (dlpack.h), else
+// by its public attributes.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,6 +13,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "bindings/dlpack.h"
 #include "longcat/dtypes.h"
 
 namespace longcat {
@@ -135,7 +136,26 @@ template <>
 struct type_caster<longcat::TensorView> {
     PYBIND11_TYPE_CASTER(longcat::TensorView, const_name("torch.Tensor"));
 
-    bool load(handle source, bool) {
+    bool load(handle source, bool) { return load_by_dlpack(source) || load_by_attributes(source); }
+
+  private:
+    bool load_by_dlpack(handle source) {
+        const longcat::DlpackReader read = longcat::dlpack_reader(Py_TYPE(source.ptr()));
+        longcat::DlpackTensor found{};
+        if (read == nullptr) return false;
+        if (read(source.ptr(), &found) != 0) {
+            PyErr_Clear();  // a dtype that DLPack does not know
+            return false;
+        }
+        value.data = static_cast<char*>(found.data) + found.byte_offset;
+        value.shape.assign(found.shape, found.shape + found.axes);
+        value.strides.assign(found.strides, found.strides + found.axes);
+        value.dtype = longcat::dtype_of(found);
+        value.device = longcat::device_of(found);
+        return true;
+    }
+
+    bool load_by_attributes(handle source) {
         static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
         static PyObject* const shape = PyUnicode_InternFromString("shape");
         static PyObject* const stride = PyUnicode_InternFromString("stride");

@@ -113,8 +113,8 @@ def _check(
     embed_KD: Tensor, embed_ema_KD: Tensor, cluster_size_ema_K: Tensor, vectors_ND: Tensor, codes_N: Tensor
 ) -> None:
     shape, rows = embed_KD.shape, vectors_ND.shape
-    fits = len(shape) == 2 and embed_KD.dtype == torch.float32
-    check(fits, lambda: f"ema_update: embed must be float32 [K, D], got {embed_KD.dtype} {list(shape)}")
+    if len(shape) != 2 or embed_KD.dtype != torch.float32:
+        raise ValueError(f"ema_update: embed must be float32 [K, D], got {embed_KD.dtype} {list(shape)}")
     for name, tensor, dtype, want in (
         ("embed_ema", embed_ema_KD, torch.float32, shape),
         ("cluster_size_ema", cluster_size_ema_K, torch.float32, shape[:1]),
@@ -123,12 +123,10 @@ def _check(
         if tensor.dtype != dtype or tensor.shape != want:
             rule = f"{str(dtype).removeprefix('torch.')} {list(want)}"
             raise ValueError(f"ema_update: {name} must be {rule}, got {tensor.dtype} {list(tensor.shape)}")
-    fits = len(rows) == 2 and rows[1] == shape[1]
-    check(fits, lambda: f"ema_update: vectors must be [N, {shape[1]}], got {list(rows)}")
-    check(
-        vectors_ND.dtype in DTYPES,
-        lambda: f"ema_update: vectors must be float32, bfloat16 or float16, got {vectors_ND.dtype}",
-    )
+    if len(rows) != 2 or rows[1] != shape[1]:
+        raise ValueError(f"ema_update: vectors must be [N, {shape[1]}], got {list(rows)}")
+    if vectors_ND.dtype not in DTYPES:
+        raise ValueError(f"ema_update: vectors must be float32, bfloat16 or float16, got {vectors_ND.dtype}")
     device = embed_KD.device
     for name, tensor in (
         ("embed_ema", embed_ema_KD),
@@ -156,12 +154,14 @@ def _allocate(
     backend: str,
 ) -> Tensor:
     _check(embed_KD, embed_ema_KD, cluster_size_ema_K, vectors_ND, codes_N)
-    check(0 <= decay <= 1, lambda: f"ema_update: decay must be in [0, 1], got {decay}")
+    if not 0 <= decay <= 1:
+        raise ValueError(f"ema_update: decay must be in [0, 1], got {decay}")
     for name, value in (("eps", eps), ("restart_fraction", restart_fraction), ("restart_count", restart_count)):
         if not value >= 0:
             raise ValueError(f"ema_update: {name} must be at least 0, got {value}")
-    check(restart_threshold == restart_threshold, lambda: "ema_update: restart_threshold must be a number, got nan")
-    return torch.empty((), dtype=torch.int64, device=embed_KD.device)
+    if restart_threshold != restart_threshold:
+        raise ValueError("ema_update: restart_threshold must be a number, got nan")
+    return embed_KD.new_empty((), dtype=torch.int64)
 
 
 def _run(

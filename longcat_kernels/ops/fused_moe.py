@@ -76,7 +76,7 @@ def fused_moe(
     packed = _packed(prepared, gate_up, down)
     arguments = (x, gate_up, down, ids, weights, residual, main_gate_up, main_down, packed)
     if not wants_grad(x, gate_up, down, weights, residual):
-        return _op_inference(*arguments, 0, True, backend)[0]
+        return _op(*arguments, 0, True, backend)[0]
     return _op(*arguments, _saved_rows(ids, down), save == "x", backend)[0]
 
 
@@ -235,8 +235,6 @@ _SCHEMA = (
     "Tensor? main_down, Tensor[] packed, SymInt rows, bool recompute, str backend) -> (Tensor out, Tensor hidden)"
 )
 _op = register(f"fused_moe{_SCHEMA}", _run, _allocate, save=_save, backward=_backward)
-# Without autograd, whose part of a small call is felt.
-_op_inference = register(f"fused_moe_inference{_SCHEMA}", _run, _allocate)
 
 
 def _cpu(

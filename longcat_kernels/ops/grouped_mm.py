@@ -58,14 +58,18 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *, backend: str
 
 
 def _check(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
-    shapes = f"{list(a.shape)} and {list(b.shape)}"
-    check(a.ndim in (2, 3) and b.ndim in (2, 3), lambda: f"grouped_mm: a and b must be 2-D or 3-D, got {shapes}")
+    check(
+        a.ndim in (2, 3) and b.ndim in (2, 3),
+        lambda: f"grouped_mm: a and b must be 2-D or 3-D, got {list(a.shape)} and {list(b.shape)}",
+    )
     check(a.dtype.is_floating_point, lambda: f"grouped_mm: a must be floating point, got {a.dtype}")
     check(b.dtype == a.dtype, lambda: f"grouped_mm: b must be {a.dtype} as a is, got {b.dtype}")
     check(b.device == a.device, lambda: f"grouped_mm: b must be on {a.device} as a is, got {b.device}")
-    wanted = [*([a.shape[0]] if a.ndim == b.ndim == 3 else list(b.shape[: b.ndim - 2])), a.shape[-1]]
-    found, name = list(b.shape), "[" + ", ".join(map(str, wanted)) + ", N]"
-    check(found[:-1] == wanted, lambda: f"grouped_mm: b must be {name} to follow a, got {found}")
+    wanted = [*([a.shape[0]] if a.ndim == b.ndim == 3 else b.shape[: b.ndim - 2]), a.shape[-1]]
+    check(
+        list(b.shape[:-1]) == wanted,
+        lambda: f"grouped_mm: b must be [{', '.join(map(str, wanted))}, N] to follow a, got {list(b.shape)}",
+    )
     if a.ndim == b.ndim == 3:
         check(offs is None, lambda: "grouped_mm: offs must be None where a and b are 3-D, got a tensor")
         return

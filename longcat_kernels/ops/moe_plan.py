@@ -91,16 +91,16 @@ def moe_plan(ids: Tensor, n_real: int, *, tile: int = 64, backend: str = "auto")
 
 
 def _allocate(ids_Tk: Tensor, n_real: int, tile: int, backend: str) -> tuple[Tensor, ...]:
-    shape, dtype = list(ids_Tk.shape), ids_Tk.dtype
-    check(
-        len(shape) == 2 and shape[1] >= 1 and dtype == torch.int64,
-        lambda: f"moe_plan: ids must be int64 [T, k] with k >= 1, got {dtype} {shape}",
-    )
-    check(n_real >= 1, lambda: f"moe_plan: n_real must be at least 1, got {n_real}")
-    check(tile >= 1, lambda: f"moe_plan: tile must be at least 1, got {tile}")
+    shape, dtype = ids_Tk.shape, ids_Tk.dtype
+    if len(shape) != 2 or shape[1] < 1 or dtype != torch.int64:
+        raise ValueError(f"moe_plan: ids must be int64 [T, k] with k >= 1, got {dtype} {list(shape)}")
+    if n_real < 1:
+        raise ValueError(f"moe_plan: n_real must be at least 1, got {n_real}")
+    if tile < 1:
+        raise ValueError(f"moe_plan: tile must be at least 1, got {tile}")
     slots = shape[0] * shape[1]
-    sides = ([n_real], [n_real + 1], [slots], [slots], shape, [spec.most_tiles(slots, n_real, tile), 2])
-    return tuple(torch.empty(side, dtype=torch.int32, device=ids_Tk.device) for side in sides)
+    sides = ((n_real,), (n_real + 1,), (slots,), (slots,), shape, (spec.most_tiles(slots, n_real, tile), 2))
+    return tuple(ids_Tk.new_empty(*side, dtype=torch.int32) for side in sides)
 
 
 def _run(ids_Tk: Tensor, n_real: int, tile: int, backend: str) -> tuple[Tensor, ...]:

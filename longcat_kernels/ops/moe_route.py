@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longcat_kernels import native, triton
 from longcat_kernels.backends import Impl, choose, reference
-from longcat_kernels.library import check, once, register
+from longcat_kernels.library import once, register
 from longcat_kernels.reference import moe_route as spec
 from longcat_kernels.spec import Op
 
@@ -59,20 +59,23 @@ def moe_route(
 
 
 def _check(logits_TE: Tensor, k: int, n_real: int, bias_E: Tensor | None, score: str) -> None:
-    shape, dtype = list(logits_TE.shape), logits_TE.dtype
-    check(
-        len(shape) == 2 and dtype.is_floating_point,
-        lambda: f"moe_route: logits must be [T, E] floating point, got {dtype} {shape}",
-    )
+    shape, dtype = logits_TE.shape, logits_TE.dtype
+    if len(shape) != 2 or not dtype.is_floating_point:
+        raise ValueError(f"moe_route: logits must be [T, E] floating point, got {dtype} {list(shape)}")
     experts = shape[1]
-    check(1 <= k <= experts, lambda: f"moe_route: k must be between 1 and {experts}, got {k}")
-    check(0 <= n_real <= experts, lambda: f"moe_route: n_real must be between 0 and {experts}, got {n_real}")
-    check(score in SCORES, lambda: f"moe_route: score must be {' or '.join(SCORES)}, got {score!r}")
-    if bias_E is not None:
-        found, device = f"{bias_E.dtype} {list(bias_E.shape)}", bias_E.device
-        is_right = list(bias_E.shape) == [experts] and bias_E.dtype == torch.float32
-        check(is_right, lambda: f"moe_route: bias must be float32 [{experts}], got {found}")
-        check(device == logits_TE.device, lambda: f"moe_route: bias must be on {logits_TE.device}, got {device}")
+    if not 1 <= k <= experts:
+        raise ValueError(f"moe_route: k must be between 1 and {experts}, got {k}")
+    if not 0 <= n_real <= experts:
+        raise ValueError(f"moe_route: n_real must be between 0 and {experts}, got {n_real}")
+    if score not in SCORES:
+        raise ValueError(f"moe_route: score must be {' or '.join(SCORES)}, got {score!r}")
+    if bias_E is None:
+        return
+    found, device = list(bias_E.shape), bias_E.device
+    if found != [experts] or bias_E.dtype != torch.float32:
+        raise ValueError(f"moe_route: bias must be float32 [{experts}], got {bias_E.dtype} {found}")
+    if device != logits_TE.device:
+        raise ValueError(f"moe_route: bias must be on {logits_TE.device}, got {device}")
 
 
 def _allocate(
@@ -80,8 +83,7 @@ def _allocate(
 ) -> tuple[Tensor, Tensor]:
     _check(logits_TE, k, n_real, bias_E, score)
     dtype, rows = torch.promote_types(logits_TE.dtype, torch.float32), logits_TE.shape[0]
-    weights_Tk = torch.empty(rows, k, dtype=dtype, device=logits_TE.device)
-    return weights_Tk, torch.empty(rows, k, dtype=torch.int64, device=logits_TE.device)
+    return logits_TE.new_empty(rows, k, dtype=dtype), logits_TE.new_empty(rows, k, dtype=torch.int64)
 
 
 def _run(

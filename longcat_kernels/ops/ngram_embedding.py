@@ -87,12 +87,14 @@ def ngram_embedding(
 
 
 def _check(ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: list[Tensor], rule: spec.Rule) -> None:
-    found = f"{ids_BS.dtype} {list(ids_BS.shape)}"
-    is_right = ids_BS.ndim == 2 and ids_BS.dtype == torch.int64
-    check(is_right, lambda: f"ngram_embedding: ids must be int64 [B, S], got {found}")
-    is_right = word_VD.ndim == 2 and word_VD.dtype.is_floating_point
-    found_word = f"{word_VD.dtype} {list(word_VD.shape)}"
-    check(is_right, lambda: f"ngram_embedding: word must be [V, D] floating point, got {found_word}")
+    check(
+        ids_BS.ndim == 2 and ids_BS.dtype == torch.int64,
+        lambda: f"ngram_embedding: ids must be int64 [B, S], got {ids_BS.dtype} {list(ids_BS.shape)}",
+    )
+    check(
+        word_VD.ndim == 2 and word_VD.dtype.is_floating_point,
+        lambda: f"ngram_embedding: word must be [V, D] floating point, got {word_VD.dtype} {list(word_VD.shape)}",
+    )
     for name, number, least in (("base", rule.base, 1), ("neighbors", rule.neighbors, 2), ("splits", rule.splits, 1)):
         if number < least:
             raise ValueError(f"ngram_embedding: {name} must be at least {least}, got {number}")
@@ -110,36 +112,31 @@ def _check(ids_BS: Tensor, word_VD: Tensor, tables: list[Tensor], projections: l
 
 
 def _check_table(table_RW: Tensor, projection_DW: Tensor, word_VD: Tensor) -> None:
-    shape = list(table_RW.shape)
-    check(
-        len(shape) == 2 and shape[0] >= 1,
-        lambda: f"ngram_embedding: tables must be [rows, W] with at least one row, got {shape}",
-    )
+    shape = table_RW.shape
+    if len(shape) != 2 or shape[0] < 1:
+        raise ValueError(f"ngram_embedding: tables must be [rows, W] with at least one row, got {list(shape)}")
     wanted, found = [word_VD.shape[1], shape[1]], list(projection_DW.shape)
-    check(
-        found == wanted,
-        lambda: f"ngram_embedding: projections must be {wanted} to follow word and its table, got {found}",
-    )
+    if found != wanted:
+        raise ValueError(f"ngram_embedding: projections must be {wanted} to follow word and its table, got {found}")
     for name, tensor in (("tables", table_RW), ("projections", projection_DW)):
-        _check_like(name, tensor, word_VD)
-
-
-def _check_like(name: str, tensor: Tensor, word_VD: Tensor) -> None:
-    dtype, device = tensor.dtype, tensor.device
-    check(dtype == word_VD.dtype, lambda: f"ngram_embedding: {name} must be {word_VD.dtype} as word is, got {dtype}")
-    check(
-        device == word_VD.device or (name == "tables" and device.type == "cpu"),
-        lambda: f"ngram_embedding: {name} must be on {word_VD.device} as word is, got {device}",
-    )
+        if tensor.dtype != word_VD.dtype:
+            raise ValueError(f"ngram_embedding: {name} must be {word_VD.dtype} as word is, got {tensor.dtype}")
+        if name != "tables" or not tensor.is_cpu:
+            _check_device(name, tensor, word_VD.device)
 
 
 def _check_places(name: str, places: Tensor | None, wanted: list[int], device: torch.device) -> None:
-    if places is not None:
-        found = f"{places.dtype} {list(places.shape)}"
-        is_right = places.dtype == torch.int64 and list(places.shape) == wanted
-        check(is_right, lambda: f"ngram_embedding: {name} must be int64 {wanted}, got {found}")
-        on = places.device
-        check(on == device, lambda: f"ngram_embedding: {name} must be on {device} as word is, got {on}")
+    if places is None:
+        return
+    found = list(places.shape)
+    if places.dtype != torch.int64 or found != wanted:
+        raise ValueError(f"ngram_embedding: {name} must be int64 {wanted}, got {places.dtype} {found}")
+    _check_device(name, places, device)
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"ngram_embedding: {name} must be on {device} as word is, got {tensor.device}")
 
 
 def _allocate(
@@ -158,8 +155,8 @@ def _allocate(
     _check_places("ids", ids_BS, list(ids_BS.shape), word_VD.device)
     _check_places("documents", documents_BS, list(ids_BS.shape), word_VD.device)
     _check_places("history", history_BP, [ids_BS.shape[0], rule.neighbors - 1], word_VD.device)
-    out_BSD = torch.empty(*ids_BS.shape, word_VD.shape[1], dtype=word_VD.dtype, device=word_VD.device)
-    return out_BSD, torch.empty(*ids_BS.shape, len(tables), dtype=torch.int64, device=word_VD.device)
+    out_BSD = word_VD.new_empty(*ids_BS.shape, word_VD.shape[1])
+    return out_BSD, word_VD.new_empty(*ids_BS.shape, len(tables), dtype=torch.int64)
 
 
 def _run(

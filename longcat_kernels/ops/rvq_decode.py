@@ -54,16 +54,17 @@ def rvq_decode(
     books = words_of(level_codebooks("rvq_decode", codebooks, levels))
     fits = found == len(books) if levels is None else found >= len(books)
     check(fits, lambda: f"rvq_decode: codes must be [..., {len(books)}], got {list(codes.shape)}")
-    rows_TL = codes[..., : len(books)].reshape(-1, len(books))
+    used = codes if found == len(books) else codes[..., : len(books)]
+    rows_TL = used if used.ndim == 2 else used.reshape(-1, len(books))
     out_TD: Tensor = _op(rows_TL, books, backend)
-    return out_TD.view(*codes.shape[:-1], out_TD.shape[1])
+    return out_TD if used is rows_TL else out_TD.view(*codes.shape[:-1], out_TD.shape[1])
 
 
 def _allocate(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor:
     width = codebooks[0].shape[-1] if codebooks[0].ndim else 0
     for codebook_KD in codebooks:
         check_codebook("rvq_decode", codebook_KD, width, codes_TL.device)
-    return torch.empty(codes_TL.shape[0], width, dtype=torch.float32, device=codes_TL.device)
+    return codes_TL.new_empty(codes_TL.shape[0], width, dtype=torch.float32)
 
 
 def _run(codes_TL: Tensor, codebooks: list[Tensor], backend: str) -> Tensor:

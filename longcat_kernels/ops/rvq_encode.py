@@ -73,8 +73,7 @@ def rvq_encode(
         [[0, 0], [1, 1]]
     """
     books = level_codebooks("rvq_encode", codebooks, levels)
-    run = _op if wants_grad(x, *words_of(books)) else _op_inference
-    return _encode(run, x, books, row_mask(x, mask, lengths), residual_dtype, backend)
+    return _encode(_op, x, books, row_mask(x, mask, lengths), residual_dtype, backend)
 
 
 def rvq_encode_before_update(
@@ -89,9 +88,11 @@ def rvq_encode_before_update(
 
     Backward reads the codewords that the rows chose: they are copied, or the whole codebooks where that is less.
     """
-    run = _EncodeBeforeUpdate.apply if wants_grad(x) else _op_inference
-    books = level_codebooks("rvq_encode", codebooks, None)
-    return _encode(run, x, books, row_mask(x, mask, None), residual_dtype, backend)
+    books, mask = level_codebooks("rvq_encode", codebooks, None), row_mask(x, mask, None)
+    if wants_grad(x):
+        return _encode(_EncodeBeforeUpdate.apply, x, books, mask, residual_dtype, backend)
+    with torch.no_grad():  # whatever the codebooks want
+        return _encode(_op, x, books, mask, residual_dtype, backend)
 
 
 def _encode(
@@ -117,7 +118,7 @@ class _EncodeBeforeUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = _op_inference(*inputs)
+        outputs: tuple[Tensor, ...] = _op(*inputs)
         x_TD, codebooks, _packed, _gram, _mask, ctx.residual_dtype, ctx.backend = inputs
         _quantized, residual_TD, _losses, codes_TL = outputs
         ctx.mark_non_differentiable(codes_TL, residual_TD)
@@ -219,13 +220,13 @@ def _check_mask(mask: Tensor, x: Tensor) -> None:
 
 def check_codebook(op: str, codebook: Tensor, width: int, device: torch.device) -> None:
     """Raises ValueError unless `codebook` is [K, width] float32 on `device`."""
-    shape, dtype = list(codebook.shape), codebook.dtype
-    check(
-        len(shape) == 2 and shape[0] >= 1 and shape[1] == width,
-        lambda: f"{op}: codebooks must be [K, {width}] with K at least 1, got {shape}",
-    )
-    check(dtype == torch.float32, lambda: f"{op}: codebooks must be float32, got {dtype}")
-    check(codebook.device == device, lambda: f"{op}: codebooks must be on {device}, got {codebook.device}")
+    shape = codebook.shape
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != width:
+        raise ValueError(f"{op}: codebooks must be [K, {width}] with K at least 1, got {list(shape)}")
+    if codebook.dtype != torch.float32:
+        raise ValueError(f"{op}: codebooks must be float32, got {codebook.dtype}")
+    if codebook.device != device:
+        raise ValueError(f"{op}: codebooks must be on {device}, got {codebook.device}")
 
 
 def _check(x_TD: Tensor, codebooks: list[Tensor], residual_dtype: torch.dtype) -> None:
@@ -248,8 +249,8 @@ def _allocate(
     _check(x_TD, codebooks, residual_dtype)
     shape, levels = x_TD.shape, len(codebooks)
     return (
-        x_TD.new_empty(shape),
-        x_TD.new_empty(shape, dtype=torch.float32),
+        x_TD.new_empty(*shape),
+        x_TD.new_empty(*shape, dtype=torch.float32),
         x_TD.new_empty(levels, dtype=torch.float32),
         x_TD.new_empty(shape[0], levels, dtype=torch.int64),
     )
@@ -287,12 +288,14 @@ def _backward(
     return grad_x_TD, [None] * len(codebooks), [None] * ctx.packed, None, None, None, None
 
 
-_SCHEMA = (
-    "(Tensor x, Tensor[] codebooks, Tensor[] packed, Tensor? gram, Tensor? mask, ScalarType residual_dtype, "
-    "str backend) -> (Tensor quantized, Tensor residual, Tensor losses, Tensor codes)"
+_op = register(
+    "rvq_encode(Tensor x, Tensor[] codebooks, Tensor[] packed, Tensor? gram, Tensor? mask, ScalarType residual_dtype, "
+    "str backend) -> (Tensor quantized, Tensor residual, Tensor losses, Tensor codes)",
+    _run,
+    _allocate,
+    save=_save,
+    backward=_backward,
 )
-_op = register(f"rvq_encode{_SCHEMA}", _run, _allocate, save=_save, backward=_backward)
-_op_inference = register(f"rvq_encode_inference{_SCHEMA}", _run, _allocate)
 
 
 def _why_not_cuda(x_TD: Tensor, codebooks: list[Tensor], *_: Any) -> str | None:

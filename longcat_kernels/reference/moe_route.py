@@ -44,7 +44,7 @@ def choice(p_TE: Tensor, bias: Tensor | None) -> Tensor:
 
 def probabilities(logits: Tensor, score: str) -> Tensor:
     """At least float32, whatever the logits are."""
-    wide_TE = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide_TE = logits if logits.dtype == torch.float64 else logits.float()
     return wide_TE.softmax(1) if score == "softmax" else wide_TE.sigmoid()
 
 

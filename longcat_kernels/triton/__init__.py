@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longcat_kernels.backends import Impl, tensors
+from longcat_kernels.backends import Impl, first_tensor
 
 HOW_TO_GET_IT = "triton is not installed: pip install triton"
 NO_INTERPRETER = "takes CUDA tensors, got cpu; set TRITON_INTERPRET=1 before the first use to run in the interpreter"
@@ -42,7 +42,7 @@ def on_device(tensor: Tensor) -> bool:
 
 def _why_not(op: str, inputs: tuple[Any, ...]) -> str | None:
     """None where the kernels of `op` can run on these tensors, else the reason."""
-    device = next(tensors(inputs)).device
+    device = first_tensor(inputs).device
     if not _installed():
         return HOW_TO_GET_IT
     if device.type == "cpu" and not _module("_numeric").INTERPRETED:
