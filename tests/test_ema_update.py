@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vector_quantize_pytorch import VectorQuantize
 
-from longcat_kernels import PreparedCodebook, ema_update, rvq_encode
+from longcat_kernels import PreparedCodebook, ema_update, native, rvq_encode
 from longcat_kernels.ops.ema_update import IMPLS
 from longcat_kernels.reference import ema_update as spec
 
+ISAS = native.module().build_info()["isas_available"] if native.why_not() is None else []
 BACKENDS = tuple(name for name in IMPLS if name != "cuda")  # which tests/cuda runs on the CPU
 
 
@@ -134,6 +135,24 @@ def test_bits_do_not_depend_on_threads_or_on_the_order_between_codes(threads: An
         threads(count)
         got = updated(case, "cpu", restart_threshold=0.0, vectors=good["vectors"][order], codes=good["codes"][order])
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_gives_the_bits_of_the_definition(isa: str, dtype: torch.dtype) -> None:
+    """Entries of no row to many, widths of whole vectors and not, entries that restart and that keep their codeword."""
+    for width, rule in ((32, {}), (75, {}), (96, {"decay": 0.0, "eps": 0.0, "restart_threshold": 0.0})):
+        good = spec.inputs(spec.Case(200, width, 80, dtype, used=0.9, ignored=0.1))
+        good["codes"] = torch.where(torch.arange(200) % 3 == 0, 5, good["codes"])  # one entry of many rows
+        arguments = {"eps": 1e-5, **good, **rule}
+        want = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+        restarted = ema_update(**want, backend="reference")
+        found = torch.empty((), dtype=torch.int64)
+        native.module().ema_update(**arguments, packed=None, restarted=found, threads=1, isa=isa)
+        assert torch.equal(found, restarted)
+        for name in ("embed_ema", "cluster_size_ema"):
+            assert torch.equal(arguments[name], want[name]), (width, name)
+        torch.testing.assert_close(arguments["embed"], want["embed"], rtol=2.0**-23, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,79 +1,117 @@
-// The inner loops of ema_update for one instruction set. Included once for each, inside its namespace and target. No
-// include guard: see ema_update.cpp.
+// The inner loops of ema_update for one instruction set. Included once for each, inside its namespace and target, after
+// `Doubles`. No include guard: see ema_update.cpp.
 
-// Moves the statistics of entry k towards `sum`, called with an element's index; the codeword follows, unless the
+static inline Doubles doubles_at(const float* from) { return Doubles::load(from); }
+static inline Doubles doubles_at(const BFloat16* from) { return Doubles::load(from); }
+static inline Doubles doubles_at(const Float16* from) {
+    float floats[Doubles::kWidth];
+    for (int i = 0; i < Doubles::kWidth; ++i) floats[i] = to_float(from[i]);
+    return Doubles::load(floats);
+}
+
+constexpr int64_t kBlock = 32;  // elements between two requests: a cache line or two of each row
+
+// Rows that are added together, in their order, and those that are sent for meanwhile: rows lie anywhere.
+template <class T, int kRows>
+struct RowGroup {
+    const T* row[kRows + 1];  // one more: an array must not be empty
+    const T* later[kRows + 1];
+
+    RowGroup(const EmaUpdate& p, const Segments& rows, const int64_t* order) {
+        const int64_t* last = rows.order.data() + rows.order.size() - 1;
+        for (int i = 0; i < kRows; ++i) {
+            row[i] = vector_of<T>(p, order[i]);
+            later[i] = vector_of<T>(p, *std::min(order + i + kAhead, last));
+        }
+    }
+
+    void send_for(int64_t d) const {
+        for (int i = 0; i < kRows; ++i)
+            for (int64_t line = 0; line < kBlock; line += kLine / int64_t(sizeof(T)))
+                __builtin_prefetch(later[i] + d + line, 0, 2);
+    }
+
+    Doubles add_to(Doubles sum, int64_t d) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) sum = Doubles::add(sum, doubles_at(row[i] + d));
+        return sum;
+    }
+
+    double add_to(double sum, int64_t d) const {
+        for (int i = 0; i < kRows; ++i) sum += double(to_float(row[i][d]));
+        return sum;
+    }
+};
+
+template <class T>
+static void add_four(const EmaUpdate& p, const RowGroup<T, 4>& rows, double* sum) {
+    int64_t d = 0;
+    for (; d + kBlock <= p.dim; d += kBlock) {
+        rows.send_for(d);
+#pragma GCC unroll 8
+        for (int64_t i = d; i < d + kBlock; i += Doubles::kWidth) rows.add_to(Doubles::load(sum + i), i).store(sum + i);
+    }
+    for (; d < p.dim; ++d) sum[d] = rows.add_to(sum[d], d);
+}
+
+// Moves the statistics of entry k towards `rows`, after those in `sum` where kSummed; the codeword follows, unless the
 // inverse size is zero.
-template <class Sum>
-static inline void move(const EmaUpdate& p, int64_t k, double inverse_size, const Sum& sum) {
-    float* __restrict embed = p.embed + k * p.dim;
-    float* __restrict ema = p.embed_ema + k * p.dim;
+template <bool kSummed, class T, int kRows>
+static void move_by(const EmaUpdate& p, const RowGroup<T, kRows>& rows, const double* sum, int64_t k,
+                    double inverse_size) {
+    float *embed = p.embed + k * p.dim, *ema = p.embed_ema + k * p.dim;
     const double decay = p.decay, rest = 1 - p.decay;
-    const int64_t dim = p.dim;
-    if (inverse_size == 0) {
-        for (int64_t d = 0; d < dim; ++d) ema[d] = float(decay * double(ema[d]) + rest * sum(d));
-        return;
+    const Doubles decays = Doubles::splat(decay), rests = Doubles::splat(rest), inverse = Doubles::splat(inverse_size);
+    int64_t d = 0;
+    for (; d + kBlock <= p.dim && inverse_size != 0; d += kBlock) {
+        rows.send_for(d);
+#pragma GCC unroll 8
+        for (int64_t i = d; i < d + kBlock; i += Doubles::kWidth) {
+            const Doubles total = rows.add_to(kSummed ? Doubles::load(sum + i) : Doubles::splat(0), i);
+            const Doubles kept = Doubles::multiply(decays, Doubles::load(ema + i));
+            const Doubles moved = Doubles::add(kept, Doubles::multiply(rests, total)).rounded();
+            moved.store(ema + i);
+            Doubles::multiply(moved, inverse).store(embed + i);
+        }
     }
-    for (int64_t d = 0; d < dim; ++d) {
-        const float moved = float(decay * double(ema[d]) + rest * sum(d));
-        ema[d] = moved;
-        embed[d] = float(double(moved) * inverse_size);
+    for (; d < p.dim; ++d) {
+        ema[d] = float(decay * double(ema[d]) + rest * rows.add_to(kSummed ? sum[d] : 0.0, d));
+        if (inverse_size != 0) embed[d] = float(double(ema[d]) * inverse_size);
     }
 }
 
+template <class T, int kRows>
+static void move_last(const EmaUpdate& p, const Segments& rows, const int64_t* order, const double* sum, int64_t k,
+                      double inverse_size) {
+    const RowGroup<T, kRows> group(p, rows, order);
+    if (sum == nullptr) return move_by<false>(p, group, sum, k, inverse_size);
+    move_by<true>(p, group, sum, k, inverse_size);
+}
+
+// Moves entry k by its rows; most entries have few, which need no sum in memory: `room` has space for one.
 template <class T>
-static inline const T* vector_of(const EmaUpdate& p, int64_t row) {
-    return static_cast<const T*>(p.vectors) + row * p.row_stride;
+static void move_entry(const EmaUpdate& p, const Segments& rows, int64_t k, double inverse_size, double* room) {
+    const int64_t *order = rows.begin(k), *end = rows.end(k);
+    const double* sum = nullptr;
+    if (end - order > 4) std::fill(room, room + p.dim, 0.0), sum = room;
+    for (; end - order > 4; order += 4) add_four<T>(p, {p, rows, order}, room);
+    if (end - order == 0) return move_last<T, 0>(p, rows, order, sum, k, inverse_size);
+    if (end - order == 1) return move_last<T, 1>(p, rows, order, sum, k, inverse_size);
+    if (end - order == 2) return move_last<T, 2>(p, rows, order, sum, k, inverse_size);
+    if (end - order == 3) return move_last<T, 3>(p, rows, order, sum, k, inverse_size);
+    move_last<T, 4>(p, rows, order, sum, k, inverse_size);
 }
 
-// Moves entry k by `kCount` rows in their order, after those in `sum` where that is not null.
-template <class T, int kCount>
-static void move_by(const EmaUpdate& p, const int64_t* rows, int64_t k, double inverse_size, const double* sum) {
-    const T* __restrict a = vector_of<T>(p, rows[0]);
-    const T* __restrict b = vector_of<T>(p, rows[kCount > 1 ? 1 : 0]);
-    const T* __restrict c = vector_of<T>(p, rows[kCount > 2 ? 2 : 0]);
-    const T* __restrict e = vector_of<T>(p, rows[kCount > 3 ? 3 : 0]);
-    const auto with = [=](double total, int64_t d) {
-        total += double(to_float(a[d]));
-        if (kCount > 1) total += double(to_float(b[d]));
-        if (kCount > 2) total += double(to_float(c[d]));
-        if (kCount > 3) total += double(to_float(e[d]));
-        return total;
-    };
-    if (sum == nullptr)
-        move(p, k, inverse_size, [=](int64_t d) { return with(0.0, d); });
-    else
-        move(p, k, inverse_size, [=](int64_t d) { return with(sum[d], d); });
+static MoveEntry move_entry_of(DType dtype) {
+    if (dtype == DType::float32) return move_entry<float>;
+    return dtype == DType::bfloat16 ? move_entry<BFloat16> : move_entry<Float16>;
 }
 
-// Adds four rows to `sum`, in their order: it is read and written once for all.
-template <class T>
-static void add_four(const EmaUpdate& p, const int64_t* rows, double* __restrict sum) {
-    const T* __restrict a = vector_of<T>(p, rows[0]);
-    const T* __restrict b = vector_of<T>(p, rows[1]);
-    const T* __restrict c = vector_of<T>(p, rows[2]);
-    const T* __restrict e = vector_of<T>(p, rows[3]);
-    for (int64_t d = 0; d < p.dim; ++d)
-        sum[d] = (((sum[d] + double(to_float(a[d]))) + double(to_float(b[d]))) + double(to_float(c[d]))) +
-                 double(to_float(e[d]));
-}
-
-// Moves entry k by its rows [first, last); most entries have few, which need no sum in memory.
-template <class T>
-static void move_entry(const EmaUpdate& p, const int64_t* first, const int64_t* last, int64_t k, double inverse_size,
-                       double* sum) {
-    if (first == last) return move(p, k, inverse_size, [](int64_t) { return 0.0; });
-    const double* before = nullptr;
-    if (last - first > 4) std::fill(sum, sum + p.dim, 0.0), before = sum;
-    for (; last - first > 4; first += 4) add_four<T>(p, first, sum);
-    if (last - first == 1) return move_by<T, 1>(p, first, k, inverse_size, before);
-    if (last - first == 2) return move_by<T, 2>(p, first, k, inverse_size, before);
-    if (last - first == 3) return move_by<T, 3>(p, first, k, inverse_size, before);
-    move_by<T, 4>(p, first, k, inverse_size, before);
-}
-
-static void move_entry_of(const EmaUpdate& p, const int64_t* first, const int64_t* last, int64_t k, double inverse_size,
-                          double* sum) {
-    if (p.dtype == DType::float32) move_entry<float>(p, first, last, k, inverse_size, sum);
-    if (p.dtype == DType::bfloat16) move_entry<BFloat16>(p, first, last, k, inverse_size, sum);
-    if (p.dtype == DType::float16) move_entry<Float16>(p, first, last, k, inverse_size, sum);
+// Of each entry, what makes its moving sum a codeword; 0: there is nothing to divide by.
+static void invert_sizes(const EmaUpdate& p, double total, double smoothed, double* inverse_size) {
+    const float* sizes = p.cluster_size_ema;
+    for (int64_t k = 0; k < p.entries; ++k) {
+        const double size = total * (double(sizes[k]) + p.eps) / smoothed, inverse = 1 / size;
+        inverse_size[k] = size > 0 ? inverse : 0;
+    }
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "rvq_kernels.h"
@@ -72,10 +73,14 @@ void pack_centre(const Codebook& book, const PackedCodebook& packed) {
     int64_t used = 0;
     for (int64_t i = 0; i < count; ++i) {
         const float* word = book.words + i * book.entries / count * book.stride;
-        double square = 0;
-        for (int64_t d = 0; d < packed.dim; ++d) square += double(word[d]) * word[d];
+        double parts[8] = {};  // side by side: one sum would wait for each addition
+        int64_t d = 0;
+        for (; d + 8 <= packed.dim; d += 8)
+            for (int i = 0; i < 8; ++i) parts[i] += double(word[d + i]) * word[d + i];
+        for (; d < packed.dim; ++d) parts[0] += double(word[d]) * word[d];
+        const double square = std::accumulate(parts, parts + 8, 0.0);
         if (!std::isfinite(square)) continue;
-        for (int64_t d = 0; d < packed.dim; ++d) sum[size_t(d)] += double(word[d]);
+        for (d = 0; d < packed.dim; ++d) sum[size_t(d)] += double(word[d]);
         squares += square, ++used;
     }
     double common = 0;
