@@ -89,8 +89,8 @@ void fused_moe(const FusedMoe& p) {
     if (p.out == nullptr) return up_pass(p, kernels, plan, nullptr);
     const int64_t units = ceil_div(p.width, kernels.step), pitch = odd_pitch(units);
     const Activations act{Buffer<uint32_t>(rows * pitch), pitch};
-    for (int64_t row = 0; row < rows && units > 0; ++row)
-        act.units.data()[row * pitch + units - 1] = 0;  // if half full
+    if (p.width % kernels.step != 0)  // the last unit is half full
+        for (int64_t row = 0; row < rows; ++row) act.units.data()[row * pitch + units - 1] = 0;
     up_pass(p, kernels, plan, &act);
     down_pass(p, kernels, plan, act);
 }

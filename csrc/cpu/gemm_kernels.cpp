@@ -83,31 +83,32 @@ namespace {
 using Floats = Lanes;
 template <class L, class T>
 inline __attribute__((always_inline)) void load_transposed(const T* const (&line)[16], int64_t first, L (&units)[16]) {
-    const auto load = [&](int i) { return _mm512_loadu_ps(reinterpret_cast<const float*>(line[i] + first)); };
-    __m512 pairs[16], fours[16];  // of lines: two, then four of which have their elements side by side
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        const __m512 even = load(i), odd = load(i + 1);
-        pairs[i] = _mm512_unpacklo_ps(even, odd);
-        pairs[i + 1] = _mm512_unpackhi_ps(even, odd);
-    }
+    // Half a line at a time: loads then do a part of what shuffles would have to.
+#pragma GCC unroll 2
+    for (int half = 0; half < 16; half += 8) {
+        const auto load = [&](int i) {
+            return _mm256_loadu_ps(reinterpret_cast<const float*>(line[i] + first) + half);
+        };
+        __m512 fours[2][4];  // quarters of [b][q]: elements q and 4 + q of four lines, then of the next four
+#pragma GCC unroll 2
+        for (int b = 0; b < 2; ++b) {
+            __m512 lines[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {  // quarter c of fours[i + q] has elements 4 c + q
-        fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-        fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-        fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-        fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
-    }
+            for (int i = 0; i < 4; ++i)  // a masked load, unlike an insertion, needs no shuffle
+                lines[i] =
+                    _mm512_mask_broadcast_f32x8(_mm512_castps256_ps512(load(8 * b + i)), 0xff00, load(8 * b + 4 + i));
+            const __m512 low[2] = {_mm512_unpacklo_ps(lines[0], lines[1]), _mm512_unpacklo_ps(lines[2], lines[3])};
+            const __m512 high[2] = {_mm512_unpackhi_ps(lines[0], lines[1]), _mm512_unpackhi_ps(lines[2], lines[3])};
+            fours[b][0] = _mm512_shuffle_ps(low[0], low[1], 0x44);
+            fours[b][1] = _mm512_shuffle_ps(low[0], low[1], 0xee);
+            fours[b][2] = _mm512_shuffle_ps(high[0], high[1], 0x44);
+            fours[b][3] = _mm512_shuffle_ps(high[0], high[1], 0xee);
+        }
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) {
-        const __m512 even[2] = {_mm512_shuffle_f32x4(fours[q], fours[4 + q], 0x88),
-                                _mm512_shuffle_f32x4(fours[8 + q], fours[12 + q], 0x88)};
-        const __m512 odd[2] = {_mm512_shuffle_f32x4(fours[q], fours[4 + q], 0xdd),
-                               _mm512_shuffle_f32x4(fours[8 + q], fours[12 + q], 0xdd)};
-        units[q].v = _mm512_shuffle_f32x4(even[0], even[1], 0x88);
-        units[4 + q].v = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
-        units[8 + q].v = _mm512_shuffle_f32x4(even[0], even[1], 0xdd);
-        units[12 + q].v = _mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
+        for (int q = 0; q < 4; ++q) {
+            units[half + q].v = _mm512_shuffle_f32x4(fours[0][q], fours[1][q], 0x88);
+            units[half + 4 + q].v = _mm512_shuffle_f32x4(fours[0][q], fours[1][q], 0xdd);
+        }
     }
 }
 

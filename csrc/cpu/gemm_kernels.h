@@ -108,6 +108,10 @@ struct GemmKernels {
     void (*activate)(const Lines& gate, const Lines& up, const float* weights, int64_t rows, int64_t first,
                      int64_t count, void* out, int64_t pitch);
 
+    // sum[j] = scales[0] * lines[0][j] + scales[1] * lines[1][j] + ..., in this order.
+    void (*weighted_sum)(const float* const* lines, const float* scales, int64_t lines_count, int64_t count,
+                         float* sum);
+
     // sum[j] += scale * line[j].
     void (*add_scaled)(const void* line, DType dtype, float scale, int64_t count, float* sum);
 

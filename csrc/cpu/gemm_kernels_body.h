@@ -101,23 +101,30 @@ struct Columns {
         next = (halves.first[1] == halves.first[0] + kWidth ? kPanelColumns : kWidth) * lines.stride;
     }
 
-    // Units of one half from element `first` on, a register a unit; gives how many.
-    inline __attribute__((always_inline)) int64_t load(int h, int64_t first, Lanes (&units)[kWidth]) const {
+    // Calls body(units, count) with the units of one half from element `first` on, a register a unit.
+    template <class Body>
+    inline __attribute__((always_inline)) void block(int h, int64_t first, const Body& body) const {
         const int64_t elements = std::min<int64_t>(kWidth * kStep, depth - first);
-        constexpr int64_t kAheadElements = kAhead / int64_t(sizeof(T));
-        const bool in_line = first + kAheadElements < depth;
-        const int64_t ahead = in_line ? kAheadElements : goes_on ? kAheadElements + next - depth : 0;
-        if ((std::is_same_v<T, Element> || std::is_same_v<T, float>) && elements == kWidth * kStep &&
-            count[h] == kWidth) {
-#pragma GCC unroll 16
-            for (int c = 0; c < kWidth; ++c)
-                for (int64_t i = 0; i < kWidth * kStep; i += 64 / int64_t(sizeof(T)))
-                    __builtin_prefetch(line[h][c] + first + ahead + i, 0, 2);
+        constexpr bool kAsTheyLie = std::is_same_v<T, Element> || std::is_same_v<T, float>;
+        Lanes units[kWidth];
+        if (kAsTheyLie && elements == kWidth * kStep && count[h] == kWidth) {
+            ask_ahead(h, first);
             load_transposed(line[h], first, units);
-        } else {
-            load_part(h, first, elements, units);
+            return body(units, std::integral_constant<int64_t, kWidth>{});  // a count that is known needs no branches
         }
-        return (elements + kStep - 1) / kStep;
+        load_part(h, first, elements, units);
+        body(units, (elements + kStep - 1) / kStep);
+    }
+
+    inline __attribute__((always_inline)) void ask_ahead(int h, int64_t first) const {
+        constexpr int64_t kElements = kAhead / int64_t(sizeof(T));
+        const bool in_line = first + kElements < depth;
+        if (!in_line && !goes_on) return;
+        const int64_t from = first + kElements + (in_line ? 0 : next - depth);
+#pragma GCC unroll 16
+        for (int c = 0; c < kWidth; ++c)
+            for (int64_t i = 0; i < kWidth * kStep; i += 64 / int64_t(sizeof(T)))
+                __builtin_prefetch(line[h][c] + from + i, 0, 2);
     }
 
     void load_part(int h, int64_t first, int64_t elements, Lanes (&units)[kWidth]) const {
@@ -136,12 +143,12 @@ static void pack_columns(const Lines& lines, const Halves& halves, int64_t depth
         const Columns<decltype(type)> columns(lines, halves, depth);
         for (int64_t first = 0; first < depth; first += kWidth * kStep)
             for (int h = 0; h < 2; ++h) {
-                Lanes units[kWidth];
                 uint32_t* out = panel + first / kStep * kPanelColumns + h * kWidth;
-                const int64_t count = columns.load(h, first, units);
+                columns.block(h, first, [&](const Lanes(&units)[kWidth], auto count) {
 #pragma GCC unroll 16
-                for (int64_t u = 0; u < kWidth; ++u)
-                    if (u < count) units[u].store_units(out + u * kPanelColumns);
+                    for (int64_t u = 0; u < kWidth; ++u)
+                        if (u < count) units[u].store_units(out + u * kPanelColumns);
+                });
             }
     });
 }
@@ -154,18 +161,17 @@ static void stream_rows(const uint32_t* rows, int64_t pitch, const Columns<T>& c
         for (int h = 0; h < 2; ++h) sums[i][h] = add ? Lanes::load(out + i * out_pitch + h * kWidth) : Lanes::splat(0);
     for (int64_t first = 0; first < columns.depth; first += kWidth * kStep)
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-            Lanes units[kWidth];
-            const int64_t count = columns.load(h, first, units);
+        for (int h = 0; h < 2; ++h)
+            columns.block(h, first, [&](const Lanes(&units)[kWidth], auto count) {
 #pragma GCC unroll 16
-            for (int64_t u = 0; u < kWidth; ++u) {
-                if (u >= count) break;
+                for (int64_t u = 0; u < kWidth; ++u) {
+                    if (u >= count) break;
 #pragma GCC unroll 8
-                for (int i = 0; i < kRows; ++i)
-                    sums[i][h] = Lanes::multiply_add(Lanes::splat_unit(rows + i * pitch + first / kStep + u), units[u],
-                                                     sums[i][h]);
-            }
-        }
+                    for (int i = 0; i < kRows; ++i)
+                        sums[i][h] = Lanes::multiply_add(Lanes::splat_unit(rows + i * pitch + first / kStep + u),
+                                                         units[u], sums[i][h]);
+                }
+            });
     for (int i = 0; i < kRows; ++i)
         for (int h = 0; h < 2; ++h) sums[i][h].store(out + i * out_pitch + h * kWidth);
 }
@@ -270,34 +276,71 @@ static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t c
 }
 
 // 1 / (1 + e^-x) to a few roundings: -x = n ln 2 + r, and a polynomial for e^r (Cephes expf). Of NaN some number: what
-// is made of it is multiplied by x again.
-static inline Floats sigmoid(Floats x) {
+// is made of it is multiplied by x again. Step by step for all of them: one alone would wait for each of its steps.
+template <int kCount>
+static inline __attribute__((always_inline)) void sigmoids(const Floats (&x)[kCount], Floats (&result)[kCount]) {
     const auto splat = [](float value) { return Floats::splat(value); };
     const auto fused = [](Floats a, Floats b, Floats c) { return Floats::multiply_add(a, b, c); };
-    const Floats bounded = Floats::larger(x, splat(-88.0f)), magic = splat(12582912.0f), one = splat(1.0f);
-    const Floats y = Floats::larger(Floats::subtract(splat(0.0f), bounded), splat(-87.0f));
-    const Floats shifted = fused(y, splat(1.44269504f), magic), n = Floats::subtract(shifted, magic);
-    const Floats r = fused(n, splat(2.12194440e-4f), fused(n, splat(-0.693359375f), y));
-    Floats p = fused(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+    const Floats magic = splat(12582912.0f), one = splat(1.0f);
+    Floats shifted[kCount], r[kCount], p[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i)
+        r[i] = Floats::larger(Floats::subtract(splat(0.0f), Floats::larger(x[i], splat(-88.0f))), splat(-87.0f));
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) shifted[i] = fused(r[i], splat(1.44269504f), magic);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+        const Floats n = Floats::subtract(shifted[i], magic);
+        r[i] = fused(n, splat(2.12194440e-4f), fused(n, splat(-0.693359375f), r[i]));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) p[i] = fused(splat(1.9875691500e-4f), r[i], splat(1.3981999507e-3f));
+#pragma GCC unroll 4
     for (const float term : {8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = fused(p, r, splat(term));
-    const Floats value = fused(p, Floats::multiply(r, r), Floats::add(r, one));
-    return Floats::divide(one, fused(value, Floats::power_of_two(shifted), one));
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i) p[i] = fused(p[i], r[i], splat(term));
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) p[i] = fused(p[i], Floats::multiply(r[i], r[i]), Floats::add(r[i], one));
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) result[i] = Floats::reciprocal(fused(p[i], Floats::power_of_two(shifted[i]), one));
+}
+
+static inline Floats sigmoid(Floats x) {
+    const Floats alone[1] = {x};
+    Floats result[1];
+    (sigmoids<1>)(alone, result);
+    return result[0];
 }
 
 static inline Floats silu(Floats x) { return Floats::multiply(x, (sigmoid)(x)); }
 
-static void swiglu(const SwigluTile& t) {
-    for (int64_t i = 0; i < t.rows && t.act != nullptr; ++i) {
-        const float *gate = t.tile + i * kPanelColumns, *up = gate + kWidth;
+// Activations of kCount rows, of which the last may be one again.
+template <int kCount>
+static inline void swiglu_rows(const SwigluTile& t, int64_t first) {
+    Floats gate[kCount], share[kCount];
+    int64_t row[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+        row[i] = std::min(first + i, t.rows - 1);
+        gate[i] = Floats::load(t.tile + row[i] * kPanelColumns);
+    }
+    (sigmoids<kCount>)(gate, share);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+        const Floats up = Floats::load(t.tile + row[i] * kPanelColumns + kWidth);
         alignas(64) float act[kWidth];
-        Floats::multiply((silu)(Floats::load(gate)), Floats::load(up)).store(act);
-        Element* to = static_cast<Element*>(t.act) + i * t.act_pitch;
+        Floats::multiply(Floats::multiply(gate[i], share[i]), up).store(act);
+        Element* to = static_cast<Element*>(t.act) + row[i] * t.act_pitch;
         if (t.count == kWidth)  // a count that is known needs no call to copy
             convert(act, kWidth, to);
         else
             convert(act, t.count, to);
     }
+}
+
+static void swiglu(const SwigluTile& t) {
+    constexpr int kTogether = 6;
+    for (int64_t i = 0; i < t.rows && t.act != nullptr; i += kTogether) swiglu_rows<kTogether>(t, i);
     if (t.gate == nullptr) return;
     store(t.tile, kPanelColumns, t.rows, t.count, t.gate, t.dtype, t.hidden_pitch, false);
     store(t.tile + kWidth, kPanelColumns, t.rows, t.count, t.up, t.dtype, t.hidden_pitch, false);
@@ -369,6 +412,35 @@ static void activate(const Lines& gate, const Lines& up, const float* weights, i
     });
 }
 
+// Of kVectors registers of columns from `first` on.
+template <int kVectors>
+static inline void weighted_sum_part(const float* const* lines, const float* scales, int64_t lines_count, int64_t first,
+                                     float* sum) {
+    Floats sums[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[v] = Floats::splat(0);
+    for (int64_t i = 0; i < lines_count; ++i) {
+        const float* line = lines[i] + first;
+        const Floats scale = Floats::splat(scales[i]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+            sums[v] = Floats::add(sums[v], Floats::multiply(scale, Floats::load(line + v * kWidth)));
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[v].store(sum + first + v * kWidth);
+}
+
+static void weighted_sum(const float* const* lines, const float* scales, int64_t lines_count, int64_t count,
+                         float* sum) {
+    int64_t j = 0;
+    for (; j + 4 * kWidth <= count; j += 4 * kWidth) weighted_sum_part<4>(lines, scales, lines_count, j, sum);
+    for (; j + kWidth <= count; j += kWidth) weighted_sum_part<1>(lines, scales, lines_count, j, sum);
+    for (; j < count; ++j) {
+        sum[j] = 0.0f;
+        for (int64_t i = 0; i < lines_count; ++i) sum[j] += scales[i] * lines[i][j];
+    }
+}
+
 static void add_scaled(const void* line, DType dtype, float scale, int64_t count, float* __restrict sum) {
     with_type(dtype, [&](auto type) {
         const auto* from = static_cast<const decltype(type)*>(line);
@@ -388,5 +460,6 @@ static float dot(const void* a, const void* b, DType dtype, int64_t count) {
     return folded(sums);
 }
 
-const GemmKernels kKernels = {kTileRows, kPanelColumns, kStep,  pack_rows,   pack_steps, pack_columns, product,
-                              stream,    store,         swiglu, swiglu_grad, activate,   add_scaled,   dot};
+const GemmKernels kKernels = {kTileRows,    kPanelColumns, kStep,        pack_rows,  pack_steps,
+                              pack_columns, product,       stream,       store,      swiglu,
+                              swiglu_grad,  activate,      weighted_sum, add_scaled, dot};

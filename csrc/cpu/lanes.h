@@ -50,7 +50,7 @@ struct Lanes {
     static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {a.v * b.v + c.v}; }
     static Lanes add(Lanes a, Lanes b) { return {a.v + b.v}; }
     static Lanes subtract(Lanes a, Lanes b) { return {a.v - b.v}; }
-    static Lanes divide(Lanes a, Lanes b) { return {a.v / b.v}; }
+    static Lanes reciprocal(Lanes a) { return {1.0f / a.v}; }
     static Lanes larger(Lanes a, Lanes b) { return {a.v > b.v ? a.v : b.v}; }
     // 2^n for n = a - 1.5 * 2^23, a whole number in [-126, 127].
     static Lanes power_of_two(Lanes a) {
@@ -99,7 +99,7 @@ struct Lanes {
     static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.v, b.v)}; }
     static Lanes subtract(Lanes a, Lanes b) { return {_mm256_sub_ps(a.v, b.v)}; }
-    static Lanes divide(Lanes a, Lanes b) { return {_mm256_div_ps(a.v, b.v)}; }
+    static Lanes reciprocal(Lanes a) { return {_mm256_div_ps(_mm256_set1_ps(1.0f), a.v)}; }
     static Lanes larger(Lanes a, Lanes b) { return {_mm256_max_ps(a.v, b.v)}; }
     static Lanes power_of_two(Lanes a) {
         const __m256i n = _mm256_sub_epi32(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x4b400000 - 127));
@@ -153,7 +153,11 @@ struct Register {
     static Own multiply(Own a, Own b) { return {{_mm512_mul_ps(a.v, b.v)}}; }
     static Own add(Own a, Own b) { return {{_mm512_add_ps(a.v, b.v)}}; }
     static Own subtract(Own a, Own b) { return {{_mm512_sub_ps(a.v, b.v)}}; }
-    static Own divide(Own a, Own b) { return {{_mm512_div_ps(a.v, b.v)}}; }
+    // To a rounding or two, where a and the result are normal numbers: a guess to 14 bits and a step of Newton's.
+    static Own reciprocal(Own a) {
+        const __m512 guess = _mm512_rcp14_ps(a.v);
+        return {{_mm512_fmadd_ps(guess, _mm512_fnmadd_ps(a.v, guess, _mm512_set1_ps(1.0f)), guess)}};
+    }
     static Own larger(Own a, Own b) { return {{_mm512_max_ps(a.v, b.v)}}; }
     static Own power_of_two(Own a) {
         const __m512i n = _mm512_sub_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x4b400000 - 127));

@@ -16,13 +16,14 @@ void moe_plan(const MoePlan& p) {
         if (has_row(p.ids[s])) ++p.offsets[p.ids[s] + 1];
     for (int64_t e = 0; e < p.experts; ++e) p.offsets[e + 1] += p.offsets[e];
     std::vector<int32_t> next(p.offsets, p.offsets + p.experts);
-    for (int64_t s = 0; s < total; ++s) {
-        const int32_t row = has_row(p.ids[s]) ? next[size_t(p.ids[s])]++ : -1;
-        p.row[s] = row;
-        if (row < 0) continue;
-        p.slot[row] = int32_t(s);
-        p.token[row] = int32_t(s / p.slots);
-    }
+    for (int64_t token = 0, s = 0; token < p.tokens; ++token)
+        for (const int64_t end = s + p.slots; s < end; ++s) {
+            const int32_t row = has_row(p.ids[s]) ? next[size_t(p.ids[s])]++ : -1;
+            p.row[s] = row;
+            if (row < 0) continue;
+            p.slot[row] = int32_t(s);
+            p.token[row] = int32_t(token);
+        }
     std::fill(p.slot + p.offsets[p.experts], p.slot + total, -1);
     std::fill(p.token + p.offsets[p.experts], p.token + total, -1);
 }
