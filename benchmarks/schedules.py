@@ -74,7 +74,7 @@ CASES = (
     Case("C5", C5, 8, 64, 15, 13),
 )
 SHORTER = Effort(moves=1_000_000)  # for what is only context
-DRAWS, LENGTHS = 30, 10
+DRAWS, LENGTHS = 30, 5
 # Bubbles in % of sail-sg's v_auto_schedule.py in the random draws, at V-Half's memory: from a copy, outside this
 # repository, of its source at commit cac2b7d, which gave 15 of 16 bubbles known of the original, and a smaller one in
 # the last. It tries blocks under given costs; sail-sg's runtime does not use it.
