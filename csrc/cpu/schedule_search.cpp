@@ -47,12 +47,11 @@ class Search {
         place_.resize(size_t(costs.stages) * 3 * m);
         std::vector<size_t> length(rows_.size());
         for (int stage = 0; stage < costs.stages; ++stage) length[size_t(costs.placement[stage])] += 3 * m;
-        std::vector<int32_t> count(size_t(costs.stages) * 3);
         auto order = orders.begin();
         for (size_t d = 0; d < rows_.size(); ++d) {
             for (size_t i = 0; i < length[d]; ++i) {
-                const int32_t task = *order++, microbatch = count[size_t(task)]++;
-                rows_[d].entries.push_back({task, microbatch, costs.durations[size_t(task) * m + size_t(microbatch)]});
+                const int32_t action = *order++;
+                rows_[d].entries.push_back({action / int32_t(m), action % int32_t(m), costs.durations[size_t(action)]});
             }
             for (auto* times : {&rows_[d].live, &rows_[d].rest, &rows_[d].starts, &rows_[d].ends, &rows_[d].new_starts,
                                 &rows_[d].new_ends})
@@ -72,7 +71,7 @@ class Search {
         return makespan;
     }
 
-    int64_t walk(int64_t moves, int reach, uint64_t seed) {
+    int64_t walk(int64_t moves, int reach, bool overtakes, uint64_t seed) {
         int64_t makespan = first_makespan();
         if (makespan < 0) return -1;
         Random random{seed};
@@ -81,7 +80,7 @@ class Search {
             const auto length = int64_t(rows_[d].entries.size());
             const int64_t from = random.below(length), distance = 1 + random.below(reach);
             const int64_t to = (random.next() >> 63) != 0 ? from + distance : from - distance;
-            if (to < 0 || to >= length || !may_pass(rows_[d].entries, from, to)) continue;
+            if (to < 0 || to >= length || !may_pass(rows_[d].entries, from, to, overtakes)) continue;
             const auto low = size_t(std::min(from, to)), high = size_t(std::max(from, to)) + 1;
             rotate(d, from, to);
             if (index(d, low, high)) {
@@ -103,18 +102,18 @@ class Search {
     void read(Orders& orders) const {
         auto order = orders.begin();
         for (const Row& row : rows_)
-            for (const Entry& entry : row.entries) *order++ = entry.task;
+            for (const Entry& entry : row.entries) *order++ = entry.task * costs_.microbatches + entry.microbatch;
     }
 
   private:
-    // Whether the entry may pass those up to `to`: none of its own task, none of its microbatch that must stay on its
-    // side.
-    bool may_pass(const std::vector<Entry>& entries, int64_t from, int64_t to) const {
+    // Whether the entry may pass those up to `to`: none of its microbatch that must stay on its side, and none of its
+    // own task unless it `overtakes`.
+    bool may_pass(const std::vector<Entry>& entries, int64_t from, int64_t to, bool overtakes) const {
         const Entry& moved = entries[size_t(from)];
         const int64_t step = from < to ? 1 : -1;
         for (int64_t i = from; i != to;) {
             const Entry& passed = entries[size_t(i += step)];
-            if (passed.task == moved.task) return false;
+            if (passed.task == moved.task && !overtakes) return false;
             if (passed.microbatch != moved.microbatch) continue;
             if (step > 0 ? before(moved.task, passed.task) : before(passed.task, moved.task)) return false;
         }
@@ -257,9 +256,10 @@ int64_t schedule_makespan(const ScheduleCosts& costs, const Orders& orders) {
     return Search(costs, orders).first_makespan();
 }
 
-int64_t schedule_walk(const ScheduleCosts& costs, Orders& orders, int64_t moves, int reach, uint64_t seed) {
+int64_t schedule_walk(const ScheduleCosts& costs, Orders& orders, int64_t moves, int reach, bool overtakes,
+                      uint64_t seed) {
     Search search(costs, orders);
-    const int64_t makespan = search.walk(moves, reach, seed);
+    const int64_t makespan = search.walk(moves, reach, overtakes, seed);
     if (makespan >= 0) search.read(orders);
     return makespan;
 }

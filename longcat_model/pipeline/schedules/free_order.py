@@ -1,45 +1,48 @@
 """Microbatches of different lengths: in which order they go through the pipeline is free, and worth more than the rest.
 
 Gradients are sums over microbatches, so the order changes them by rounding only. Short ones at both ends fill and drain
-the pipeline quickly, long ones in the middle keep all devices busy; swaps of two do the rest.
+the pipeline quickly, long ones in the middle keep all devices busy, and short ones may overtake long ones. Rules that
+say what is urgent (dispatch.py) are searched first; walks and swaps of two microbatches go on from what they give.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from longcat_model.pipeline.costs import Costs, permuted
 from longcat_model.pipeline.ir import Schedule, v_placement
+from longcat_model.pipeline.schedules.dispatch import Rules, dispatch
 from longcat_model.pipeline.schedules.searched import DEFAULT, Effort, searched
-from longcat_model.pipeline.schedules.v import v_half
-from longcat_model.pipeline.schedules.walk import Instance, Orders, decode, encode, excess, instance, makespan, walk
+from longcat_model.pipeline.schedules.walk import Instance, Orders, decode, encode, instance, makespan, walk
 
-FIRST_SWAPS, SWAPS, ROUNDS = 2000, 300, 8
+SWAPS, ROUNDS = 200, 8
+HEAT = 0.002  # share of the makespan by which rules may at first be worse than those before
 
 
-def searched_in_any_order(
-    costs: Costs,
-    limits: Sequence[int],
-    effort: Effort = DEFAULT,
-) -> Schedule:
-    """As `searched`, and microbatches need not run in the order of their numbers (but in the same on all stages).
+def searched_in_any_order(costs: Costs, limits: Sequence[int], effort: Effort = DEFAULT) -> Schedule:
+    """As `searched`, but microbatches need not run in the order of their numbers, nor in the same on all stages.
 
     Raises ValueError as `searched` does.
     """
-    placement = v_placement(costs.stages // 2)
+    placement, entry = v_placement(costs.stages // 2), short_at_both_ends(costs)
     problem = instance(placement, costs, limits)
-    closed = encode(v_half(costs.stages // 2, costs.microbatches))
-    order = _swapped(problem, closed, short_at_both_ends(costs), FIRST_SWAPS, effort.seed)
-    first = searched(permuted(costs, order), limits, replace(effort, moves=effort.moves // 2))
-    orders = encode(first)
+    in_one_order = searched(permuted(costs, entry), limits, replace(effort, moves=effort.moves // 16, blocks=1))
+    starts = [_renumbered(encode(in_one_order), entry)]
+    found = (_by_rules(problem, entry, effort.tries, effort.seed + number) for number in range(effort.blocks))
+    starts += [orders for orders in found if orders is not None]
+    moves = effort.moves // (2 * len(starts))
+    walks = [walk(problem, orders, moves, effort.reach, effort.seed, overtakes=True) for orders in starts]
+    orders, _ = min(walks, key=lambda found: found[1])
     for number in range(ROUNDS):
-        order = _swapped(problem, orders, order, SWAPS, effort.seed + number)
-        moves = effort.moves // (2 * ROUNDS)
-        orders, _ = walk(problem.of(order), orders, moves, effort.reach, effort.seed + number)
-    found = decode(orders, placement)
-    return tuple(tuple(action._replace(microbatch=order[action.microbatch]) for action in row) for row in found)
+        orders = _swapped(problem, orders, SWAPS, effort.seed + number)
+        moves = effort.moves // (4 * ROUNDS)
+        orders, _ = walk(problem, orders, moves, effort.reach, effort.seed + number, overtakes=True)
+    return decode(orders, placement)
 
 
 def short_at_both_ends(costs: Costs) -> list[int]:
@@ -50,21 +53,74 @@ def short_at_both_ends(costs: Costs) -> list[int]:
     return [*rising[::2], *reversed(rising[1::2])]
 
 
-def _swapped(problem: Instance, orders: Orders, order: list[int], tries: int, seed: int) -> list[int]:
-    """Swaps two microbatches, `tries` times; keeps what exceeds no limit by more, then what takes no longer."""
-
-    def judge(candidate: list[int]) -> tuple[int, int]:
-        tried = problem.of(candidate)
-        over = excess(tried, orders)
-        return (over, 0) if over else (0, makespan(tried, orders) or 0)
-
+def _by_rules(problem: Instance, entry: Sequence[int], tries: int, seed: int) -> Orders | None:
+    """Simulated annealing of the rules, at first those that favour the longest; None where none admits all."""
     chance = random.Random(seed)
-    best = judge(order)
+    work = problem.durations.sum(axis=(0, 1))
+    rank = np.argsort(np.argsort(-work, kind="stable"), kind="stable")
+    rules = Rules(tuple(entry), tuple(rank.tolist()), (0, 2, 3, 1, 2, 3), (0,) * len(problem.limits))
+    orders = best = dispatch(problem, rules)
+    if orders is None:
+        return None
+    length = shortest = makespan(problem, orders) or 0
+    for number in range(tries):
+        changed = _changed(rules, problem.limits, chance)
+        tried = dispatch(problem, changed)
+        if tried is None:
+            continue
+        longer = (found := makespan(problem, tried) or 0) - length
+        heat = HEAT * length * (1 - number / tries)
+        if longer <= 0 or chance.random() < math.exp(-longer / heat):
+            rules, length = changed, found
+        if found < shortest:
+            best, shortest = tried, found
+    return best
+
+
+def _changed(rules: Rules, limits: Sequence[int], chance: random.Random) -> Rules:
+    """One to three changes: a microbatch goes elsewhere in the entry or the rank, or another urgency or memory."""
+    entry, rank, urgency, kept = map(list, rules)
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        what = chance.randrange(20)
+        if what < 8:
+            _move_one(entry, chance)
+        elif what < 14:
+            by_rank = sorted(range(len(rank)), key=rank.__getitem__)
+            _move_one(by_rank, chance)
+            for place, microbatch in enumerate(by_rank):
+                rank[microbatch] = place
+        elif what < 17:
+            device = chance.randrange(len(kept))
+            step = limits[device] // 10
+            kept[device] = min(max(kept[device] + chance.randint(-step, step), 0), 8 * step)
+        else:
+            urgency[chance.randrange(len(urgency))] = chance.randrange(len(urgency))
+    return Rules(tuple(entry), tuple(rank), tuple(urgency), tuple(kept))
+
+
+def _move_one(order: list[int], chance: random.Random) -> None:
+    """Some places away, or anywhere."""
+    start, near = chance.randrange(len(order)), chance.randrange(10) < 7
+    end = start + chance.randint(-6, 6) if near else chance.randrange(len(order))
+    order.insert(min(max(end, 0), len(order) - 1), order.pop(start))
+
+
+def _renumbered(orders: Orders, numbers: Sequence[int]) -> Orders:
+    """What microbatch k did, `numbers[k]` does."""
+    microbatch = orders % len(numbers)
+    return (orders - microbatch + np.array(numbers, np.int32)[microbatch]).astype(np.int32)
+
+
+def _swapped(problem: Instance, orders: Orders, tries: int, seed: int) -> Orders:
+    """Swaps two microbatches, `tries` times; keeps what fits and takes no longer."""
+    chance = random.Random(seed)
+    best = makespan(problem, orders)
     for _ in range(tries):
-        i, j = chance.randrange(len(order)), chance.randrange(len(order))
-        candidate = list(order)
-        candidate[i], candidate[j] = candidate[j], candidate[i]
-        found = judge(candidate)
-        if found <= best:
-            order, best = candidate, found
-    return order
+        i, j = chance.randrange(problem.microbatches), chance.randrange(problem.microbatches)
+        numbers = list(range(problem.microbatches))
+        numbers[i], numbers[j] = j, i
+        candidate = _renumbered(orders, numbers)
+        found = makespan(problem, candidate)
+        if found is not None and (best is None or found <= best):
+            orders, best = candidate, found
+    return orders

@@ -24,7 +24,8 @@ def repeated(block: Block, microbatches: int) -> Orders:
     def row(slots: dict[tuple[int, Kind], int]) -> Orders:
         tasks = np.array([3 * stage + KINDS.index(kind) for stage, kind in slots], np.int32)
         times = np.array(list(slots.values()))[:, None] + PERIOD * np.arange(microbatches)
-        return np.repeat(tasks, microbatches)[np.argsort(times.ravel(), kind="stable")]
+        actions = tasks[:, None] * microbatches + np.arange(microbatches, dtype=np.int32)
+        return actions.ravel()[np.argsort(times.ravel(), kind="stable")]
 
     return np.concatenate([row(slots) for slots in block])
 

@@ -23,8 +23,8 @@ class Effort:
     """How much is tried. The default takes some 15 seconds for 8 devices and 64 microbatches, less for fewer."""
 
     moves: int = 5_000_000  # of all walks together
-    tries: int = 3000  # changes of a block, from each start
-    blocks: int = 6  # starts of the search for a block
+    tries: int = 3000  # changes of a block, or of rules, from each start
+    blocks: int = 6  # starts of the search for a block, or for rules
     starts: int = 24  # walks at first, at most
     reach: int = 4  # places that a move goes at most
     seed: int = 0

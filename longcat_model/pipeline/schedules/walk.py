@@ -14,7 +14,7 @@ import functools
 import importlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -25,7 +25,7 @@ from longcat_model.pipeline.costs import Costs
 from longcat_model.pipeline.ir import Action, Kind, Placement, Schedule
 from longcat_model.pipeline.simulate import Deadlock, live_bytes, simulate
 
-Orders = NDArray[np.int32]  # rows of all devices one after another: 3 * stage + kind; the k-th of them is microbatch k
+Orders = NDArray[np.int32]  # rows of all devices one after another: (3 * stage + kind) * microbatches + microbatch
 
 KINDS = (Kind.F, Kind.I, Kind.W)
 TICKS = 2**40  # about how many make all the work there is
@@ -33,7 +33,7 @@ TICKS = 2**40  # about how many make all the work there is
 
 @dataclass(frozen=True, eq=False)
 class Instance:
-    """What is searched: F, I and W of every stage and microbatch, microbatches in order on every stage."""
+    """What is searched: an order of F, I and W of every stage and microbatch."""
 
     placement: Placement
     durations: NDArray[np.int64]  # [stages, 3, microbatches] of F, I and W, in ticks
@@ -57,13 +57,6 @@ class Instance:
         placement = np.array(self.placement, np.int32)
         return (placement, self.durations, self.transfers, self.saved, list(self.limits))
 
-    def of(self, order: Sequence[int]) -> Instance:
-        """The instance whose microbatch k is this one's microbatch `order[k]`."""
-        durations, transfers, saved = (
-            np.ascontiguousarray(table[..., order]) for table in (self.durations, self.transfers, self.saved)
-        )
-        return Instance(self.placement, durations, transfers, saved, self.limits)
-
     def alike(self, microbatches: int) -> Instance:
         """So many microbatches of average durations and largest sizes."""
 
@@ -84,58 +77,49 @@ def instance(placement: Placement, costs: Costs, limits: Sequence[int]) -> Insta
 
 
 def encode(schedule: Schedule) -> Orders:
-    """A schedule of F, I and W, whose stages take microbatches in order, as numbers."""
-    return np.array([3 * a.stage + KINDS.index(a.kind) for row in schedule for a in row], np.int32)
+    """A schedule of F, I and W as numbers."""
+    microbatches = 1 + max(action.microbatch for row in schedule for action in row)
+    return np.array(
+        [(3 * a.stage + KINDS.index(a.kind)) * microbatches + a.microbatch for row in schedule for a in row], np.int32
+    )
 
 
 def decode(orders: Orders, placement: Placement) -> Schedule:
     """Inverse of `encode`."""
-    length = len(orders) // len(placement)
-    count = [0] * (3 * len(placement))
-    numbers = iter(orders.tolist())
-
-    def row(device: int) -> Iterator[Action]:
-        for _ in range(length * placement.count(device)):
-            task = next(numbers)
-            yield Action(task // 3, KINDS[task % 3], count[task])
-            count[task] += 1
-
-    return tuple(tuple(row(device)) for device in range(max(placement) + 1))
+    microbatches = len(orders) // (3 * len(placement))
+    rows: list[list[Action]] = [[] for _ in range(max(placement) + 1)]
+    for number in orders.tolist():
+        task, microbatch = divmod(number, microbatches)
+        rows[placement[task // 3]].append(Action(task // 3, KINDS[task % 3], microbatch))
+    return tuple(map(tuple, rows))
 
 
 def makespan(problem: Instance, orders: Orders) -> int | None:
     """When the last action ends, in ticks; None where the limits are exceeded or devices wait for ever."""
-    native = _native()
+    native = compiled()
     if native is None:
         return _makespan(problem, decode(orders, problem.placement))
     found: int = native.schedule_makespan(orders, *problem.arguments)
     return None if found < 0 else found
 
 
-def excess(problem: Instance, orders: Orders) -> int:
-    """By how many bytes the limit is exceeded on the device where it is most; 0 where all are kept."""
-    place = np.argsort(orders, kind="stable")
-    microbatch = np.empty(len(orders), np.int64)
-    microbatch[place] = np.arange(len(orders)) % problem.microbatches
-    change = np.array([1, 0, -1])[orders % 3] * problem.saved[orders // 3, microbatch]
-    lengths = [3 * problem.microbatches * problem.placement.count(device) for device in range(len(problem.limits))]
-    rows = np.split(change, np.cumsum(lengths)[:-1])
-    return max(0, *(int(row.cumsum().max()) - limit for row, limit in zip(rows, problem.limits, strict=True)))
-
-
-def walk(problem: Instance, orders: Orders, moves: int, reach: int, seed: int) -> tuple[Orders, int]:
+def walk(
+    problem: Instance, orders: Orders, moves: int, reach: int, seed: int, *, overtakes: bool = False
+) -> tuple[Orders, int]:
     """Makes `moves` moves of at most `reach` places; gives the orders that it ends with and their makespan in ticks.
 
-    `orders` must have a makespan.
+    `orders` must have a makespan. A microbatch may pass another at a stage only where it `overtakes`.
     """
-    native = _native()
+    native = compiled()
     if native is None:
-        return walk_in_python(problem, orders, moves, reach, seed)
-    found: tuple[Orders, int] = native.schedule_walk(orders, *problem.arguments, moves, reach, seed)
+        return walk_in_python(problem, orders, moves, reach, seed, overtakes=overtakes)
+    found: tuple[Orders, int] = native.schedule_walk(orders, *problem.arguments, moves, reach, overtakes, seed)
     return found
 
 
-def walk_in_python(problem: Instance, orders: Orders, moves: int, reach: int, seed: int) -> tuple[Orders, int]:
+def walk_in_python(
+    problem: Instance, orders: Orders, moves: int, reach: int, seed: int, *, overtakes: bool = False
+) -> tuple[Orders, int]:
     """`walk` as it is defined."""
     rows = [list(row) for row in decode(orders, problem.placement)]
     best = _makespan(problem, tuple(map(tuple, rows)))
@@ -146,7 +130,7 @@ def walk_in_python(problem: Instance, orders: Orders, moves: int, reach: int, se
         row = rows[random.below(len(rows))]
         start, distance = random.below(len(row)), 1 + random.below(reach)
         end = start + distance if random.next() >> 63 else start - distance
-        if not 0 <= end < len(row) or not _may_pass(row, start, end, len(problem.placement)):
+        if not 0 <= end < len(row) or not _may_pass(row, start, end, len(problem.placement), overtakes):
             continue
         row.insert(end, row.pop(start))
         length = _makespan(problem, tuple(map(tuple, rows)))
@@ -167,11 +151,11 @@ def _makespan(problem: Instance, schedule: Schedule) -> int | None:
         return None
 
 
-def _may_pass(row: list[Action], start: int, end: int, stages: int) -> bool:
-    """Whether an action may pass those up to place `end`: none of its stage and kind, none that data orders."""
+def _may_pass(row: list[Action], start: int, end: int, stages: int, overtakes: bool) -> bool:
+    """Whether an action may pass those up to place `end`: none that data orders, none that it may not overtake."""
     moved = row[start]
     passed = row[start + 1 : end + 1] if start < end else row[end:start]
-    if any(other[:2] == moved[:2] for other in passed):
+    if not overtakes and any(other[:2] == moved[:2] for other in passed):
         return False
     same = (other for other in passed if other.microbatch == moved.microbatch)
     return not any(_before(moved, o, stages) if start < end else _before(o, moved, stages) for o in same)
@@ -204,11 +188,12 @@ class _Random:
 
 def is_compiled() -> bool:
     """Whether walks are quick."""
-    return _native() is not None
+    return compiled() is not None
 
 
 @functools.cache
-def _native() -> ModuleType | None:
+def compiled() -> ModuleType | None:
+    """The compiled module, or None."""
     try:
         return importlib.import_module("longcat_kernels._C")
     except ImportError as error:
