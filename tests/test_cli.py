@@ -144,7 +144,7 @@ def test_generate_streams_what_it_answers(
 def test_bad_conversations_write_nothing(system: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = [{"role": "user", "content": "<longcat_img_start>a.wav<longcat_img_end>"}]
     for conversations, options, message in (
-        ([*CONVERSATIONS, bad], [], "conversation 5: image: path must name a readable image"),
+        ([*CONVERSATIONS, bad], [], "conversation 5: messages: message 1: image: path must name a readable image"),
         (CONVERSATIONS, ["--max-memory", "1000"], "the cache must fit max_memory = 1000 bytes, got"),
         (CONVERSATIONS, ["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (CONVERSATIONS, ["--stop", ""], "stop must be a tuple of strings that are not empty"),

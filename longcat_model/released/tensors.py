@@ -40,9 +40,16 @@ class Entry:
 
 
 def entries(sizes: Sizes) -> dict[str, Entry]:
-    """All tensors of a checkpoint of these sizes, by name; no memory is taken."""
-    with torch.device("meta"):
-        model = LongcatNext(sizes.model)
+    """All tensors of a checkpoint of these sizes, by name; no memory is taken.
+
+    Raises:
+        ValueError: no model has these sizes.
+    """
+    try:
+        with torch.device("meta"):
+            model = LongcatNext(sizes.model)
+    except (RuntimeError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"released: sizes must be those of a model, got: {str(error).splitlines()[0]}") from error
     shapes = {name: tuple(slot.shape) for name, slot in slots(model).items()}
     return {name: Entry(shape, dtype(name)) for name, shape in (shapes | dict(_tokenizers(sizes))).items()}
 

@@ -432,9 +432,26 @@ def test_chat_turns_share_what_was_read(system: System, media: Path, monkeypatch
     [
         ([user("a"), user("<longcat_b>")], {}, "conversation 2: messages: message 1: unknown tag <longcat_b>"),
         ([user("a"), user(f"{IMAGE}b.png{IMAGE_END}")], {}, "conversation 2: messages: message 1: <longcat_img_start>"),
-        (user(f"{IMAGE}a.wav{IMAGE_END}"), {}, "image: path must name a readable image, got"),
-        (user(f"{AUDIO}a.png{AUDIO_END}"), {}, "speech: path must name a readable sound file, got"),
-        (user(f"{IMAGE}a.png{IMAGE_END}{AUDIO}a.png{AUDIO_END}"), {}, "a file must be an image or sound, got both of"),
+        (
+            [{"role": "system", "content": "a"}, *user(f"{IMAGE}a.wav{IMAGE_END}")],
+            {},
+            "messages: message 2: image: path must name a readable image, got",
+        ),
+        (
+            user(f"{AUDIO}a.png{AUDIO_END}{IMAGE}"),
+            {},
+            "messages: message 1: speech: path must name a readable sound file, got",
+        ),
+        (
+            [user("a"), [*user(f"{IMAGE}a.png{IMAGE_END}"), *user(f"{AUDIO}a.png{AUDIO_END}")]],
+            {},
+            "conversation 2: messages: message 2: a file must be an image or sound, got both of",
+        ),
+        (
+            [*user("a"), *user("b\ud800")],
+            {},
+            r"message 2: content must be Unicode text, got the lone surrogate '\ud800'",
+        ),
         ("hello", {}, "messages must be a list of messages or of such lists, got 'hello'"),
         ([user("a")], {"settings": [SMALL] * 2}, r"settings must be one a conversation (1), got 2"),
         ([user("a")], {"seed": [1, 2]}, r"seeds must be one a conversation (1), got 2"),
