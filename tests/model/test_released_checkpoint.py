@@ -285,3 +285,22 @@ def test_a_model_loaded_by_a_plan_gives_the_same_bits(original: Path, tmp_path: 
     checkpoint.save(mapped, tmp_path / "again", shard_bytes=SHARD_BYTES, progress=False)
     for file in original.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_mapped_tables_need_neither_a_fixed_directory_nor_their_names(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path into a cache whose files are links to others, all deleted while the model is in use."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(original.iterdir()):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("../../blobs", str(number)))
+    monkeypatch.chdir(tmp_path)
+    mapped = checkpoint.load(Path("snapshots/main"), plan(shrunk(), {}).placement, progress=False)
+    monkeypatch.chdir("/")
+    for file in blobs.iterdir():
+        file.unlink()
+    for got, expected in zip(_run(mapped.model), _run(checkpoint.load(original, progress=False).model), strict=True):
+        assert torch.equal(got, expected)
