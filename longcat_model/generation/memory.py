@@ -1,10 +1,8 @@
 """Most memory that answers take beside the weights, by arithmetic alone: from sizes and requests, before any work.
 
-Files are held from beginning to end; encoders, the loop of generation and decoders follow one another. Counted are
-tensors of float32 where they are most, fused attention taken for granted; tests hold the sums against measured peaks.
-
-Dimension key
-    n numbers a patch, frame or position
+Files are held from beginning to end; encoders, the loop of generation and decoders follow one another. Each is counted
+where most of its tensors live at once, as float32, with fused attention; tests hold the sums against measured peaks.
+What `Prefixes` keep is not counted: they have a limit of their own. Neither are the few megabytes that a kernel works in.
 """
 
 from __future__ import annotations
@@ -16,11 +14,11 @@ from torch import Tensor
 
 from longcat_model import config
 from longcat_model.generation.prefill import BLOCK
+from longcat_model.tokenizers.audio.tokenizer import BATCH
 from longcat_model.vocabulary import Vocabulary
 
 FLOAT = 4  # bytes
 NOTED = 1024  # bytes that the loop remembers of a position it has written
-CLIPS = 32  # chunks of a clip that the audio tokenizer takes at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +121,7 @@ def _seeing(sizes: config.VisionTokenizer, patches: int) -> int:
 
 
 def _hearing(sizes: config.AudioTokenizer) -> int:
-    """n of a position."""
+    """Numbers of a position."""
     encoder, rate = sizes.encoder, 2 * sizes.pool
     front_end = rate * (4 * encoder.hop + 4 * encoder.fft + 4 * encoder.mels)
     layers = rate * 4 * encoder.width + sizes.pool * _block(encoder.width, encoder.mlp_width)
@@ -132,14 +130,14 @@ def _hearing(sizes: config.AudioTokenizer) -> int:
 
 
 def _block(width: int, mlp_width: int) -> int:
-    """n of a position in a transformer block: the attention's, or the MLP's."""
+    """Numbers of a position in a transformer block: the attention's, or the MLP's."""
     return max(16 * width, 6 * width + 5 * mlp_width)
 
 
 def _at_once(sizes: config.AudioTokenizer, positions: int) -> int:
     """Positions, silence included, that the audio tokenizer takes at once of one clip."""
     chunk = sizes.encoder.max_positions // sizes.pool
-    return min(CLIPS, -(-positions // chunk)) * min(positions, chunk)
+    return min(BATCH, -(-positions // chunk)) * min(positions, chunk)
 
 
 def total(
