@@ -2,7 +2,7 @@
 
 Files are held from beginning to end; encoders, the loop of generation and decoders follow one another. Each is counted
 where most of its tensors live at once, as float32, with fused attention; tests hold the sums against measured peaks.
-What `Prefixes` keep is not counted: they have a limit of their own. Neither are the few megabytes that a kernel works in.
+Not counted: what `Prefixes` keep, which has a limit of its own, and the few megabytes that a kernel works in.
 """
 
 from __future__ import annotations
