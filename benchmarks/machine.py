@@ -171,6 +171,11 @@ class Worker:
         self.errors.close()
 
 
+def has_commit(ref: str) -> bool:
+    """Whether the repository knows `ref`."""
+    return bool(_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}"))
+
+
 @contextlib.contextmanager
 def checkout(ref: str) -> Iterator[Path]:
     """A built copy of the repository at a commit, for as long as the block lasts.

@@ -85,6 +85,9 @@ def main(arguments: Arguments) -> int:
         rule = f"there are benchmarks of {', '.join(known)}; threads are at least 1"
         print(f"run.py: {rule}", file=sys.stderr)
         return 2
+    if arguments.against is not None and not machine.has_commit(arguments.against):
+        print(f"run.py: --against must name a commit of this repository, got {arguments.against!r}", file=sys.stderr)
+        return 2
     modules = {op: importlib.import_module(f"bench_{op}") for op in arguments.ops or known}
     red = [op for op, module in modules.items() if not (arguments.tested or tests_pass(op, module))]
     for op in red:
@@ -113,13 +116,14 @@ def compare(modules: dict[str, ModuleType], arguments: Arguments, device: str) -
     """Measures, prints and writes; raises WrongResult where an op is wrong, RuntimeError where `against` fails."""
     if not modules:
         return
-    ceilings, missing = machine.ceilings(device, arguments.threads)
     environment = machine.environment(device, arguments.threads) | ({"brief": True} if arguments.brief else {})
-    for line in [f"{key}: {value}" for key, value in environment.items()] + report.ceiling_lines(ceilings) + missing:
-        print(line)
     rows = []
     with contextlib.ExitStack() as stack:
         older = stack.enter_context(machine.checkout(arguments.against)) if arguments.against else None
+        ceilings, missing = machine.ceilings(device, arguments.threads)
+        for line in [f"{name}: {value}" for name, value in environment.items()] + report.ceiling_lines(ceilings):
+            print(line)
+        print(*missing, sep="\n", end="\n" if missing else "")
         for op, module in modules.items():
             file = None
             if arguments.out is None and not arguments.quick and not arguments.case:

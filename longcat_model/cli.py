@@ -194,7 +194,7 @@ class Generate:
     media: int = 0
     """--messages: images and utterances that a text may begin by itself."""
     max_memory: int = 1 << 32
-    """--messages: most bytes of the cache; more is refused before any work."""
+    """--messages: most bytes that may be needed beside the weights; more is refused before any work."""
     seed: int = 0
     """Same seed, same result; conversation number i draws with seed + i."""
 

@@ -89,6 +89,14 @@ class StartSpeech:
 Part = Turn | Text | Image | Audio | Speech | StartImage | StartSpeech
 
 
+def numbered(parts: Sequence[Part]) -> Iterator[tuple[int, Part]]:
+    """Each part with the number of its message, from 1, as errors name it."""
+    number = 0
+    for part in parts:
+        number += isinstance(part, Turn)
+        yield number, part
+
+
 def parse(messages: Sequence[Mapping[str, str]], directory: Path = Path()) -> tuple[Part, ...]:
     """The parts of a conversation in order, a `Turn` before each message's.
 
@@ -138,7 +146,7 @@ def _content(content: str, role: str, directory: Path) -> Iterator[Part]:
     at = 0
     while True:
         if texts[at]:
-            yield Text(role, texts[at])
+            yield Text(role, _unicode(texts[at]))
         if at == len(tags):
             return
         part, used = _tagged(tags[at:], texts[at + 1 :], role, directory)
@@ -157,12 +165,21 @@ def _tagged(tags: Sequence[str], texts: Sequence[str], role: str, directory: Pat
     if _begin(tags, SPEECH, AUDIO, AUDIO_END, SPEECH_END) and not texts[2].strip():
         if role != "assistant":
             raise ValueError(f"{SPEECH} with its end must stand in an assistant's message, got a {role}'s")
-        return Speech(role, _file(texts[1], AUDIO, directory), texts[0]), 4
+        return Speech(role, _file(texts[1], AUDIO, directory), _unicode(texts[0])), 4
     if tags == [SIZE, SIZE_END, IMAGE] and not "".join(texts[1:]).strip():
         return StartImage(_size(texts[0])), 3
     if tags in ([IMAGE], [SPEECH]) and not texts[0].strip():
         return (StartImage(None) if tags[0] == IMAGE else StartSpeech()), 1
     raise ValueError(_why_not(tags, texts))
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start]
+        raise ValueError(f"content must be Unicode text, got the lone surrogate {found!r}") from error
+    return text
 
 
 def _begin(tags: Sequence[str], *wanted: str) -> bool:

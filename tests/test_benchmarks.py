@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import statistics
@@ -265,6 +266,33 @@ def test_an_unknown_op_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     run = script("run")
     assert run.main(run.Arguments(("rvq_encod",))) == 2
     assert "benchmarks of depth_decode, ema_update, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ref", ["no-such-commit", "--all", "HEAD:README.md", ""])
+def test_an_unknown_commit_is_refused_before_anything_is_measured(
+    ref: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = script("run")
+    for module, work in ((run, "tests_pass"), (run, "bench"), (run.machine, "ceilings")):
+        monkeypatch.setattr(module, work, lambda *_: pytest.fail("work"))
+    assert run.main(run.Arguments(("rvq_decode",), against=ref)) == 2
+    assert f"--against must name a commit of this repository, got {ref!r}" in capsys.readouterr().err
+
+
+def test_a_commit_that_does_not_build_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = script("run")
+
+    @contextlib.contextmanager
+    def broken(_: str) -> Iterator[Path]:
+        raise RuntimeError("setup.py failed")
+        yield
+
+    monkeypatch.setattr(run.machine, "checkout", broken)
+    monkeypatch.setattr(run.machine, "ceilings", lambda *_: pytest.fail("work"))
+    assert run.main(run.Arguments(("rvq_decode",), against="HEAD", tested=True)) == 1
+    assert "run.py: setup.py failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_generate_answers_conversations(system: Path, media: Path, capsys: pytes
     answers = media / "answers"
     assert sorted(path.name for path in answers.iterdir()) == ["2-1.png", "4-1.wav"]
     assert read_image(answers / "2-1.png", 1).shape == (3, 16, 24)
-    assert "bytes; conversations: 4" in captured.err
+    assert captured.err.startswith("memory: at most ") and captured.err.endswith("; conversations: 4\n")
     first = [path.read_bytes() for path in sorted(answers.iterdir())]
     assert main(arguments) == 0
     assert capsys.readouterr().out == captured.out
@@ -144,8 +144,8 @@ def test_generate_streams_what_it_answers(
 def test_bad_conversations_write_nothing(system: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = [{"role": "user", "content": "<longcat_img_start>a.wav<longcat_img_end>"}]
     for conversations, options, message in (
-        ([*CONVERSATIONS, bad], [], "conversation 5: image: path must name a readable image"),
-        (CONVERSATIONS, ["--max-memory", "1000"], "the cache must fit max_memory = 1000 bytes, got"),
+        ([*CONVERSATIONS, bad], [], "conversation 5: messages: message 1: image: path must name a readable image"),
+        (CONVERSATIONS, ["--max-memory", "1000"], "memory must fit max_memory = 1000 bytes, got at most"),
         (CONVERSATIONS, ["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (CONVERSATIONS, ["--stop", ""], "stop must be a tuple of strings that are not empty"),
         ({"role": "user"}, [], "messages must be a list of messages or of such lists"),

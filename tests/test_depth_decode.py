@@ -386,6 +386,19 @@ def test_nan_in_a_row_stays_in_its_row(backend: str) -> None:
     assert paired.logprobs[2:4, 0].isnan().all() and not paired.logprobs[others[[0, 1, 3, 4]]].isnan().any()
 
 
+@pytest.mark.parametrize("name", ["q_weight", "k_weight"])
+def test_nan_of_attentions_weights_is_not_lost(backend: str, name: str) -> None:
+    """Every score is NaN then; they count from the second level on."""
+    weights, h = longcat(), hidden(3)
+    clean = depth_decode(h, weights, WARM, seed=1, backend=backend)
+    getattr(weights.layers[0], name)[0, 0, 0] = torch.nan
+    decoded = depth_decode(h, weights, WARM, seed=1, backend=backend)
+    assert torch.equal(decoded.codes[:, 0], clean.codes[:, 0]) and torch.equal(
+        decoded.logprobs[:, 0], clean.logprobs[:, 0]
+    )
+    assert decoded.logprobs[:, 1:].isnan().all() and (decoded.codes[:, 1:] == 0).all()
+
+
 # Histories
 
 

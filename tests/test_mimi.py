@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -101,6 +102,32 @@ def test_codebooks_that_move_are_followed() -> None:
     after = quantizer.encode(x)
     mimi.unpatch(quantizer)
     assert torch.equal(after, quantizer.encode(x)) and not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("make", [moshi_quantizer, transformers_quantizer])
+def test_a_copy_of_a_patched_quantizer_has_its_own_codebooks(make: Any) -> None:
+    quantizer, x = make(), torch.randn(1, CHANNELS, 40)
+    mimi.patch(quantizer)
+    before = quantizer.encode(x)
+    copied = copy.deepcopy(quantizer)
+    for buffer in (b for name, b in copied.named_buffers() if name.endswith(("embedding_sum", "embed_sum"))):
+        buffer.neg_()
+    for layer in copied.modules():  # both keep what they have divided
+        for name in ("_embed", "_embedding"):
+            if isinstance(getattr(layer, name, None), Tensor):
+                setattr(layer, name, None)
+    got = copied.encode(x)
+    mimi.unpatch(copied)
+    assert torch.equal(got, copied.encode(x)) and not torch.equal(got, before)
+    assert torch.equal(quantizer.encode(x), before)
+
+
+def test_codes_of_any_integers_are_decoded() -> None:
+    quantizer = transformers_quantizer()
+    codes = torch.randint(ENTRIES, (2, LEVELS, 5), dtype=torch.int32)
+    want = quantizer.decode(codes)
+    mimi.patch(quantizer)
+    torch.testing.assert_close(quantizer.decode(codes), want, rtol=0, atol=1e-6)
 
 
 def test_a_plain_quantizer_without_projections() -> None:

@@ -9,7 +9,7 @@ Dimension key
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,11 +38,13 @@ def patch(model: Any) -> None:
     Raises:
         ValueError: it is none of these, or its levels have projections of their own.
     """
-    parts = [(part, hasattr(part, "vq")) for part in _parts(model)]
-    words = [_moshi_words(part) if is_moshi else _transformers_words(part) for part, is_moshi in parts]
-    for (part, is_moshi), books in zip(parts, map(_Books, words), strict=True):
-        part.encode = _moshi_encode(part, books) if is_moshi else _transformers_encode(part, books)
-        part.decode = _decode(part, books)
+    parts = _parts(model)
+    for part in parts:
+        _check(part)
+    for part in parts:
+        books = _Books(part)
+        part.encode = (_MoshiEncode if hasattr(part, "vq") else _TransformersEncode)(part, books)
+        part.decode = _Decode(part, books)
 
 
 def unpatch(model: Any) -> None:
@@ -62,23 +64,26 @@ def _parts(model: Any) -> list[Any]:
     raise ValueError(f"mimi: model must be a MimiModel or its quantizer, got {kind}")
 
 
-def _moshi_words(part: Any) -> Callable[[], list[Tensor]]:
-    layers = part.vq.layers
+def _check(part: Any) -> None:
+    layers = part.vq.layers if hasattr(part, "vq") else ()
     if not all(isinstance(p, nn.Identity) for layer in layers for p in (layer.project_in, layer.project_out)):
         raise ValueError("mimi: levels must have no projections of their own, got some with project_in or project_out")
-    return lambda: [layer.embedding for layer in layers]
 
 
-def _transformers_words(part: Any) -> Callable[[], list[Tensor]]:
-    return lambda: [layer.codebook.embed for layer in part.layers]
+# What a patched quantizer has instead of methods are objects and no closures: a copy of the model then has its own.
 
 
 class _Books:
     """Prepared codebooks of tensors that are asked for at every use: training replaces them."""
 
-    def __init__(self, words: Callable[[], list[Tensor]]) -> None:
-        self.words = words
+    def __init__(self, part: Any) -> None:
+        self.part = part
         self.known: list[tuple[Tensor, PreparedCodebook]] = []
+
+    def words(self) -> list[Tensor]:
+        if hasattr(self.part, "vq"):
+            return [layer.embedding for layer in self.part.vq.layers]
+        return [layer.codebook.embed for layer in self.part.layers]
 
     def __call__(self, levels: int) -> list[PreparedCodebook]:
         words = self.words()[:levels]
@@ -107,29 +112,36 @@ def _prepared(words_KD: Tensor) -> PreparedCodebook:
     return PreparedCodebook(words_KD.detach().float())
 
 
-def _moshi_encode(part: Any, books: _Books) -> Callable[[Tensor], Tensor]:
-    def encode(x: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _MoshiEncode:
+    part: Any
+    books: _Books
+
+    def __call__(self, x: Tensor) -> Tensor:
         """[B, C, T] -> [B, L, T] int64."""
         if x.shape[-1] == 0:  # no convolution takes that
-            return torch.empty(x.shape[0], part.n_q, 0, dtype=torch.int64, device=x.device)
-        return books.encode(part.input_proj(x), part.n_q).transpose(1, 2)
-
-    return encode
+            return torch.empty(x.shape[0], self.part.n_q, 0, dtype=torch.int64, device=x.device)
+        return self.books.encode(self.part.input_proj(x), self.part.n_q).transpose(1, 2)
 
 
-def _transformers_encode(part: Any, books: _Books) -> Callable[..., Tensor]:
-    def encode(embeddings: Tensor, num_quantizers: int | None = None) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class _TransformersEncode:
+    part: Any
+    books: _Books
+
+    def __call__(self, embeddings: Tensor, num_quantizers: int | None = None) -> Tensor:
         """[B, C, T] -> [L, B, T] int64."""
-        x_BDT = embeddings if part.input_proj is None else part.input_proj(embeddings)
-        return books.encode(x_BDT, num_quantizers or part.num_quantizers).permute(2, 0, 1)
-
-    return encode
+        x_BDT = embeddings if self.part.input_proj is None else self.part.input_proj(embeddings)
+        return self.books.encode(x_BDT, num_quantizers or self.part.num_quantizers).permute(2, 0, 1)
 
 
-def _decode(part: Any, books: _Books) -> Callable[[Tensor], Tensor]:
-    def decode(codes: Tensor) -> Tensor:
-        """[B, L, T] int64 -> [B, C, T]."""
-        x_BDT = books.decode(codes.transpose(1, 2)).transpose(1, 2)
-        return x_BDT if part.output_proj is None else part.output_proj(x_BDT)
+@dataclass(frozen=True, eq=False)
+class _Decode:
+    part: Any
+    books: _Books
 
-    return decode
+    def __call__(self, codes: Tensor) -> Tensor:
+        """[B, L, T] integers -> [B, C, T]."""
+        x_BDT = self.books.decode(codes.transpose(1, 2).long()).transpose(1, 2)
+        projected: Tensor = x_BDT if self.part.output_proj is None else self.part.output_proj(x_BDT)
+        return projected

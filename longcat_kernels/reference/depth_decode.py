@@ -153,7 +153,7 @@ def level_states(z_TD: Tensor, w: DepthWeights, level: int, cache: Sequence[Tens
         n_TD = norm(z_TD, layer.norm1, config.eps)
         q_TAC, keys_values[0, :, level], keys_values[1, :, level] = _qkv(n_TD, layer, w, attention_set, level)
         k, v = keys_values[:, :, : level + 1].transpose(2, 3).repeat_interleave(config.heads // config.kv_heads, 2)
-        mixed_TD = functional.scaled_dot_product_attention(q_TAC[:, :, None], k, v).flatten(1)
+        mixed_TD = attended(q_TAC, k, v).flatten(1)
         z_TD = z_TD + linear(mixed_TD, layer.out_weight, layer.out_bias, attention_set)
         n_TD = norm(z_TD, layer.norm2, config.eps)
         up_TF = linear(n_TD, layer.up, None, ffn_set)
@@ -180,6 +180,19 @@ def _qkv(n_TD: Tensor, layer: DepthLayer, w: DepthWeights, number: int, level: i
     if w.rope is not None:
         q, k = (rotated(x, *w.rope[:, level]) for x in (q, k))
     return q, k, v
+
+
+def attended(q_TAC: Tensor, k_TALC: Tensor, v_TALC: Tensor) -> Tensor:
+    """[T, A, C]: queries against the L levels so far; of one level alone the softmax is 1, whatever its score.
+
+    torch's fused attention would give 0, and not NaN, where every score of a row is NaN.
+    """
+    if k_TALC.shape[2] == 1:
+        return v_TALC[:, :, 0]
+    dtype = wide(q_TAC.dtype)
+    q, k, v = q_TAC[:, :, None].to(dtype), k_TALC.to(dtype), v_TALC.to(dtype)
+    probabilities = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    return (probabilities @ v)[:, :, 0].to(q_TAC.dtype)
 
 
 def level_logits(z_TD: Tensor, w: DepthWeights, level: int) -> Tensor:

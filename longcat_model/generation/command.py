@@ -34,7 +34,7 @@ def answer(
     conversations, _ = conversations_of(_read(messages))
     directory = Path() if messages == Path("-") else messages.parent
     job = prepare(conversations, run, settings, seed=seed, roles=roles, directory=directory)
-    print(f"cache: {job.cache_bytes:,} bytes; conversations: {len(job.prompts)}", file=sys.stderr)
+    print(f"memory: {job.memory}; conversations: {len(job.prompts)}", file=sys.stderr)
     job.check_memory(max_memory)
     _ready(out)
     for number, answered in enumerate(job.run(listen=_tell if stream else None), 1):

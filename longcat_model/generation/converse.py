@@ -1,7 +1,7 @@
 """Answers to conversations in the official message format: any tasks, any number at once.
 
 job = prepare(conversations, system, settings)      everything is read and checked; nothing is computed
-job.cache_bytes                                     what the answers will need
+job.memory                                          what the answers will need at most
 answers = job.run(listen=print)
 """
 
@@ -18,9 +18,11 @@ from torch import Tensor
 
 from longcat_model import messages as official
 from longcat_model.conversation import blank
+from longcat_model.generation import memory
 from longcat_model.generation.answers import Answer, Event, Listener, Painted, Spoken
 from longcat_model.generation.decode import Partner, Request, cache_bytes, decode
 from longcat_model.generation.machine import Position
+from longcat_model.generation.memory import Memory
 from longcat_model.generation.prefill import Prefixes
 from longcat_model.generation.prompts import Files, context, encode, read_files
 from longcat_model.generation.settings import Settings
@@ -58,7 +60,7 @@ def generate(
         directory: what relative paths in messages start from.
         listen: is told every piece of text and every code as it comes.
         prefixes: of the system's model: prompts that begin alike are read once over all calls that share it.
-        max_memory: most bytes that the cache may take.
+        max_memory: most bytes that may be needed beside the weights: `Job.memory`.
 
     Returns:
         An answer, or a list for a list.
@@ -106,11 +108,28 @@ class Job:
         """Bytes of the cache, which is allocated at once."""
         return cache_bytes(self.system.model, self._sketches)
 
+    @property
+    def memory(self) -> Memory:
+        """What the answers need at most beside the weights, on all devices together."""
+        model, sketches = self.system.model, self._sketches
+        images, utterances = [], []
+        for prompt in self.prompts:
+            settings, start = prompt.settings, prompt.parts[-1]
+            images += [settings.size(prompt.parts)] * (settings.media + isinstance(start, StartImage))
+            utterances += [settings.max_frames] * (settings.media + isinstance(start, StartSpeech))
+        loop = 0
+        if sketches:
+            rows, longest = sum(s.rooms for s in sketches), max(s.capacity for s in sketches)
+            written = sum(s.state.longest for s in sketches)
+            loop = memory.steps(self.system.sizes, rows, longest, written, model.embed_tokens.weight.itemsize)
+        media = [tensor for prompt in self.prompts for tensor in prompt.files.values()]
+        return memory.total(self.system.sizes, media, images, utterances, cache=self.cache_bytes, loop=loop)
+
     def check_memory(self, max_memory: int | None) -> None:
-        """Raises ValueError where the cache would take more."""
-        if max_memory is not None and self.cache_bytes > max_memory:
+        """Raises ValueError where more may be needed."""
+        if max_memory is not None and self.memory.most > max_memory:
             raise ValueError(
-                f"generate: the cache must fit max_memory = {max_memory} bytes, got {self.cache_bytes} for "
+                f"generate: memory must fit max_memory = {max_memory} bytes, got {self.memory} for "
                 f"conversations: {len(self.prompts)} (fewer at once, or smaller limits of their lengths, need less)"
             )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longcat_model.conversation import pieces
 from longcat_model.files import read_image, read_speech
-from longcat_model.messages import Audio, Image, Part, Speech, Turn
+from longcat_model.messages import Audio, Image, Part, Speech, Turn, numbered
 from longcat_model.sequence import Document, Layout, join
 from longcat_model.system import System
 
@@ -20,20 +20,22 @@ def read_files(parts: Sequence[Part], system: System) -> dict[Path, Tensor]:
     """Images and waveforms of a conversation.
 
     Raises:
-        ValueError: a file is no image or no sound, or serves as both.
+        ValueError: a file is no image or no sound, or serves as both; the message names the message's number.
     """
     found: dict[Path, Tensor] = {}
-    for part in parts:
+    for number, part in numbered(parts):
         if not isinstance(part, Image | Audio | Speech):
             continue
         is_image = isinstance(part, Image)
-        if part.path not in found:
-            rate = system.sizes.audio.encoder.sample_rate
-            found[part.path] = (
-                read_image(part.path, system.vision.sizes.cell) if is_image else read_speech(part.path, rate)
-            )
-        elif is_image != (found[part.path].ndim == 3):
-            raise ValueError(f"messages: a file must be an image or sound, got both of {part.path}")
+        try:
+            if part.path not in found:
+                rate = system.sizes.audio.encoder.sample_rate
+                cell = system.vision.sizes.cell
+                found[part.path] = read_image(part.path, cell) if is_image else read_speech(part.path, rate)
+            elif is_image != (found[part.path].ndim == 3):
+                raise ValueError(f"a file must be an image or sound, got both of {part.path}")
+        except ValueError as error:
+            raise ValueError(f"messages: message {number}: {error}") from error
     return found
 
 

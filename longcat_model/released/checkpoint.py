@@ -50,11 +50,14 @@ def check(directory: Path) -> tuple[Sizes, list[Path]]:
 
     Raises:
         ValueError: the config or the index is unreadable; or tensors are missing, extra, truncated, damaged, there
-            twice, or of another shape or type, which the message lists all at once, a line each.
+            twice, of another shape or type, or not where the index says, which the message lists all at once, a line
+            each.
     """
     sizes = from_json(_json(directory / "config.json"))
-    shards = _shards(directory)
+    places = _places(directory)
+    shards = [directory / name for name in sorted(set(places.values()))]
     wanted, found, problems = entries(sizes), {}, []
+    homes: dict[str, str] = {}
     for shard in shards:
         try:
             listed = _header(shard)
@@ -63,10 +66,11 @@ def check(directory: Path) -> tuple[Sizes, list[Path]]:
             continue
         for name, described in listed.items():
             problems += [f"{name}: twice, the second time in {shard.name}"] if name in found else []
-            found[name] = described
+            found[name], homes[name] = described, shard.name
             fault = _fault(described, wanted.get(name), shard)
             problems += [f"{name}: {fault}"] if fault else []
     problems += [f"{name}: missing" for name in wanted if name not in found]
+    problems += _misplaced(places, homes, wanted)
     if problems:
         lines = "\n".join(f"  {problem}" for problem in sorted(problems))
         raise ValueError(f"released: {directory} has {len(problems)} faults:\n{lines}")
@@ -211,12 +215,24 @@ def _json(path: Path) -> Any:
         raise ValueError(f"released: {path} must be JSON, got: {error}") from error
 
 
-def _shards(directory: Path) -> list[Path]:
+def _misplaced(places: Mapping[str, str], homes: Mapping[str, str], wanted: Mapping[str, Entry]) -> Iterator[str]:
+    """Where index and shards disagree about a tensor that has no other fault for that."""
+    for name, shard in places.items():
+        if name not in homes and name not in wanted:
+            yield f"{name}: extra, in the index, and in no shard"
+        elif homes.get(name, shard) != shard:
+            yield f"{name}: in {homes[name]}, but the index says {shard}"
+    for name in homes.keys() & wanted.keys() - places.keys():
+        yield f"{name}: in {homes[name]}, but not in the index"
+
+
+def _places(directory: Path) -> dict[str, str]:
+    """The shard of each tensor, as the index says."""
     index = _json(directory / INDEX)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(p, str) and Path(p).name == p for p in places.values()):
         raise ValueError(f"released: {directory / INDEX} must map tensors to files beside it in weight_map")
-    return [directory / name for name in sorted(set(places.values()))]
+    return places
 
 
 def _header(shard: Path) -> dict[str, dict[str, Any]]:
@@ -224,7 +240,9 @@ def _header(shard: Path) -> dict[str, dict[str, Any]]:
     text, held = _header_text(shard)
     try:
         header: dict[str, dict[str, Any]] = json.loads(text, object_pairs_hook=_each_once)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ must map names to strings")
         for described in header.values():
             first, last = described["data_offsets"]
             described["held"] = min(last, held) - first

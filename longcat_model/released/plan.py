@@ -16,7 +16,7 @@ import torch
 from longcat_model import config
 from longcat_model.backbone import Cache
 from longcat_model.released.sizes import Sizes
-from longcat_model.released.tensors import TABLES, entries
+from longcat_model.released.tensors import TABLES, entries, without_memory
 from longcat_model.released.tokenizers import image_decoders
 from longcat_model.released.vocoder import Vocoder
 
@@ -142,7 +142,7 @@ def activation_bytes(sizes: config.Backbone, positions: int) -> int:
 
 def decoder_bytes(sizes: Sizes) -> dict[str, int]:
     """Bytes of the decoders in files of their own: float32, but bfloat16 for the refiner apart from its autoencoder."""
-    with torch.device("meta"):
+    with without_memory():
         decoders, vocoder = image_decoders(sizes), Vocoder(sizes.vocoder)
     for name in ("base_transformer", "cond_proj"):
         decoders["image_refiner"].get_submodule(name).bfloat16()

@@ -7,8 +7,9 @@ tensor's shape is checked in any case.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 from longcat_model import config, presets
@@ -214,6 +215,24 @@ _PLAIN = {
     "audio_config.avg_pooler": "audio.pool",
     "audio_config.vq_config.codebook_sizes": "audio.quantizer.sizes",
 }
+# Keys of how often something is there, and the most of it, all keys of a line together: far more than the released
+# model has, and few enough to list all tensors.
+_MOST = {
+    ("num_layers",): 1024,
+    ("num_layers", "n_routed_experts"): 1 << 18,
+    ("emb_neighbor_num", "emb_split_num"): 1024,
+    ("visual_config.vq_config.depth",): 1024,
+    ("visual_config.depth",): 1024,
+    ("visual_config.image_head_transformer_layers",): 1024,
+    ("audio_config.audio_head_transformer_layers",): 1024,
+    ("audio_config.encoder_layers",): 1024,
+    ("audio_config.decoder_layers",): 1024,
+    ("longcat_kernels.flow.prenet_depth",): 1024,
+    ("longcat_kernels.flow.mid_blocks", "longcat_kernels.flow.blocks"): 1024,
+    ("longcat_kernels.refiner.layers",): 1024,
+    ("longcat_kernels.refiner.refiners",): 1024,
+    ("longcat_kernels.pixel_decoder.depth",): 1024,
+}
 _OWN = "longcat_kernels"  # a key that no released config has: sizes whose names there are not public
 _HEAD_DIM = 128  # of both depth heads
 
@@ -246,7 +265,8 @@ def from_json(values: Any) -> Sizes:
     """The inverse of `to_json`.
 
     Raises:
-        ValueError: this is no config of a LongCat-Next, or a value has another type than its key needs.
+        ValueError: this is no config of a LongCat-Next, a value has another type than its key needs, or a model has
+            more layers or the like than any could have.
     """
     if not isinstance(values, dict) or values.get("model_type") != "longcat_next":
         found = values.get("model_type") if isinstance(values, dict) else values
@@ -256,6 +276,8 @@ def from_json(values: Any) -> Sizes:
     def given(key: str) -> Any:
         return _get(values, key, _get(default, key))
 
+    _check_values(values, default)
+    _check_counts(given)
     target = config.to_dict(presets.longcat_next())
     for key, path in _PLAIN.items():
         _put(target, path, given(key))
@@ -275,6 +297,44 @@ def from_json(values: Any) -> Sizes:
     target["vision"]["decoder"] = own.pop("pixel_decoder", target["vision"]["decoder"])
     model = config.from_dict(config.Model, target, "released: config.json")
     return config.from_dict(Sizes, {"model": config.to_dict(model), **own}, "released: config.json")
+
+
+def _check_values(values: dict[str, Any], default: dict[str, Any], where: str = "") -> None:
+    """Refuses what stands where a size, a rate or a list of sizes belongs."""
+    for key, usual in default.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        rule = _broken_rule(value, usual)
+        if rule is not None:
+            raise ValueError(f"released: config.json's {where}{key} must be {rule}, got {value!r:.80}")
+        if isinstance(usual, dict):
+            _check_values(value, usual, f"{where}{key}.")
+
+
+def _broken_rule(value: Any, usual: Any) -> str | None:
+    """What a value that is used like `usual` should be, if it is not; words are not used."""
+    if isinstance(usual, dict):
+        return None if isinstance(value, dict) else "an object"
+    if isinstance(usual, float):
+        return None if type(value) in (int, float) and isfinite(value) else "a finite number"
+    if type(usual) is int:
+        return None if _is_size(value) else "an integer in [0, 2^31)"
+    if isinstance(usual, list | tuple) and not isinstance(usual[0], str):
+        is_right = isinstance(value, list | tuple) and all(map(_is_size, value))
+        return None if is_right else "a list of integers in [0, 2^31)"
+    return None
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _check_counts(given: Callable[[str], Any]) -> None:
+    for keys, most in _MOST.items():
+        count = prod(map(given, keys))
+        if count > most:
+            raise ValueError(f"released: config.json's {' * '.join(keys)} must be at most {most}, got {count}")
 
 
 def _get(values: dict[str, Any], path: str, default: Any = None) -> Any:

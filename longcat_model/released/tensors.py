@@ -7,6 +7,7 @@ parts that are not public are the module paths of the public inference code; cou
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -40,11 +41,25 @@ class Entry:
 
 
 def entries(sizes: Sizes) -> dict[str, Entry]:
-    """All tensors of a checkpoint of these sizes, by name; no memory is taken."""
-    with torch.device("meta"):
+    """All tensors of a checkpoint of these sizes, by name; no memory is taken.
+
+    Raises:
+        ValueError: no model has these sizes.
+    """
+    with without_memory():
         model = LongcatNext(sizes.model)
     shapes = {name: tuple(slot.shape) for name, slot in slots(model).items()}
     return {name: Entry(shape, dtype(name)) for name, shape in (shapes | dict(_tokenizers(sizes))).items()}
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made here have shapes alone; raises ValueError where their sizes are none that a module can have."""
+    try:
+        with torch.device("meta"):
+            yield
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"released: sizes must be those of a model, got: {str(error).splitlines()[0]}") from error
 
 
 def dtype(name: str) -> torch.dtype:

@@ -318,6 +318,22 @@ def test_answers_end_for_a_reason(system: System, media: Path) -> None:
     assert "end" in reasons(f"a{SPEECH}", replace(SMALL, speech=hot, transcript=hot, max_text=90, max_frames=30))
 
 
+@pytest.mark.parametrize("mode", ["serial", "parallel"])
+@pytest.mark.parametrize(("frames", "reason"), [(2, "end"), (3, "length"), (9, "length")])
+def test_speech_as_long_as_it_may_be_ends_at_its_length(
+    system: System, monkeypatch: pytest.MonkeyPatch, mode: str, frames: int, reason: str
+) -> None:
+    """As text does whose last id is no EOS: the limit is what ends it, also where the model had ended it there."""
+    ids = system.model.ids
+    end = (ids.audio_sizes[0], *[0] * (len(ids.audio_sizes) - 1))
+    heard = iter([(0,) * len(ids.audio_sizes)] * frames + [end])
+    monkeypatch.setattr(Chooser, "_text", lambda _, asking, *__: [ids.audiotext_end] * len(asking))
+    monkeypatch.setattr(Chooser, "_frames", lambda _, asking, *__: [next(heard) for _ in asking])
+    answer = longcat_model.generate(user(f"a{SPEECH}"), system=system, settings=replace(SMALL, max_frames=3, mode=mode))
+    assert isinstance(answer, Answer) and isinstance(answer.parts[0], Spoken)
+    assert (len(answer.parts[0].codes), answer.ended) == (min(frames, 3), reason)
+
+
 def test_an_answer_stops_before_the_first_stop_string(system: System, media: Path) -> None:
     whole = ask(system, media, user("hello"), replace(SMALL, max_tokens=30)).text
     stop = next(whole[i : i + 2] for i in range(3, len(whole)) if "\ufffd" not in whole[i : i + 2])
@@ -394,7 +410,7 @@ def test_the_cache_takes_what_was_said(system: System, media: Path, monkeypatch:
 def test_too_much_memory_is_refused_before_any_work(
     system: System, media: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = converse.prepare(CONVERSATIONS, system, SMALL, directory=media).cache_bytes
+    needed = converse.prepare(CONVERSATIONS, system, SMALL, directory=media).memory.most
 
     def work(*_: object, **__: object) -> None:
         raise AssertionError("work")
@@ -402,7 +418,7 @@ def test_too_much_memory_is_refused_before_any_work(
     for part in (system.model, system.vision, system.audio):
         monkeypatch.setattr(part, "forward", work)
         monkeypatch.setattr(part, "encode", work, raising=False)
-    refusal = rf"must fit max_memory = {needed - 1} bytes, got {needed} for conversations: 8"
+    refusal = rf"must fit max_memory = {needed - 1} bytes, got at most {needed:,} bytes beside .* conversations: 8"
     with pytest.raises(ValueError, match=refusal):
         longcat_model.generate(CONVERSATIONS, system=system, settings=SMALL, directory=media, max_memory=needed - 1)
 
@@ -432,9 +448,26 @@ def test_chat_turns_share_what_was_read(system: System, media: Path, monkeypatch
     [
         ([user("a"), user("<longcat_b>")], {}, "conversation 2: messages: message 1: unknown tag <longcat_b>"),
         ([user("a"), user(f"{IMAGE}b.png{IMAGE_END}")], {}, "conversation 2: messages: message 1: <longcat_img_start>"),
-        (user(f"{IMAGE}a.wav{IMAGE_END}"), {}, "image: path must name a readable image, got"),
-        (user(f"{AUDIO}a.png{AUDIO_END}"), {}, "speech: path must name a readable sound file, got"),
-        (user(f"{IMAGE}a.png{IMAGE_END}{AUDIO}a.png{AUDIO_END}"), {}, "a file must be an image or sound, got both of"),
+        (
+            [{"role": "system", "content": "a"}, *user(f"{IMAGE}a.wav{IMAGE_END}")],
+            {},
+            "messages: message 2: image: path must name a readable image, got",
+        ),
+        (
+            user(f"{AUDIO}a.png{AUDIO_END}{IMAGE}"),
+            {},
+            "messages: message 1: speech: path must name a readable sound file, got",
+        ),
+        (
+            [user("a"), [*user(f"{IMAGE}a.png{IMAGE_END}"), *user(f"{AUDIO}a.png{AUDIO_END}")]],
+            {},
+            "conversation 2: messages: message 2: a file must be an image or sound, got both of",
+        ),
+        (
+            [*user("a"), *user("b\ud800")],
+            {},
+            r"message 2: content must be Unicode text, got the lone surrogate '\ud800'",
+        ),
         ("hello", {}, "messages must be a list of messages or of such lists, got 'hello'"),
         ([user("a")], {"settings": [SMALL] * 2}, r"settings must be one a conversation (1), got 2"),
         ([user("a")], {"seed": [1, 2]}, r"seeds must be one a conversation (1), got 2"),

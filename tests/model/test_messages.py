@@ -128,12 +128,19 @@ def test_any_row_of_tags_is_parsed_whole_or_refused_in_a_line(pieces: list[str])
         (f"{SIZE}4 0{SIZE_END}{IMAGE}", f"message 2: {SIZE} must be followed by a height and a width in cells"),
         ("<longcat_user>", "message 2: unknown tag <longcat_user>"),
         ("a</longcat_s>", "message 2: unknown tag </longcat_s>"),
+        ("a\ud800", r"message 2: content must be Unicode text, got the lone surrogate '\ud800'"),
     ],
 )
 def test_bad_content_is_refused_by_number_and_tag(content: str, message: str) -> None:
     with pytest.raises(ValueError) as refusal:
         parse([user("good"), user(content)])
     assert str(refusal.value).startswith(f"messages: {message}")
+
+
+def test_a_transcript_is_unicode_text(media: Path) -> None:
+    said = {"role": "assistant", "content": f"{SPEECH}\udc80{AUDIO}b c.wav{AUDIO_END}{SPEECH_END}"}
+    with pytest.raises(ValueError, match=r"messages: message 2: content must be Unicode text, got the lone surrogate"):
+        parse([user("say"), said], media)
 
 
 @pytest.mark.parametrize("tag", [IMAGE, SPEECH])

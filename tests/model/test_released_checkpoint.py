@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,11 @@ def test_all_faults_are_listed_at_once_before_anything_is_allocated(
     second.unlink()
     broken = shards[3]
     broken.write_bytes(b"\x40" + bytes(9))
+    index = json.loads((copy / checkpoint.INDEX).read_text())
+    moved, forgotten = list(load_file(shards[4]))[:2]
+    index["weight_map"] |= {"model.tail.weight": first.name, moved: first.name}
+    del index["weight_map"][forgotten]
+    (copy / checkpoint.INDEX).write_text(json.dumps(index))
     monkeypatch.setattr(checkpoint, "empty", lambda *_: pytest.fail("allocated"))
     with pytest.raises(ValueError, match=f"{copy} has [0-9]+ faults") as caught:
         checkpoint.load(copy, progress=False)
@@ -146,6 +152,9 @@ def test_all_faults_are_listed_at_once_before_anything_is_allocated(
         f"{cut}: truncated",
         f"{second.name}: missing file",
         f"{broken.name}: truncated in its header",
+        "model.tail.weight: extra, in the index, and in no shard",
+        f"{moved}: in {shards[4].name}, but the index says {first.name}",
+        f"{forgotten}: in {shards[4].name}, but not in the index",
         *(f"{name}: missing" for name in absent),
     ):
         assert sum(line.strip().startswith(start) for line in lines) == 1, start
@@ -167,6 +176,8 @@ def _damage(header: dict[str, Any], how: str) -> bytes:
         header[second]["data_offsets"] = [offset - 2 for offset in header[second]["data_offsets"]]
     elif how == "before the file":
         header[first]["data_offsets"] = [offset - 64 for offset in header[first]["data_offsets"]]
+    elif how.startswith("metadata"):
+        header["__metadata__"] = 5 if how == "metadata of another kind" else {"format": 5}
     elif how == "nested":
         return b'{"a":' * 20_000
     text = json.dumps(header)
@@ -181,6 +192,8 @@ def _damage(header: dict[str, Any], how: str) -> bytes:
         ("overlap", r"damaged header: bytes \d+ to \d+ where those from \d+ on belong"),
         ("before the file", "damaged header: bytes -64 to"),
         ("nested", "damaged header: maximum recursion"),
+        ("metadata of another kind", "damaged header: __metadata__ must map names to strings"),
+        ("metadata of numbers", "damaged header: __metadata__ must map names to strings"),
         ("twice", "damaged header: a name stands twice"),
         ("longer", "damaged header: 2 bytes too many"),
         ("directory", "unreadable: Is a directory"),
@@ -216,6 +229,40 @@ def test_a_directory_that_holds_something_else(tmp_path: Path, copy: Path) -> No
         checkpoint.check(copy)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "rule"),
+    [
+        ("num_layers", 10**9, "num_layers must be at most 1024, got 1000000000"),
+        ("n_routed_experts", 10**9, r"num_layers \* n_routed_experts must be at most 262144, got 2000000000"),
+        ("emb_split_num", 10**6, r"emb_neighbor_num \* emb_split_num must be at most 1024"),
+        ("visual_config.vq_config.depth", 10**9, "vq_config.depth must be at most 1024"),
+        ("visual_config.depth", 10**6, "visual_config.depth must be at most 1024"),
+        ("longcat_kernels.refiner.layers", 10**6, "refiner.layers must be at most 1024"),
+        ("longcat_kernels.pixel_decoder.depth", 10**6, "pixel_decoder.depth must be at most 1024"),
+        ("num_layers", 10**30, r"num_layers must be an integer in \[0, 2\^31\), got 1000"),
+        ("num_layers", -1, r"num_layers must be an integer in \[0, 2\^31\), got -1"),
+        ("text_vocab_size", "8", r"text_vocab_size must be an integer in \[0, 2\^31\), got '8'"),
+        ("audio_config.vq_config.codebook_sizes", 8, "codebook_sizes must be a list of integers"),
+        ("rope_theta", float("nan"), "rope_theta must be a finite number"),
+        ("longcat_kernels", [1], r"longcat_kernels must be an object, got \[1\]"),
+        ("kv_lora_rank", 0, "sizes must be those of a model, got: .*zero"),
+        ("visual_config.image_head_transformer_dims", 10**9, "sizes must be those of a model, got: .*overflow"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_at_once(copy: Path, path: str, value: object, rule: str) -> None:
+    values = json.loads((copy / "config.json").read_text())
+    *parents, last = path.split(".")
+    inner = values
+    for name in parents:
+        inner = inner[name]
+    inner[last] = value
+    (copy / "config.json").write_text(json.dumps(values))
+    began = time.process_time()
+    with pytest.raises(ValueError, match=rule):
+        checkpoint.check(copy)
+    assert time.process_time() - began < 5
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     table, asked = entries(shrunk()), []
 
@@ -238,3 +285,22 @@ def test_a_model_loaded_by_a_plan_gives_the_same_bits(original: Path, tmp_path: 
     checkpoint.save(mapped, tmp_path / "again", shard_bytes=SHARD_BYTES, progress=False)
     for file in original.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_mapped_tables_need_neither_a_fixed_directory_nor_their_names(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path into a cache whose files are links to others, all deleted while the model is in use."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(original.iterdir()):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("../../blobs", str(number)))
+    monkeypatch.chdir(tmp_path)
+    mapped = checkpoint.load(Path("snapshots/main"), plan(shrunk(), {}).placement, progress=False)
+    monkeypatch.chdir("/")
+    for file in blobs.iterdir():
+        file.unlink()
+    for got, expected in zip(_run(mapped.model), _run(checkpoint.load(original, progress=False).model), strict=True):
+        assert torch.equal(got, expected)

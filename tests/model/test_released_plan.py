@@ -36,7 +36,7 @@ from longcat_model.released.plan import (
     plan,
     table_bytes,
 )
-from longcat_model.released.sizes import Sizes, shrunk, to_json
+from longcat_model.released.sizes import Sizes, VAESizes, VocoderSizes, shrunk, to_json
 from longcat_model.released.tensors import entries
 from longcat_model.sequence import Inputs
 
@@ -347,3 +347,12 @@ def test_writing_holds_one_shard(tmp_path: Path) -> None:
         checkpoint.write(sizes, tmp_path / "out", tensor_of, shard_bytes=shard, progress=False)
 
     assert shard - 20 * MB < growth(run) < shard + 20 * MB
+
+
+def test_decoders_that_no_sizes_make_are_refused() -> None:
+    for wrong in (
+        replace(shrunk(), vae=VAESizes(widths=(10**9,) * 4)),
+        replace(shrunk(), vocoder=VocoderSizes(rates=())),
+    ):
+        with pytest.raises(ValueError, match="released: sizes must be those of a model, got: "):
+            plan(wrong)

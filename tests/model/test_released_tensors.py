@@ -80,7 +80,7 @@ def test_the_config_round_trips() -> None:
     ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type 'longcat_next', got 'llama'"),
-        ({"hidden_size": "wide"}, r"config\.json\.backbone\.hidden: must be int, got 'wide'"),
+        ({"hidden_size": "wide"}, r"config\.json's hidden_size must be an integer in \[0, 2\^31\), got 'wide'"),
         ({"vocab_size": 131_125}, "vocab_size must be at least 281654, got 131125"),
     ],
 )

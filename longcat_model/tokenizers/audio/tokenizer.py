@@ -21,7 +21,7 @@ from longcat_model.tokenizers.audio.refiner import MelRefiner
 from longcat_model.tokenizers.audio.vocoder import GriffinLim, Vocoder
 
 _Count = TypeVar("_Count", int, Tensor)
-_BATCH = 32  # clips of similar length encoded or decoded at once
+BATCH = 32  # clips of similar length encoded or decoded at once
 
 
 class Mels(NamedTuple):
@@ -183,8 +183,8 @@ class AudioTokenizer(nn.Module):
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Indices in groups of similar length, so that little of a batch is padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(order), _BATCH):
-        yield order[start : start + _BATCH]
+    for start in range(0, len(order), BATCH):
+        yield order[start : start + BATCH]
 
 
 def _join(pieces: list[Tensor], counts: Sequence[int], dim: int = 0) -> list[Tensor]:
