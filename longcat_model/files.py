@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     An OSError without a name, as on a full disk, gets that of `path`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unique = secrets.token_hex(4)  # a process's number may be that of one on another machine
+    temporary = path.with_name(f".{path.name}.{unique}.partial")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -39,7 +39,7 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
     """Runs `work(rank, *arguments)` on all ranks and returns when every one is done.
 
     Under torchrun this process is one of the ranks, and restarts, rendezvous and several machines are torchrun's.
-    Elsewhere processes are started on this machine: `work` must be a module's function and the arguments picklable.
+    Elsewhere processes are started on this machine: `work`, of a module, and the arguments must be picklable.
     Tensors on GPUs go through NCCL, others through gloo; the machine's threads are divided among the ranks.
 
     Returns:

@@ -64,8 +64,7 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh:
     check_ranks(mesh.ranks)
     sizes = read_sizes(system_directory)
     shards = _shards(data, system_directory, out, settings, workers)
-    leads = not is_torchruns() or os.environ["RANK"] == "0"
-    with locked(out / "lock") if leads else nullcontext():
+    with locked(out / "lock") if _leads() else nullcontext():
         _train(shards, sizes, system_directory, out, settings, mesh, workers)
 
 
@@ -118,12 +117,16 @@ def _shards(data: Path, system_directory: Path, out: Path, settings: Settings, w
 
 
 def _tokenized(job: tokenize.Job, directory: Path, workers: int) -> Shards:
-    """Of the processes that torchrun started on a machine, one writes and the others wait for it."""
-    if is_torchruns() and os.environ["LOCAL_RANK"] != "0":
-        while (index := job.claimed(directory)) is None or index.documents is None:
-            time.sleep(0.5)
-        return Shards(directory)
-    return tokenize.tokenize(job, directory, workers=workers)
+    """Of the processes that torchrun started, one writes and the others wait for it."""
+    if _leads():
+        return tokenize.tokenize(job, directory, workers=workers)
+    while (index := job.claimed(directory)) is None or index.documents is None:
+        time.sleep(0.5)
+    return Shards(directory)
+
+
+def _leads() -> bool:
+    return not is_torchruns() or os.environ["RANK"] == "0"
 
 
 def _claim(out: Path, training: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def test_one_of_torchruns_processes_tokenizes_and_the_others_wait(
     data: Path, system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
     job = tokenize.Job.of([data], system, tokenize.Settings())
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(finetune._tokenized, job, tmp_path / "out", 0)

@@ -14,6 +14,7 @@ import torch
 
 from longcat_model import presets
 from longcat_model.cli import RUN, main
+from longcat_model.pipeline import profile
 from longcat_model.system import System
 
 ROOT = Path(__file__).parents[2]
@@ -34,4 +35,5 @@ def test_the_readmes_command_trains_as_one_process_does(
     assert done.returncode == 0, done.stderr
     capsys.readouterr()
     assert main(["train", "DATA.jsonl", *small, "one"]) == 0
+    assert profile.load(Path("two/profile.json")).layers, "what was measured is there for `longcat schedule`"
     assert done.stdout == capsys.readouterr().out.replace("one", "two")
