@@ -65,24 +65,18 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh:
     sizes = read_sizes(system_directory)
     shards = _shards(data, system_directory, out, settings, workers)
     with locked(out / "lock") if _leads() else nullcontext():
-        _train(shards, sizes, system_directory, out, settings, mesh, workers)
-
-
-def _train(
-    shards: Shards, sizes: config.Model, system_directory: Path, out: Path, settings: Settings, mesh: Mesh, workers: int
-) -> None:
-    batches = Ahead(_batches(shards, out, sizes, settings), settings.steps, workers)
-    torch.manual_seed(settings.seed)
-    make = partial(_stage, batches=batches, settings=settings)
-    if mesh.ranks > 1:
-        saved = Saved(sizes, system_directory / "model.safetensors")
-        if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
-            return
-    system = System.load(system_directory)
-    metrics = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)
-    system.save(out)
-    losses = [f"{row['loss']:.3f}" for row in metrics] or ["?"]  # a user may have removed the metrics
-    print(f"loss {losses[0]} -> {losses[-1]} over {settings.steps} steps; system: {out}")
+        batches = Ahead(_batches(shards, out, sizes, settings), settings.steps, workers)
+        torch.manual_seed(settings.seed)
+        make = partial(_stage, batches=batches, settings=settings)
+        if mesh.ranks > 1:
+            saved = Saved(sizes, system_directory / "model.safetensors")
+            if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
+                return
+        system = System.load(system_directory)
+        metrics = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)
+        system.save(out)
+        losses = [f"{row['loss']:.3f}" for row in metrics] or ["?"]  # a user may have removed the metrics
+        print(f"loss {losses[0]} -> {losses[-1]} over {settings.steps} steps; system: {out}")
 
 
 def _stage(model: LongcatNext, batches: Callable[[int], Batch], settings: Settings) -> Stage:
