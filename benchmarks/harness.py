@@ -294,7 +294,12 @@ def _made(case: Case, options: Options) -> dict[tuple[str, str], tuple[Contender
     Says which cannot, and why.
     """
     made: dict[tuple[str, str], tuple[Contender, Call | None]] = {}
-    for contender in case.contenders(options.device):
+    try:
+        contenders = list(case.contenders(options.device))
+    except Skip as why:  # a case made of a peer's own sizes
+        tqdm.write(f"  {case.name}: {why}")
+        return made
+    for contender in contenders:
         if contender.slow and (options.quick or options.brief):
             continue
         if contender.only_cpu and options.device != "cpu":

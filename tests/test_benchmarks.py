@@ -172,6 +172,9 @@ def test_contenders_that_cannot_run_here_are_named(capsys: pytest.CaptureFixture
     rows = harness.measure("op", fake_case(contenders), CEILINGS, quick())
     assert [row.contender for row in rows] == ["ours"]
     assert "peer: not installed" in capsys.readouterr().out
+    case = harness.Case("peer's sizes", Cost(flops=1, bytes=1), lambda device: absent())
+    assert harness.measure("op", case, CEILINGS, quick()) == []
+    assert "peer's sizes: not installed" in capsys.readouterr().out
 
 
 def test_a_peer_may_fail_as_it_likes_ours_may_not(capsys: pytest.CaptureFixture[str]) -> None:
