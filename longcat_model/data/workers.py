@@ -35,7 +35,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         workers: processes; 0: this one does it when asked.
 
     Raises:
-        ChildProcessError: a worker was killed, or met with an error of torch's.
+        ChildProcessError: a worker was killed, or met with an error of torch's or of the system's.
     """
     loader: DataLoader[Result] = DataLoader(
         _ByItem(work),  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
             result = next(results)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the latter two where it was killed while it handed over
             if not workers:
                 raise
             raise ChildProcessError(f"a worker process failed: {error}") from error
