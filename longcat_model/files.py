@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,12 +107,44 @@ def write_json(path: Path, value: Any) -> None:
     write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def read_json(path: Path) -> Any:
+    """Raises ValueError, which names the file, where it holds no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, got: {error}") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write under, renamed to `path` when that has succeeded: a reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """A name to write under, renamed to `path` when that has succeeded: a reader sees the old file or the new one.
+
+    An OSError without a name, as on a full disk, gets that of `path`.
+    """
+    unique = secrets.token_hex(4)  # a process's number may be that of one on another machine
+    temporary = path.with_name(f".{path.name}.{unique}.partial")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """No other process is inside for the same file, which stays, empty. However a process ends, its lock ends with it.
+
+    Raises:
+        ValueError: another process is inside.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{path.parent} is in use by another process: wait for it, or end it") from error
+        except OSError:
+            pass  # a file system without locks
+        yield

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from longcat_model.files import png, read_image, read_speech, replacing, wav, write
+from longcat_model.files import locked, png, read_image, read_speech, replacing, wav, write
 
 
 def test_image_round_trips(tmp_path: Path) -> None:
@@ -102,3 +105,23 @@ def test_an_interrupted_write_leaves_the_file_that_was_there(tmp_path: Path) -> 
 def test_refuses_a_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="directory must exist"):
         write(tmp_path / "none" / "a.wav", b"")
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a\.bin'"), replacing(tmp_path / "a.bin"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    for _ in range(2):  # a lock that was left is free again
+        with (
+            locked(tmp_path / "lock"),
+            pytest.raises(ValueError, match="is in use by another process"),
+            locked(tmp_path / "lock"),
+        ):
+            pass
+    lines = "import os, pathlib, sys", "from longcat_model.files import locked", "path = pathlib.Path(sys.argv[1])"
+    script = "\n".join([*lines, "with locked(path): os.kill(os.getpid(), 9)"])
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "lock")], check=False).returncode == -9
+    with locked(tmp_path / "lock"):
+        pass

@@ -17,7 +17,9 @@ from longcat_model.sequence import Batch, pack_rows
 
 @dataclass(frozen=True)
 class Batches:
-    """`rows_a_step` packed rows a step; each pass over the data has every document once, its rows shuffled anew.
+    """A step's batch: `rows_a_step` packed rows of `row_length` positions.
+
+    Each pass over the data has every document once, its rows shuffled anew.
 
     Rows stand in an order in which contiguous halves, quarters and so on of a batch cost the heads alike: microbatches
     are such parts.

@@ -36,6 +36,7 @@ class Reader:
     see: Callable[[Tensor], Tensor]  # image [3, H, W] -> codes [h, w, L]
     listen: Callable[[Tensor], Tensor]  # waveform [samples] -> codes [n, L]
     longest: int
+    tell: Callable[[Path], None] = lambda path: None  # called with every file that was read
 
     @classmethod
     def of(cls, tokenizers: Tokenizers, longest: int) -> Reader:
@@ -48,10 +49,10 @@ class Reader:
         return cls(tokenizers.sizes, tokenizers.text, see, listen, longest)
 
     @classmethod
-    def blind(cls, sizes: config.Model, longest: int) -> Reader:
+    def blind(cls, sizes: config.Model, longest: int, tell: Callable[[Path], None] = lambda path: None) -> Reader:
         """Reads every file and gives documents of the right lengths, with all codes 0: finds what is wrong, fast."""
         codes = partial(blank, sizes=sizes)
-        return cls(sizes, ByteTokenizer(), codes, codes, longest)
+        return cls(sizes, ByteTokenizer(), codes, codes, longest, tell)
 
     @property
     def layout(self) -> Layout:
@@ -111,11 +112,13 @@ class Reader:
 
     def _cells(self, file: Path) -> Tensor:
         image = read_image(file, self.sizes.vision.cell)
+        self.tell(file)
         self._fits("image", len(blank(image, self.sizes).flatten(0, 1)))  # a photo would take minutes to encode
         return self.see(image)
 
     def _frames(self, file: Path) -> Tensor:
         waveform = read_speech(file, self.sizes.audio.encoder.sample_rate)
+        self.tell(file)
         self._fits("speech", len(blank(waveform, self.sizes)))
         return self.listen(waveform)
 

@@ -3,6 +3,7 @@
 A directory holds
 
     index.json               what the documents were made from, and how many each shard has once all are written
+    media.jsonl              the image and sound files that they were made from, each as it was: see `Media`
     counts.npy               int32 [documents, 3], what each document costs: see `COUNTS`
     shard-00000.safetensors  documents in order, a column for each field of their positions
 
@@ -150,6 +151,10 @@ class Shards:
 
 def shard_path(directory: Path, number: int) -> Path:
     return directory / f"shard-{number:05d}.safetensors"
+
+
+def media_path(directory: Path) -> Path:
+    return directory / "media.jsonl"
 
 
 def _field(document: Document, column: str) -> tuple[Tensor, int]:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from longcat_model import config
 from longcat_model.data import shards
 from longcat_model.data.documents import Reader
+from longcat_model.data.media import Media, changed_media, write_media
 from longcat_model.data.shards import Columns, Index, Shards
 from longcat_model.data.sources import Line, Sources
 from longcat_model.data.workers import in_order
@@ -29,6 +30,7 @@ from longcat_model.sequence import Document
 from longcat_model.system import Tokenizers, read_sizes
 
 TOLD = 20  # bad documents that an error lists
+MEDIA = "media"  # of an index: the digest of all image and sound files
 
 T = TypeVar("T")
 
@@ -47,7 +49,7 @@ class Job:
     sources: Sources
     system_directory: Path
     settings: Settings
-    made_from: dict[str, Any]  # all that the shards depend on; media files are known by their names only
+    made_from: dict[str, Any]  # all that the shards depend on, but for what media files hold
 
     @classmethod
     def of(cls, paths: Sequence[Path], system_directory: Path, settings: Settings) -> Job:
@@ -83,9 +85,11 @@ class Job:
         index = shards.read_index(out)
         if index is None and shards.shard_path(out, 0).exists():
             raise ValueError(f"tokenize: {out} holds shards but no index of them; choose another directory")
-        if index is not None and index.made_from != self.made_from:
-            changed = sorted(name for name, value in self.made_from.items() if index.made_from.get(name) != value)
-            raise ValueError(f"tokenize: {out} holds shards of other {', '.join(changed)}; choose another directory")
+        changed = [] if index is None else [n for n, value in self.made_from.items() if index.made_from.get(n) != value]
+        if changed:
+            raise ValueError(
+                f"tokenize: {out} holds shards of other {', '.join(sorted(changed))}; choose another directory"
+            )
         return index
 
 
@@ -96,19 +100,29 @@ def tokenize(job: Job, out: Path, *, workers: int = 0) -> Shards:
         workers: processes; 0: this one alone. The shards are the same.
 
     Raises:
-        ValueError: bad documents (each told by file and line), or an `out` that holds other shards.
+        ValueError: bad documents (each told by file and line), an `out` that holds other shards, or an image or sound
+            file that has changed since they were begun.
         ChildProcessError: a worker was killed.
     """
     if workers < 0:
         raise ValueError(f"tokenize: workers must be at least 0, got {workers}")
     index = job.claimed(out)
     if index is None:
-        _check(job, workers)
+        found = _check(job, workers)
         out.mkdir(parents=True, exist_ok=True)
-        shards.write_index(out, Index(job.made_from, None))
-    if index is None or index.documents is None:
-        _encode(job, out, workers)
+        index = Index(job.made_from | {MEDIA: write_media(shards.media_path(out), found)}, None)
+        shards.write_index(out, index)
+    elif changed := changed_media(shards.media_path(out)):
+        raise ValueError(f"tokenize: {out} holds shards of what {changed} was before; choose another directory")
+    if index.documents is None:
+        _encode(job, index, out, workers)
     return Shards(out)
+
+
+def described(index: Index) -> dict[str, str | None]:
+    """What documents shards hold, as a training notes it: the `digest` of their job, and that of their media files."""
+    others = {name: value for name, value in index.made_from.items() if name != MEDIA}
+    return {"documents": Index(others, None).digest, MEDIA: index.made_from.get(MEDIA)}
 
 
 def tokenizers_digest(system_directory: Path) -> str:
@@ -127,19 +141,27 @@ def tokenizers_digest(system_directory: Path) -> str:
     return digest.hexdigest()
 
 
-def _check(job: Job, workers: int) -> None:
-    bad, listed = 0, []
-    for told in _each(_Check(read_sizes(job.system_directory), job.settings), job, 0, workers, "check documents"):
-        if told is not None:
+def _check(job: Job, workers: int) -> list[Media]:
+    """The files that all documents together need.
+
+    Raises:
+        ValueError: documents cannot be used.
+    """
+    bad, listed, media = 0, [], dict[str, Media]()
+    for found in _each(_Check(read_sizes(job.system_directory), job.settings), job, 0, workers, "check documents"):
+        if isinstance(found, str):
             bad += 1
-            listed += [told] if bad <= TOLD else []
+            listed += [found] if bad <= TOLD else []
+        else:
+            media |= {one.path: one for one in found}
     if bad:
         more = [f"and {bad - TOLD} more"] if bad > TOLD else []
         first = f"tokenize: {bad} of {job.sources.documents} documents cannot be used:"
         raise ValueError("\n  ".join([first, *listed, *more]))
+    return list(media.values())
 
 
-def _encode(job: Job, out: Path, workers: int) -> None:
+def _encode(job: Job, index: Index, out: Path, workers: int) -> None:
     size = job.settings.shard_documents
     whole = next(number for number in count() if not shards.shard_path(out, number).exists())
     start = min(whole * size, job.sources.documents)
@@ -149,19 +171,21 @@ def _encode(job: Job, out: Path, workers: int) -> None:
             raise ValueError(f"tokenize: a file was changed meanwhile: {bad[0]}")
         shards.write_shard(out, whole, [columns for columns in found if not isinstance(columns, str)])
         whole += 1
-    shards.finish(out, job.made_from, whole)
+    shards.finish(out, index.made_from, whole)
 
 
 @dataclass(frozen=True)
 class _Check:
-    """What is wrong with a line, or None."""
+    """The media files of a line, or what is wrong with it."""
 
     sizes: config.Model
     settings: Settings
 
-    def __call__(self, line: Line) -> str | None:
-        found = _read(Reader.blind(self.sizes, self.settings.longest), line, self.settings.seed)
-        return found if isinstance(found, str) else None
+    def __call__(self, line: Line) -> list[Media] | str:
+        media: list[Media] = []
+        reader = Reader.blind(self.sizes, self.settings.longest, lambda path: media.append(Media.of(path)))
+        found = _read(reader, line, self.settings.seed)
+        return found if isinstance(found, str) else media
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
@@ -12,6 +10,8 @@ from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
+
+from longcat_model.processes import end_with_main
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,7 +35,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         workers: processes; 0: this one does it when asked.
 
     Raises:
-        ChildProcessError: a worker was killed, or met with an error of torch's.
+        ChildProcessError: a worker was killed, or met with an error of torch's or of the system's.
     """
     loader: DataLoader[Result] = DataLoader(
         _ByItem(work),  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         num_workers=workers,
         collate_fn=_as_it_is,
         multiprocessing_context=_context(type(work).__module__) if workers else None,
-        worker_init_fn=_end_with_main,
+        worker_init_fn=_begin,
         generator=torch.Generator(),  # else it draws from everybody's
     )
     results = iter(loader)
@@ -53,7 +53,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
             result = next(results)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the latter two where it was killed while it handed over
             if not workers:
                 raise
             raise ChildProcessError(f"a worker process failed: {error}") from error
@@ -69,16 +69,8 @@ def _context(module: str) -> BaseContext:
     return context
 
 
-def _end_with_main(worker: int) -> None:
-    """A worker's own parent is the fork server, which lives as long as its children do: they watch the main process."""
-    main = multiprocessing.parent_process()
-    assert main is not None  # this is a child
-
-    def watch() -> None:
-        main.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _begin(worker: int) -> None:
+    end_with_main()
 
 
 def _as_it_is(result: Result) -> Result:

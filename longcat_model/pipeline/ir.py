@@ -14,7 +14,6 @@ are functions here; what is measured or learned of a schedule (durations, start 
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import re
 from collections.abc import Iterable
@@ -110,11 +109,6 @@ def to_csv(schedule: Schedule) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([str(action) for action in row] for row in schedule)
     return out.getvalue()
-
-
-def digest(schedule: Schedule) -> str:
-    """The same for the same schedule and no other: what ranks compare before they run one."""
-    return hashlib.sha256(show(schedule).encode()).hexdigest()
 
 
 def without(schedule: Schedule, kinds: Iterable[Kind]) -> Schedule:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
+from longcat_model.processes import end_with_main
+
 
 class Rank(NamedTuple):
     """This process among its fellows; torch.distributed is ready."""
@@ -22,11 +24,22 @@ class Rank(NamedTuple):
     device: torch.device  # a GPU of its own where the machine has one for each rank
 
 
+def is_torchruns() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def check_ranks(ranks: int) -> None:
+    """Raises ValueError where torchrun started another number of ranks: each would do the work of all."""
+    if is_torchruns() and (found := int(os.environ["WORLD_SIZE"])) != ranks:
+        raise ValueError(f"pipeline: torchrun must start {ranks} ranks, got {found}")
+
+
 def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
     """Runs `work(rank, *arguments)` on all ranks and returns when every one is done.
 
     Under torchrun this process is one of the ranks, and restarts, rendezvous and several machines are torchrun's.
-    Elsewhere processes are started on this machine: `work` must be a module's function and the arguments picklable.
+    Elsewhere processes are started on this machine: `work`, of a module, and the arguments must be picklable.
     Tensors on GPUs go through NCCL, others through gloo; the machine's threads are divided among the ranks.
 
     Returns:
@@ -36,10 +49,9 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
         ValueError: torchrun started another number of ranks.
         ChildProcessError: a rank failed or was killed; the message is its own.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        store, rank, found = next(iter(rendezvous("env://")))
-        if found != ranks:
-            raise ValueError(f"pipeline: torchrun must start {ranks} ranks, got {found}")
+    check_ranks(ranks)
+    if is_torchruns():
+        store, rank, _ = next(iter(rendezvous("env://")))
         _run(store, rank, ranks, work, arguments)
         return bool(rank == 0)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -55,6 +67,7 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
 
 
 def _child(rank: int, port: int, ranks: int, threads: int, payload: bytes) -> None:
+    end_with_main()
     torch.set_num_threads(threads)
     store = TCPStore("127.0.0.1", port, is_master=False)
     work, arguments = torch.load(io.BytesIO(payload), weights_only=False)

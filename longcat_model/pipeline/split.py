@@ -30,7 +30,7 @@ from longcat_model.pipeline.stage import Border, Output
 from longcat_model.sequence import IGNORE, Batch, Targets
 from longcat_model.training.balance import expert_counts
 from longcat_model.training.loss import (
-    MODALITIES,
+    DEPTH_HEADS,
     LossWeights,
     Metrics,
     Terms,
@@ -122,7 +122,7 @@ class ModelStage:
             heads.append(self._run_heads(x, batch, totals, ("text",), None))
             x = x[_modality_rows(batch.targets)]
         if self.layers + 2 in self.units:
-            heads.append(self._run_heads(x, batch, totals, MODALITIES, _modality_rows(batch.targets)))
+            heads.append(self._run_heads(x, batch, totals, DEPTH_HEADS, _modality_rows(batch.targets)))
         losses = [loss for loss in (own.total(self.weights, totals), *(h.loss for h in heads)) if loss is not None]
         terms = join([own.map(Tensor.detach), *(h.terms for h in heads)])
         report = Report(terms, {name: pair for h in heads for name, pair in h.metrics.items()}, choices)

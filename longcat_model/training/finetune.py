@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from longcat_model import config
 from longcat_model.data import rows, tokenize
 from longcat_model.data.batches import Ahead, Batches
 from longcat_model.data.shards import Shards
-from longcat_model.files import write_json
+from longcat_model.files import locked, read_json, write_json
 from longcat_model.model import LongcatNext
+from longcat_model.pipeline.launch import check_ranks, is_torchruns
 from longcat_model.pipeline.parts import Saved
 from longcat_model.sequence import Batch
 from longcat_model.system import System, read_sizes
@@ -51,27 +52,31 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh:
         workers: processes that tokenize, and that prepare batches in every rank; 0: none but those that train.
 
     Raises:
-        ValueError: no system, documents that cannot be used (the message names file and line), or an `out` that holds
-            another training, whose checkpoint would be taken for this one's.
+        ValueError: no system, documents that cannot be used (the message names file and line), an `out` that holds
+            another training, whose checkpoint would be taken for this one's, or that another process trains in, or
+            another number of torchrun's ranks than `mesh` has.
     """
     if min(settings.steps, settings.rows, settings.row_length) < 1 or not settings.learning_rate > 0 or workers < 0:
         raise ValueError(
             f"train: steps, rows, row_length and learning_rate must be positive, got {settings}; workers at least 0, "
             f"got {workers}"
         )
+    check_ranks(mesh.ranks)
     sizes = read_sizes(system_directory)
     shards = _shards(data, system_directory, out, settings, workers)
-    batches = Ahead(_batches(shards, out, sizes, settings), settings.steps, workers)
-    torch.manual_seed(settings.seed)
-    make = partial(_stage, batches=batches, settings=settings)
-    if mesh.ranks > 1:
-        saved = Saved(sizes, system_directory / "model.safetensors")
-        if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
-            return
-    system = System.load(system_directory)
-    metrics = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)
-    system.save(out)
-    print(f"loss {metrics[0]['loss']:.3f} -> {metrics[-1]['loss']:.3f} over {len(metrics)} steps; system: {out}")
+    with locked(out / "lock") if _leads() else nullcontext():
+        batches = Ahead(_batches(shards, out, sizes, settings), settings.steps, workers)
+        torch.manual_seed(settings.seed)
+        make = partial(_stage, batches=batches, settings=settings)
+        if mesh.ranks > 1:
+            saved = Saved(sizes, system_directory / "model.safetensors")
+            if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
+                return
+        system = System.load(system_directory)
+        metrics = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)
+        system.save(out)
+        losses = [f"{row['loss']:.3f}" for row in metrics] or ["?"]  # a user may have removed the metrics
+        print(f"loss {losses[0]} -> {losses[-1]} over {settings.steps} steps; system: {out}")
 
 
 def _stage(model: LongcatNext, batches: Callable[[int], Batch], settings: Settings) -> Stage:
@@ -95,23 +100,27 @@ def _shards(data: Path, system_directory: Path, out: Path, settings: Settings, w
             )
         if shards.longest > settings.row_length:
             raise ValueError(f"train: row_length must be at least {shards.longest}, the longest document of {data}")
-        _claim(out, training | {"documents": shards.index.digest})
+        _claim(out, training | tokenize.described(shards.index))
         return shards
     job = tokenize.Job.of([data], system_directory, tokenize.Settings(longest=settings.row_length, seed=settings.seed))
     training["documents"] = job.digest
     _refuse_another(out, training)
     shards = _tokenized(job, out / "data", workers)
-    _claim(out, training)
+    _claim(out, training | tokenize.described(shards.index))
     return shards
 
 
 def _tokenized(job: tokenize.Job, directory: Path, workers: int) -> Shards:
-    """Of the processes that torchrun started on a machine, one writes and the others wait for it."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
-        while (index := job.claimed(directory)) is None or index.documents is None:
-            time.sleep(0.5)
-        return Shards(directory)
-    return tokenize.tokenize(job, directory, workers=workers)
+    """Of the processes that torchrun started, one writes and the others wait for it."""
+    if _leads():
+        return tokenize.tokenize(job, directory, workers=workers)
+    while (index := job.claimed(directory)) is None or index.documents is None:
+        time.sleep(0.5)
+    return Shards(directory)
+
+
+def _leads() -> bool:
+    return not is_torchruns() or os.environ["RANK"] == "0"
 
 
 def _claim(out: Path, training: dict[str, Any]) -> None:
@@ -124,7 +133,7 @@ def _claim(out: Path, training: dict[str, Any]) -> None:
 def _refuse_another(out: Path, training: dict[str, Any]) -> None:
     path = out / "finetune.json"
     if path.exists() or path.with_suffix("").exists():
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
         if changed := sorted(name for name, value in training.items() if found.get(name) != value):
             raise ValueError(
                 f"train: {out} holds a training with other {', '.join(changed)}; choose another directory with --out"

@@ -247,7 +247,10 @@ def _allocate(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Para
 def _read_rows(path: Path, before: int) -> list[Row]:
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"metrics: {path} must be lines of JSON, got: {error}; remove it to go on") from error
     return [row for row in rows if row["step"] < before]
 
 

@@ -28,7 +28,7 @@ from longcat_model.model import LongcatNext
 from longcat_model.sequence import IGNORE, NONE, Batch
 from longcat_model.training.balance import Balancer, balance_loss, expert_counts, use
 
-MODALITIES = ("visual", "audio")  # of the depth heads
+DEPTH_HEADS = ("visual", "audio")
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> sum and count, which add up over microbatches; detached
 
 
@@ -83,7 +83,7 @@ class Terms:
 
     def total(self, weights: LossWeights, totals: Totals) -> Tensor | None:
         """The loss as far as these terms make it; None if there are none."""
-        pairs = [(getattr(weights, name), getattr(self, name)) for name in ("text", *MODALITIES)]
+        pairs = [(getattr(weights, name), getattr(self, name)) for name in ("text", *DEPTH_HEADS)]
         supervised = [weight * term for weight, term in pairs if term is not None]
         found = [sum(supervised[1:], supervised[0]) / max(totals.labels, 1)] if supervised else []
         found += [getattr(weights, name) * value for name, value in self.regularizers().items()]
@@ -139,7 +139,7 @@ def loss(
     totals = totals or Totals.of([batch])
     output = model(batch.inputs)
     hidden_ND = output.hidden.flatten(0, 1)
-    heads, metrics = head_terms(model, hidden_ND, batch, ("text", *MODALITIES))
+    heads, metrics = head_terms(model, hidden_ND, batch, ("text", *DEPTH_HEADS))
     is_real_N = batch.inputs.documents.flatten() >= 0
     ids = [x[is_real_N] for x in output.expert_ids]
     used = None if balancer is None else balancer.use()

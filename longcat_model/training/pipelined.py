@@ -8,15 +8,17 @@ checkpoint holds does not depend on how many ranks wrote it, so a run may go on 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from longcat_model.model import LongcatNext
+from longcat_model.pipeline import profile
 from longcat_model.pipeline.experts import is_expert
 from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.parts import Parts, Saved
@@ -227,7 +229,8 @@ def train_pipelined(
     No rank ever has more of the model in memory than its own stages, or one module while rank 0 measures. The trained
     module is in the checkpoint: `train(make(model), directory)` then loads it and returns the metrics. Those of one
     process are joined by `bubble`, the mean share of a step in which a rank does nothing; `planned_bubble` and
-    `planned_s`, what the simulator expects of that and of the step's time; `memory_bytes` is the largest rank's.
+    `planned_s`, what the simulator expects of that and of the step's time; `memory_bytes` is the largest rank's. What
+    was measured is in `profile.json`, for `longcat schedule --profile`.
 
     Args:
         make: gives the stage that trains a model, on every rank alike; picklable.
@@ -246,40 +249,50 @@ def train_pipelined(
         experts = saved.sizes.backbone.experts.real
         raise ValueError(f"train: expert-parallel must divide the {experts} experts of a layer, got {mesh.experts}")
     most = 4 * mesh.pipeline if microbatches is None else microbatches
-    return launch(mesh.ranks, _train_rank, mesh, make, saved, directory, most, weights, seed, save_every, engine)
+    return launch(mesh.ranks, _Training(make, saved, directory, mesh, most, weights, seed, save_every, engine))
 
 
-def _train_rank(
-    rank: Rank,
-    mesh: Mesh,
-    make: Callable[[LongcatNext], Stage],
-    saved: Saved,
-    directory: Path,
-    microbatches: int,
-    weights: LossWeights | None,
-    seed: int,
-    save_every: int,
-    kind: type[Pipelined],
-) -> None:
-    transport = Distributed.connect(2 * mesh.pipeline, mesh.pipelines(), store=rank.store)
-    assert transport is not None  # every rank is in a pipeline
-    groups, shards = mesh.connect(rank.device, saved.sizes.backbone.experts.real)
-    parts, group = Parts(saved, rank.device, shards), dist.new_group(backend="gloo")
-    plans: list[Plan | None] = [None]
-    if rank.rank == 0:  # times differ from rank to rank: the first one's are everybody's
-        whole = Parts(saved, rank.device)
-        batch = make(whole.model).batch(0).to(rank.device)
-        plans = [measured_plan(whole.model, mesh.pipeline, batch, microbatches, lend=whole.lend)]
-    dist.broadcast_object_list(plans, 0, group=group)
-    plan = plans[0]
-    assert plan is not None  # the first rank's
-    for stage in own_stages(parts.model, plan, transport.device).values():
-        parts.bring(stage)
-    trained = make(parts.model)
-    spread = dict if shards is None else shards.spread
-    engine = kind(trained, plan, transport, weights, groups, group, spread)
-    train(trained, directory, seed=seed, save_every=save_every, engine=engine)
-    transport.close()
+@dataclass(frozen=True)
+class _Training:
+    """What every rank is sent, and does: see `train_pipelined`."""
+
+    make: Callable[[LongcatNext], Stage]
+    saved: Saved
+    directory: Path
+    mesh: Mesh
+    microbatches: int
+    weights: LossWeights | None
+    seed: int
+    save_every: int
+    engine: type[Pipelined]
+
+    def __call__(self, rank: Rank) -> None:
+        transport = Distributed.connect(2 * self.mesh.pipeline, self.mesh.pipelines(), store=rank.store)
+        assert transport is not None  # every rank is in a pipeline
+        groups, shards = self.mesh.connect(rank.device, self.saved.sizes.backbone.experts.real)
+        parts, group = Parts(self.saved, rank.device, shards), dist.new_group(backend="gloo")
+        plan = self._plan(rank, group)
+        for stage in own_stages(parts.model, plan, transport.device).values():
+            parts.bring(stage)
+        trained = self.make(parts.model)
+        spread = dict if shards is None else shards.spread
+        engine = self.engine(trained, plan, transport, self.weights, groups, group, spread)
+        train(trained, self.directory, seed=self.seed, save_every=self.save_every, engine=engine)
+        transport.close()
+
+    def _plan(self, rank: Rank, group: Any) -> Plan:
+        """Times differ from rank to rank: the first one's are everybody's."""
+        plans: list[Plan | None] = [None]
+        if rank.rank == 0:
+            whole = Parts(self.saved, rank.device)
+            batch = self.make(whole.model).batch(0).to(rank.device)
+            plan, found = measured_plan(whole.model, self.mesh.pipeline, batch, self.microbatches, lend=whole.lend)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            profile.save(found, self.directory / "profile.json")
+            plans = [plan]
+        dist.broadcast_object_list(plans, 0, group=group)
+        assert plans[0] is not None  # the first rank's
+        return plans[0]
 
 
 def own_stages(

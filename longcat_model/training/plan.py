@@ -15,7 +15,7 @@ from longcat_model.pipeline.ir import Placement, Schedule, v_placement
 from longcat_model.pipeline.lower import lower
 from longcat_model.pipeline.measure import measure
 from longcat_model.pipeline.place import place
-from longcat_model.pipeline.profile import Split, stage_costs
+from longcat_model.pipeline.profile import Profile, Split, stage_costs
 from longcat_model.pipeline.schedules.searched import DEFAULT, Effort, searched
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.schedules.walk import is_compiled
@@ -84,13 +84,16 @@ def measured_plan(
     microbatches: int,
     effort: Effort = DEFAULT,
     lend: Callable[[ModelStage], AbstractContextManager[Any]] = nullcontext,
-) -> Plan:
+) -> tuple[Plan, Profile]:
     """The model cut where V-Half is fastest, and the schedule searched, by a measurement on a microbatch of `batch`.
 
     Args:
         batch: where the model computes.
         microbatches: of a step, at most.
         lend: see `measure`.
+
+    Returns:
+        the plan, and the measurement that it follows from: seconds.
     """
     parts = Microbatch.of(cut(batch, microbatches))
     longest = max(parts, key=lambda part: part.batch.inputs.text.numel())
@@ -98,7 +101,7 @@ def measured_plan(
     profile = measure(model.train(), longest, lend=lend)
     model.train(training)
     split = place(profile, devices, len(parts)).split
-    return Plan.of(unit_cuts(split), stage_costs(profile, split, microbatches), effort)
+    return Plan.of(unit_cuts(split), stage_costs(profile, split, microbatches), effort), profile
 
 
 def unit_cuts(split: Split) -> tuple[int, ...]:

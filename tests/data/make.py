@@ -35,8 +35,9 @@ def system(directory: Path) -> Path:
     return directory
 
 
-def media(directory: Path) -> Path:
-    write(directory / "a.png", png(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))))
+def media(directory: Path, shade: float = 1.0) -> Path:
+    directory.mkdir(exist_ok=True)
+    write(directory / "a.png", png(shade * torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))))
     write(directory / "a.wav", wav(0.1 * torch.sin(torch.arange(8000) / 20), 16_000))
     return directory
 

@@ -128,6 +128,9 @@ def alive(process: int) -> bool:
     return True
 
 
-def test_a_worker_that_is_killed_is_told() -> None:
-    with pytest.raises(ChildProcessError, match="a worker process failed: DataLoader worker"):
-        list(in_order(works.Dies(), range(4), workers=1))
+@pytest.mark.parametrize("pause_s", [0.0, 1.0])
+def test_a_worker_that_is_killed_is_told(pause_s: float) -> None:
+    """While the main process waits for it, or before that process has fetched what it had made."""
+    with pytest.raises(ChildProcessError, match="a worker process failed: "):
+        for _ in in_order(works.Dies(), range(4), workers=1):
+            time.sleep(pause_s)

@@ -62,7 +62,12 @@ def test_workers_and_interruptions_change_nothing(
     with monkeypatch.context() as patch, pytest.raises(CutOff):
         patch.setattr(shards, "write_shard", cut)
         tokenize(job(data, system), tmp_path / "cut")
-    assert set(files(tmp_path / "cut")) == {"index.json", "shard-00000.safetensors", "shard-00001.safetensors"}
+    assert set(files(tmp_path / "cut")) == {
+        "index.json",
+        "media.jsonl",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    }
     with pytest.raises(ValueError, match="must hold whole shards"):
         Shards(tmp_path / "cut")
     read = []
@@ -128,6 +133,33 @@ def test_other_shards_are_refused(data: Path, system: Path, tmp_path: Path) -> N
     (out / "index.json").unlink()
     with pytest.raises(ValueError, match="holds shards but no index of them"):
         tokenize(job(another, system), out)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.wav"])
+@pytest.mark.parametrize("longer", [False, True])
+def test_media_that_changed_behind_the_same_lines_are_noticed(
+    name: str, longer: bool, data: Path, system: Path, tmp_path: Path
+) -> None:
+    """By what they hold: a copy of the same, or none any longer, is no change."""
+    out, file = tmp_path / "out", tmp_path / name
+    tokenize(job(data, system), out)
+    before, content = files(out), file.read_bytes()
+    file.unlink()
+    tokenize(job(data, system), out)
+    file.write_bytes(content)
+    tokenize(job(data, system), out)
+    file.write_bytes(content + b"\0" if longer else content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=f"holds shards of what .*{name} was before; choose another directory"):
+        tokenize(job(data, system), out)
+    assert files(out) == before
+
+
+def test_shards_of_other_media_are_others(data: Path, system: Path, tmp_path: Path) -> None:
+    one = tokenize(job(data, system), tmp_path / "one").index
+    make.media(tmp_path / "media", shade=0.5)
+    (tmp_path / "media" / "a.png").replace(tmp_path / "a.png")
+    two = tokenize(job(data, system), tmp_path / "two").index
+    assert one.digest != two.digest and job(data, system).made_from.items() <= two.made_from.items()
 
 
 def test_shards_outlive_the_language_model(system: Path, tmp_path: Path) -> None:

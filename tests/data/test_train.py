@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from longcat_model.cli import main
 from longcat_model.data import documents, tokenize
 from longcat_model.data.batches import Batches
 from longcat_model.data.shards import Shards
+from longcat_model.files import locked
 from longcat_model.sequence import Batch
 from longcat_model.system import System
 from longcat_model.training import finetune
@@ -78,11 +80,57 @@ def test_lines_are_tokenized_once(data: Path, system: Path, tmp_path: Path, monk
     assert main(arguments(data, system, tmp_path / "out", steps=1)) == 0
 
 
+def test_media_that_changed_make_another_training(
+    data: Path, system: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the shards of the old ones are gone."""
+    assert main(arguments(data, system, tmp_path / "out", steps=1)) == 0
+    make.media(tmp_path, shade=0.5)
+    assert main(arguments(data, system, tmp_path / "out", steps=1)) == 2
+    assert "holds shards of what" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out" / "data")
+    assert main(arguments(data, system, tmp_path / "out", steps=1)) == 2
+    assert "holds a training with other media; choose another directory" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_directory_are_one_too_many(
+    shards: Path, system: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / "lock"):
+        assert main(arguments(shards, system, tmp_path / "out", steps=1)) == 2
+    assert f"{tmp_path / 'out'} is in use by another process" in capsys.readouterr().err
+    assert main(arguments(shards, system, tmp_path / "out", steps=1)) == 0
+
+
+def test_ranks_of_torchrun_do_not_each_train_alone(
+    shards: Path, system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(arguments(shards, system, tmp_path / "out")) == 2
+    assert "torchrun must start 1 ranks, got 2" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_metrics_that_were_removed_or_damaged(
+    shards: Path, system: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(shards, system, tmp_path / "out", steps=1)) == 0
+    (tmp_path / "out" / "finetune.jsonl").write_text('{"step": 0\n')
+    assert main(arguments(shards, system, tmp_path / "out", steps=1)) == 2
+    assert "finetune.jsonl must be lines of JSON, got: " in capsys.readouterr().err
+    (tmp_path / "out" / "finetune.jsonl").unlink()
+    assert main(arguments(shards, system, tmp_path / "out", steps=1)) == 0
+    (tmp_path / "out" / "finetune.json").write_text("{")
+    assert main(arguments(shards, system, tmp_path / "out", steps=1)) == 2
+    assert "finetune.json must hold JSON, got: " in capsys.readouterr().err
+
+
 def test_one_of_torchruns_processes_tokenizes_and_the_others_wait(
     data: Path, system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
     job = tokenize.Job.of([data], system, tokenize.Settings())
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(finetune._tokenized, job, tmp_path / "out", 0)

@@ -7,6 +7,9 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Tells:
@@ -20,7 +23,9 @@ class Tells:
 
 
 class Dies:
-    def __call__(self, item: int) -> int:
+    """At item 2; a tensor made before is fetched from the worker, if it is there."""
+
+    def __call__(self, item: int) -> Tensor:
         if item == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return item
+        return torch.full((9,), item)

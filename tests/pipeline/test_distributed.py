@@ -152,3 +152,24 @@ def test_when_a_rank_dies_all_others_stop_and_name_it() -> None:
     assert sorted(said) == [0, 2, 3] and ranks[1].exitcode == -signal.SIGKILL
     for message in said.values():
         assert "from device 1 stopped" in message and "(microbatch " in message
+
+
+def stay(rank: Rank, folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    while True:
+        time.sleep(1)
+
+
+def test_ranks_end_with_a_killed_main_process(tmp_path: Path) -> None:
+    """Or they would train on, beside those of a restart."""
+    main = multiprocessing.get_context("spawn").Process(target=launch, args=(2, stay, str(tmp_path)))
+    main.start()
+    deadline = time.monotonic() + 60
+    while len(ranks := [int(path.name) for path in tmp_path.iterdir()]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(ranks) == 2
+    main.kill()
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    main.join()

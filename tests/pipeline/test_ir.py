@@ -35,12 +35,6 @@ def test_torch_reads_what_is_meant_for_it(schedule: ir.Schedule) -> None:
             assert str(theirs) == str(action)
 
 
-def test_a_digest_tells_schedules_apart() -> None:
-    one, other = ir.parse("0F0 0B0\n1F0 1B0\n"), ir.parse("0F0 0B0\n1F0 1I0 1W0\n")
-    assert ir.digest(one) == ir.digest(ir.parse(ir.show(one))) != ir.digest(other)
-    assert ir.digest(((), one[0])) != ir.digest((one[0], ()))
-
-
 def test_torchs_overlapped_pairs_and_idle_slots_are_read() -> None:
     pair = str(_Action.from_str("(7F1;0B3)OVERLAP_F_B"))
     assert ir.show(ir.from_csv(f"0F0,,{pair},0W1\n")) == "0F0 7F1 0B3 0W1\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis.strategies import data, integers, sampled_from
 from small import SCHEDULES, Toy
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from longcat_model.pipeline import runtime
 from longcat_model.pipeline.costs import uniform
 from longcat_model.pipeline.ir import (
     Action,
@@ -308,3 +311,69 @@ def test_the_timeline_has_every_action_in_order() -> None:
     assert tuple(ran.action for ran in result.timeline) == schedule[0]
     times = [moment for ran in result.timeline for moment in (ran.start_s, ran.end_s)]
     assert times == sorted(times) and Action(0, Kind.F, 0) in schedule[0]
+
+
+class Calls(TorchDispatchMode):
+    """Counts what does the work: products, lookups, kernels of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "longcat" in name or any(mark in name for mark in (".mm.", "addmm", "bmm", "embedding")):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_work_of_the_whole_model_is_done_twice() -> None:
+    """F, I and W together call what forward and backward of one process call."""
+    parts, whole, want = small.batches(3), small.model(), small.model()
+    (end,), placement = InProcess.connect(1), v_placement(1)
+    halves = {Kind.B: (Kind.I, Kind.W)}
+    (row,) = lower(v_half(1, 3), placement, 3)
+    split_apart = (tuple(a._replace(kind=kind) for a in row for kind in halves.get(a.kind, (a.kind,))),)
+    own = small.runtime(whole, split_apart, placement, end)
+    with Calls() as expected:
+        small.one_process(want, parts)
+    with Calls() as found:
+        own.step(Microbatch.of(parts))
+    assert found.counts == expected.counts and any("longcat" in name for name in found.counts)
+
+
+def test_weights_wait_for_w_but_for_those_of_the_heads() -> None:
+    """Heads have theirs from F, in which their logits come and go; I gives no weight a gradient."""
+    whole, placement = small.model(), v_placement(1)
+    (end,) = InProcess.connect(1)
+    own, seen = small.runtime(whole, lower(v_half(1, 1), placement, 1), placement, end), dict[str, Kind]()
+    handlers = dict(runtime._HANDLERS)
+
+    def noting(kind: Kind) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            handlers[kind](*arguments)
+            for name, weight in whole.named_parameters():
+                if weight.grad is not None:
+                    seen.setdefault(name, kind)
+
+        return run
+
+    (own.actions,) = parse("0F0 1F0 1I0 0I0 1W0 0W0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "_HANDLERS", {kind: noting(kind) for kind in handlers})
+        own.step(Microbatch.of(small.batches(1)))
+    heads = {"lm_head", "visual_head", "audio_head"}
+    for name, kind in seen.items():
+        assert kind is (Kind.F if name.split(".")[0] in heads else Kind.W), name
+    assert {name.split(".")[0] for name in seen} == heads | {"embed_tokens", "ngram", "pre_buffer", "backbone"}
+
+
+def test_a_profiler_of_cuda_sees_every_action(monkeypatch: pytest.MonkeyPatch) -> None:
+    (end,), seen = InProcess.connect(1), []
+    schedule = lower(v_half(1, 2), v_placement(1), 2)
+    own = Runtime(schedule, v_placement(1), {0: Toy(False), 1: Toy(True)}, end)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("."))
+    own.step(range(2))
+    assert seen == [part for action in schedule[0] for part in (str(action), ".")]

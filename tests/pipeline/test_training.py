@@ -273,7 +273,7 @@ def test_microbatches_are_rows_without_their_common_padding() -> None:
 
 def test_the_plan_cuts_the_model_by_a_measurement_of_it() -> None:
     model = small.model()
-    found = measured_plan(model, 2, batch(0), 8, LITTLE)
+    found, _ = measured_plan(model, 2, batch(0), 8, LITTLE)
     stages = split(model, found.cuts)
     assert len(stages) == 4 == len(found.placement) and found.microbatches == 8
     assert [unit for stage in stages for unit in stage.units] == list(range(len(model.backbone.layers) + 3))
