@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("longcat", "DEF")
 
@@ -52,7 +53,8 @@ def register(
         run: the kernel, on every device: allocates, then chooses an implementation.
         allocate: checks and outputs only; it is the fake kernel, so that the two cannot disagree.
         save: `save(ctx, inputs, output)` keeps what backward needs.
-        backward: `backward(ctx, *grads)` gives one gradient per input.
+        backward: `backward(ctx, *grads)` gives one gradient per input. Inputs with tangents are refused where there is
+            one, as torch would take the results' tangents for zero.
     """
     name, signature = schema.split("(", 1)
     overload = _define(name, signature, run, allocate)
@@ -60,7 +62,13 @@ def register(
         return overload
     torch.library.register_autograd(f"longcat::{name}", backward, setup_context=save, lib=_LIBRARY)
     inference = _define(f"{name}_inference", signature, run, allocate)
-    return lambda *arguments: (overload if wants_grad(*arguments) else inference)(*arguments)
+
+    def call(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, arguments)
+        return (overload if wants_grad(*arguments) else inference)(*arguments)
+
+    return call
 
 
 def _define(name: str, signature: str, run: Callable[..., Any], allocate: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,6 +76,17 @@ def _define(name: str, signature: str, run: Callable[..., Any], allocate: Callab
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"longcat::{name}", allocate, lib=_LIBRARY)
     return getattr(torch.ops.longcat, name).default
+
+
+def _refuse_tangents(name: str, values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            _refuse_tangents(name, value)
+        elif isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: inputs must have no tangents, got a forward-mode derivative: take gradients backward, or call "
+                f"the definition in longcat_kernels.reference.{name}"
+            )
 
 
 def _requires_grad(values: Iterable[Any]) -> bool:

@@ -356,6 +356,8 @@ def test_adds_to_main_gradients_in_float32(dtype: torch.dtype) -> None:
     for got, start, grad in zip(main, (1, 2), wanted[2:4], strict=True):
         assert (got[1] == start).all(), "the gradients of an expert without tokens must stay as they were"
         assert relative(got - start, 2 * grad) <= TOLERANCES.get(dtype, TOLERANCES[torch.float32])[3]
+    with pytest.raises(ValueError, match="main_grads must be a pair of tensors, got one and None"):
+        fused_moe(**a, main_grads=(main[0], None))
 
 
 @pytest.mark.parametrize("wanted", [("gate_up",), ("down",), ("x",)])

@@ -1,5 +1,5 @@
-// A register of doubles for each instruction set, loaded from shorter elements and rounded to float32. Intrinsics,
-// since GCC 12 widens its own vectors half by half.
+// A register of doubles for each instruction set, loaded from shorter elements and rounded to float32. Intrinsics
+// where a register holds more than two, since GCC 12 widens its own vectors half by half.
 #pragma once
 
 #include <cstdint>
@@ -13,29 +13,24 @@ namespace portable {
 namespace {
 
 struct Doubles {
-    static constexpr int kWidth = 4;
-    double v[kWidth];
-    static Doubles splat(double x) { return {{x, x, x, x}}; }
-    static Doubles load(const double* p) { return {{p[0], p[1], p[2], p[3]}}; }
-    static Doubles load(const float* p) { return {{double(p[0]), double(p[1]), double(p[2]), double(p[3])}}; }
+    static constexpr int kWidth = 2;
+    typedef double Vector __attribute__((vector_size(16)));
+    typedef float Floats __attribute__((vector_size(8)));
+    Vector v;
+    static Doubles splat(double x) { return {Vector{x, x}}; }
+    static Doubles load(const double* p) { return {Vector{p[0], p[1]}}; }
+    static Doubles load(const float* p) { return {__builtin_convertvector(Floats{p[0], p[1]}, Vector)}; }
     static Doubles load(const BFloat16* p) {
-        return {{double(to_float(p[0])), double(to_float(p[1])), double(to_float(p[2])), double(to_float(p[3]))}};
+        return {__builtin_convertvector(Floats{to_float(p[0]), to_float(p[1])}, Vector)};
     }
-    static Doubles add(Doubles a, Doubles b) {
-        return {{a.v[0] + b.v[0], a.v[1] + b.v[1], a.v[2] + b.v[2], a.v[3] + b.v[3]}};
-    }
-    static Doubles multiply(Doubles a, Doubles b) {
-        return {{a.v[0] * b.v[0], a.v[1] * b.v[1], a.v[2] * b.v[2], a.v[3] * b.v[3]}};
-    }
-    void store(double* p) const { std::memcpy(p, v, sizeof v); }
+    static Doubles add(Doubles a, Doubles b) { return {a.v + b.v}; }
+    static Doubles multiply(Doubles a, Doubles b) { return {a.v * b.v}; }
+    void store(double* p) const { std::memcpy(p, &v, sizeof v); }
     void store(float* p) const {
-        for (int i = 0; i < kWidth; ++i) p[i] = float(v[i]);
+        const Floats floats = __builtin_convertvector(v, Floats);
+        std::memcpy(p, &floats, sizeof floats);
     }
-    Doubles rounded() const {
-        float floats[kWidth];
-        store(floats);
-        return load(floats);
-    }
+    Doubles rounded() const { return {__builtin_convertvector(__builtin_convertvector(v, Floats), Vector)}; }
 };
 
 }  // namespace

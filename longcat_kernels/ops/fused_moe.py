@@ -127,6 +127,8 @@ def _check_optional(
     x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, residual_TD: Tensor | None, *main: Tensor | None
 ) -> None:
     _check_like("residual", residual_TD, x_TD, x_TD.dtype)
+    if (main[0] is None) != (main[1] is None):
+        raise ValueError("fused_moe: main_grads must be a pair of tensors, got one and None: leave out both or none")
     _check_like("main_grads", main[0], gate_up_EFD, torch.float32)
     _check_like("main_grads", main[1], down_EDF, torch.float32)
     for tensor in main:
