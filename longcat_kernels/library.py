@@ -84,7 +84,7 @@ def _refuse_tangents(name: str, values: Iterable[Any]) -> None:
             _refuse_tangents(name, value)
         elif isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
             raise NotImplementedError(
-                f"{name}: inputs must have no tangents, got a forward-mode derivative: take gradients backward, or call "
+                f"{name}: inputs must have no tangents, got a forward-mode derivative: go backward instead, or call "
                 f"the definition in longcat_kernels.reference.{name}"
             )
 
