@@ -1,4 +1,4 @@
-"""Image and sound files in and out, as tensors; every file is written whole or not at all."""
+"""Files in and out: images and sounds as tensors, JSON, directories; every file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,6 +132,20 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_writable(out: Path, command: str) -> None:
+    """Makes the directory where it is not there, before work whose results go into it.
+
+    Raises:
+        ValueError: it cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(f"{command}: out must be a directory that can be written to, got {out}: {error}") from error
 
 
 @contextmanager

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from counting import Calls
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from longcat_kernels import WeightGrads, defer_weight_grads, fused_moe, grouped_mm, ngram_embedding, rvq_decode
 from longcat_kernels.modules import DepthTransformer, MoE, Routed
@@ -129,20 +128,6 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "rvq_decode": Codewords,
     "depth": Depth,
 }
-
-
-class Calls(TorchDispatchMode):
-    """Counts what does the work: products, lookups, kernels of this package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if "longcat" in name or any(mark in name for mark in (".mm.", "addmm", "bmm", "embedding")):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from longcat_model.files import png, wav, write
+from longcat_model.files import make_writable, png, wav, write
 from longcat_model.generation.answers import Answer, Event, Painted
 from longcat_model.generation.converse import conversations_of, prepare
 from longcat_model.generation.settings import Settings
@@ -36,7 +35,7 @@ def answer(
     job = prepare(conversations, run, settings, seed=seed, roles=roles, directory=directory)
     print(f"memory: {job.memory}; conversations: {len(job.prompts)}", file=sys.stderr)
     job.check_memory(max_memory)
-    _ready(out)
+    make_writable(out, "generate")
     for number, answered in enumerate(job.run(listen=_tell if stream else None), 1):
         print(json.dumps(_written(number, answered, out)))
 
@@ -48,15 +47,6 @@ def _read(messages: Path) -> Any:
         raise ValueError(f"generate: messages must be a readable file, got {messages}: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"generate: messages must be JSON, got {messages}: {error}") from error
-
-
-def _ready(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"generate: out must be a directory that can be written to, got {out}: {error}") from error
 
 
 def _tell(event: Event) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from longcat_model.files import make_writable
 from longcat_model.pipeline import render
 from longcat_model.pipeline.bounds import lower_bound
 from longcat_model.pipeline.costs import Costs, uniform
@@ -131,12 +132,7 @@ def ready(out: Path) -> None:
     """
     import matplotlib  # noqa: F401
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(f"schedule: out must be a directory that can be written to, got {out}: {error}") from None
+    make_writable(out, "schedule")
 
 
 def write(found: Sequence[Line], out: Path) -> list[Path]:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import small
 import torch
+from counting import Calls
 from hypothesis import given, settings
 from hypothesis.strategies import data, integers, sampled_from
 from small import SCHEDULES, Toy
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from longcat_model.pipeline import runtime
 from longcat_model.pipeline.costs import uniform
@@ -311,20 +310,6 @@ def test_the_timeline_has_every_action_in_order() -> None:
     assert tuple(ran.action for ran in result.timeline) == schedule[0]
     times = [moment for ran in result.timeline for moment in (ran.start_s, ran.end_s)]
     assert times == sorted(times) and Action(0, Kind.F, 0) in schedule[0]
-
-
-class Calls(TorchDispatchMode):
-    """Counts what does the work: products, lookups, kernels of this package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if "longcat" in name or any(mark in name for mark in (".mm.", "addmm", "bmm", "embedding")):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_no_work_of_the_whole_model_is_done_twice() -> None:
