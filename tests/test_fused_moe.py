@@ -285,10 +285,11 @@ def test_any_size_and_any_strides(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_a_token_gets_the_same_bits_alone_and_in_any_company(dtype: torch.dtype) -> None:
-    """Experts of one row read weights as they lie, of many rows pack them: the sums must not know."""
-    a = {name: value.detach() for name, value in arguments(64, 50, 24, 3, 2, dtype=dtype).items()}
-    grad = torch.randn(64, 50, generator=torch.Generator().manual_seed(5)).to(dtype)
+@pytest.mark.parametrize("sizes", [(50, 24), (64, 48)], ids=["panels with gaps", "full panels"])
+def test_a_token_gets_the_same_bits_alone_and_in_any_company(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
+    """Experts of one row read weights as they lie; of many, pack them, full panels meanwhile: no sum may know."""
+    a = {name: value.detach() for name, value in arguments(64, *sizes, 3, 2, dtype=dtype).items()}
+    grad = torch.randn(64, sizes[0], generator=torch.Generator().manual_seed(5)).to(dtype)
 
     def run(rows: torch.Tensor) -> list[torch.Tensor]:
         own = {n: a[n][rows].requires_grad_(n != "ids") for n in ("x", "ids", "weights")}
@@ -316,12 +317,15 @@ def passes(a: dict[str, torch.Tensor], grad: torch.Tensor, isa: str, threads: in
 @pytest.mark.skipif(native.why_not() is not None, reason=f"fused_moe, cpu: {native.why_not()}")
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_every_instruction_set_is_exact_whatever_the_threads(isa: str, dtype: torch.dtype, poisoned: None) -> None:
+@pytest.mark.parametrize("sizes", [(75, 44), (64, 48)], ids=["panels with gaps", "full panels"])
+def test_every_instruction_set_is_exact_whatever_the_threads(
+    isa: str, dtype: torch.dtype, sizes: tuple[int, int], poisoned: None
+) -> None:
     if isa not in native.module().build_info()["isas_available"]:
         pytest.skip(f"fused_moe, cpu: this processor has no {isa}")
-    a = arguments(90, 75, 44, 5, 3, dtype=dtype)
+    a = arguments(90, *sizes, 5, 3, dtype=dtype)
     a["weights"] = a["weights"].detach().float().requires_grad_()
-    grad = torch.randn(90, 75, generator=torch.Generator().manual_seed(5)).to(dtype)
+    grad = torch.randn(90, sizes[0], generator=torch.Generator().manual_seed(5)).to(dtype)
     results = passes(a, grad, isa, 1)
     assert all(torch.equal(one, many) for one, many in zip(results, passes(a, grad, isa, 3), strict=True))
     for actual, wanted, allowed in zip(results, truth(a, grad), TOLERANCES[dtype], strict=True):

@@ -20,8 +20,8 @@ struct Activations {
 };
 
 // Gate and up projections of panels of one expert, and their activations.
-void up_share(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& plan, const Share& share,
-              const Room& room, const Activations* act) {
+void up_share(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& plan, const Share& share, Room& room,
+              const Activations* act) {
     const int64_t units = panel_units(kernels, p.dim), panels = swiglu_panels(kernels, p.width);
     const int64_t first_row = plan.offsets[size_t(share.group)], lanes = kernels.panel_columns / 2;
     const Left left{
@@ -29,10 +29,10 @@ void up_share(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& 
     const Lines lines{p.gate_up.data, p.dtype, p.gate_up.row_stride};
     const auto* packed = static_cast<const uint32_t*>(p.packed[0]);
     const auto panel = [&](int64_t at) {
-        const bool ends = at == panels && share.group + 1 < p.experts;
-        const int64_t expert = share.group + ends, i = ends ? 0 : std::min(at, panels - 1);
-        return Panel{matrix_lines(lines, p.gate_up.expert_stride, expert), swiglu_halves(kernels, p.width, i), false,
-                     packed == nullptr ? nullptr : packed + (expert * panels + i) * units};
+        const bool ends = at >= panels && share.group + 1 < p.experts;
+        const int64_t expert = share.group + ends, i = std::min(ends ? at - panels : at, panels - 1);
+        return Panel{matrix_lines(lines, p.gate_up.expert_stride, expert), swiglu_halves(kernels, p.width, i), p.dim,
+                     false, packed == nullptr ? nullptr : packed + (expert * panels + i) * units};
     };
     const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
     const auto take = [&](const Place& place, const float* tile) {
@@ -55,7 +55,7 @@ void up_share(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& 
 
 void up_pass(const FusedMoe& p, const GemmKernels& kernels, const RoutingPlan& plan, const Activations* act) {
     const auto left = [&](int64_t e) { return Left{plan.rows_of(e), p.dim, {}, false}; };
-    const auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), panel_units(kernels, p.dim));
+    auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), panel_units(kernels, p.dim));
     const auto parts = shares(p.experts, p.threads,
                               [&](int64_t e) { return plan.rows_of(e) == 0 ? 0 : swiglu_panels(kernels, p.width); });
     take_turns(p.threads, int64_t(parts.size()),

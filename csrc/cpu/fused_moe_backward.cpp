@@ -7,7 +7,7 @@ namespace {
 
 // Gradients of one expert's activations, in panels of hidden units, and what becomes of them.
 void activation_share(const FusedMoeInputGrad& p, const GemmKernels& kernels, const RoutingPlan& plan,
-                      const float* weights, const Share& share, const Room& room, float* by_weight) {
+                      const float* weights, const Share& share, Room& room, float* by_weight) {
     const int64_t first_row = plan.offsets[size_t(share.group)], columns = kernels.panel_columns;
     const int64_t panels = ceil_div(p.width, columns), size = bytes_of(p.dtype);
     const Left left{
@@ -16,7 +16,7 @@ void activation_share(const FusedMoeInputGrad& p, const GemmKernels& kernels, co
     const auto panel = [&](int64_t at) {
         const bool ends = at == panels && share.group + 1 < p.experts;
         const int64_t expert = share.group + ends, i = ends ? 0 : at;
-        return Panel{matrix_lines(lines, p.down.expert_stride, expert), halves_of(kernels, p.width, i), true};
+        return Panel{matrix_lines(lines, p.down.expert_stride, expert), halves_of(kernels, p.width, i), p.dim, true};
     };
     const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
     const auto take = [&](const Place& place, const float* tile) {
@@ -64,7 +64,7 @@ void outer_products(const GemmKernels& kernels, const FusedMoeWeightGrad& p, con
     const int64_t width = kernels.panel_columns, panels = ceil_div(columns, width), size = bytes_of(p.grad_dtype);
     int64_t depth = 0;
     for (int64_t e = 0; e < p.experts; ++e) depth = std::max(depth, plan.rows_of(e));
-    const auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), panel_units(kernels, depth));
+    auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), panel_units(kernels, depth));
     std::vector<Buffer<uint32_t>> more;
     for (int t = 0; t < p.threads; ++t) more.emplace_back(ceil_div(depth * panels * width, kernels.step));
     const auto parts =
@@ -74,7 +74,8 @@ void outer_products(const GemmKernels& kernels, const FusedMoeWeightGrad& p, con
         char* first = static_cast<char*>(out) + share.group * rows * columns * size;
         const Lines lines = right(share, more[size_t(t)].data());
         const auto panel = [&](int64_t at) {
-            return Panel{lines, halves_of(kernels, columns - share.first_panel * width, at - share.first_panel), true};
+            return Panel{lines, halves_of(kernels, columns - share.first_panel * width, at - share.first_panel),
+                         plan.rows_of(share.group), true};
         };
         const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
         const auto take = [&](const Place& place, const float* tile) {
@@ -130,7 +131,7 @@ void fused_moe_input_grad(const FusedMoeInputGrad& p) {
     const int64_t panels = ceil_div(p.width, kernels.panel_columns);
     const Buffer<float> by_weight(rows * panels);
     const auto left = [&](int64_t e) { return Left{plan.rows_of(e), p.dim, {}, false}; };
-    const auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), panel_units(kernels, p.dim));
+    auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), panel_units(kernels, p.dim));
     const auto parts = shares(p.experts, p.threads, [&](int64_t e) { return plan.rows_of(e) == 0 ? 0 : panels; });
     take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
         activation_share(p, kernels, plan, weights.data(), parts[size_t(i)], rooms[size_t(t)], by_weight.data());

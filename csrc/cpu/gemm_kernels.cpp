@@ -34,6 +34,11 @@ inline void load_transposed(const T* const (&line)[Lanes::kWidth], int64_t first
     transpose(units);
 }
 
+inline void load_piece(const char* line, int64_t stride, Lanes (&units)[4]) {
+    for (int c = 0; c < 4; ++c) units[c] = Lanes::load_units(reinterpret_cast<const uint32_t*>(line + c * stride));
+    transpose(units);
+}
+
 #include "gemm_kernels_body.h"
 
 }  // namespace
@@ -68,6 +73,20 @@ inline void load_transposed(const T* const (&line)[Lanes::kWidth], int64_t first
     for (int c = 0; c < Lanes::kWidth; ++c)
         units[c] = Lanes::load_units(reinterpret_cast<const uint32_t*>(line[c] + first));
     transpose(units);
+}
+
+inline void load_piece(const char* line, int64_t stride, Lanes (&units)[4]) {
+    __m256 lines[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        lines[i] = _mm256_loadu2_m128(reinterpret_cast<const float*>(line + (4 + i) * stride),
+                                      reinterpret_cast<const float*>(line + i * stride));
+    const __m256 low[2] = {_mm256_unpacklo_ps(lines[0], lines[1]), _mm256_unpacklo_ps(lines[2], lines[3])};
+    const __m256 high[2] = {_mm256_unpackhi_ps(lines[0], lines[1]), _mm256_unpackhi_ps(lines[2], lines[3])};
+    units[0].v = _mm256_shuffle_ps(low[0], low[1], 0x44);
+    units[1].v = _mm256_shuffle_ps(low[0], low[1], 0xee);
+    units[2].v = _mm256_shuffle_ps(high[0], high[1], 0x44);
+    units[3].v = _mm256_shuffle_ps(high[0], high[1], 0xee);
 }
 
 #include "gemm_kernels_body.h"
@@ -112,6 +131,27 @@ inline __attribute__((always_inline)) void load_transposed(const T* const (&line
     }
 }
 
+// Four units of sixteen lines.
+template <class L>
+inline __attribute__((always_inline)) void load_piece(const char* line, int64_t stride, L (&units)[4]) {
+    const auto load = [&](int i) __attribute__((always_inline)) {
+        return _mm_loadu_ps(reinterpret_cast<const float*>(line + i * stride));
+    };
+    __m512 lines[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        lines[i] = _mm512_mask_broadcast_f32x4(_mm512_castps128_ps512(load(i)), 0x00f0, load(4 + i));
+        lines[i] = _mm512_mask_broadcast_f32x4(lines[i], 0x0f00, load(8 + i));
+        lines[i] = _mm512_mask_broadcast_f32x4(lines[i], 0xf000, load(12 + i));
+    }
+    const __m512 low[2] = {_mm512_unpacklo_ps(lines[0], lines[1]), _mm512_unpacklo_ps(lines[2], lines[3])};
+    const __m512 high[2] = {_mm512_unpackhi_ps(lines[0], lines[1]), _mm512_unpackhi_ps(lines[2], lines[3])};
+    units[0].v = _mm512_shuffle_ps(low[0], low[1], 0x44);
+    units[1].v = _mm512_shuffle_ps(low[0], low[1], 0xee);
+    units[2].v = _mm512_shuffle_ps(high[0], high[1], 0x44);
+    units[3].v = _mm512_shuffle_ps(high[0], high[1], 0xee);
+}
+
 #include "gemm_kernels_body.h"
 
 }  // namespace
@@ -122,6 +162,7 @@ LC_TARGET_AVX512_BF16
 namespace avx512_bf16 {
 namespace {
 
+using avx512::load_piece;
 using avx512::load_transposed;
 using Floats = avx512::Lanes;
 inline void narrow(const float* from, BFloat16* to) {
@@ -137,6 +178,18 @@ inline void narrow_pairs(const float* one, const float* second, int64_t count, u
     __m512i pairs = narrowed(one);
     if (second != nullptr) pairs = _mm512_or_epi32(pairs, _mm512_slli_epi32(narrowed(second), 16));
     _mm512_mask_storeu_epi32(out, mask, pairs);
+}
+
+// 1 / (1 + 2^t), t = -x log2 e, to 2^-13: what becomes of it is rounded to bfloat16, or no better than such products.
+// 2^t is 2^floor(t) times a polynomial in t - floor(t), fitted to its relative error.
+inline Floats coarse_sigmoid(Floats x) {
+    const __m512 t = Floats::multiply(x, Floats::splat(-1.44269504f)).v;
+    const __m512 f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);
+    __m512 p = Floats::splat(1.35341519e-2f).v;
+#pragma GCC unroll 4
+    for (const float term : {5.20114936e-2f, 2.41442740e-1f, 6.93003833e-1f, 1.00000262f})
+        p = _mm512_fmadd_ps(p, f, Floats::splat(term).v);
+    return {{_mm512_rcp14_ps(_mm512_add_ps(_mm512_scalef_ps(p, t), Floats::splat(1.0f).v))}};
 }
 
 // Of float32: pairs of the rounded elements of each line.

@@ -49,6 +49,15 @@ struct Ahead {
     int64_t step, count;
 };
 
+// Or what it packs meanwhile: pieces [first, last) of the next panel, one every `every` units of its own depth. Piece i
+// is four units of depth of half i % 2 of the columns; as many bytes of the panel after that are asked for.
+struct Pieces {
+    const char *lines[2], *after[2];  // the first column of each half, in units; all are there
+    int64_t stride;                   // bytes from column to column
+    uint32_t* panel;
+    int64_t first, last, every;
+};
+
 // A tile of up and gate projections, and what becomes of it.
 struct SwigluTile {
     const float* tile;  // rows of a panel: gate | up
@@ -91,6 +100,10 @@ struct GemmKernels {
     // on.
     void (*product)(const TileRows& rows, const uint32_t* panel, int64_t units, const Ahead& ahead, float* out,
                     int64_t pitch, bool add);
+
+    // The same of rows row by row, which packs meanwhile.
+    void (*packing_product)(const TileRows& rows, const uint32_t* panel, int64_t units, const Pieces& pieces,
+                            float* out, int64_t pitch, bool add);
 
     // The same for at most `kFewRows` rows by row, and columns that are not packed.
     void (*stream)(const TileRows& rows, const Lines& lines, const Halves& halves, int64_t depth, float* out,

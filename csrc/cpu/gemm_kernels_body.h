@@ -199,62 +199,7 @@ static void stream(const TileRows& rows, const Lines& lines, const Halves& halve
     });
 }
 
-template <int kRows, bool kByDepth>
-static void product_tile(const uint32_t* rows, int64_t pitch, const uint32_t* panel, int64_t units, const Ahead& ahead,
-                         float* out, int64_t out_pitch, bool add) {
-    Lanes sums[kRows][2];
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = Lanes::splat(0);
-    if (add) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kRows; ++i) {
-            sums[i][0] = Lanes::load(out + i * out_pitch);
-            sums[i][1] = Lanes::load(out + i * out_pitch + kWidth);
-        }
-    }
-    // Three rows a pointer: more pointers than that do not fit the registers.
-    constexpr int kPointers = kByDepth ? 1 : (kRows + 2) / 3;
-    const uint32_t* at[kPointers];
-#pragma GCC unroll 4
-    for (int group = 0; group < kPointers; ++group) at[group] = rows + 3 * group * pitch;
-    const uint32_t* end = panel + units * kPanelColumns;
-    // Spread out evenly: a burst of requests would hold up the loads behind it.
-    const int64_t share = (ahead.count << 16) / std::max<int64_t>(units, 1);
-    int64_t asked = 0;
-    for (; panel != end; panel += kPanelColumns, asked += share) {
-        __builtin_prefetch(ahead.from + (asked >> 16) * ahead.step, 0, 2);
-        const Lanes columns[2] = {Lanes::load_units(panel), Lanes::load_units(panel + kWidth)};
-#pragma GCC unroll 16
-        for (int i = 0; i < kRows; ++i) {
-            const Lanes x = Lanes::splat_unit(kByDepth ? at[0] + i : at[i / 3] + (i % 3) * pitch);
-            sums[i][0] = Lanes::multiply_add(x, columns[0], sums[i][0]);
-            sums[i][1] = Lanes::multiply_add(x, columns[1], sums[i][1]);
-        }
-#pragma GCC unroll 4
-        for (int group = 0; group < kPointers; ++group) at[group] += kByDepth ? pitch : 1;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-        sums[i][0].store(out + i * out_pitch);
-        sums[i][1].store(out + i * out_pitch + kWidth);
-    }
-}
-
-using ProductTile = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, const Ahead&, float*, int64_t, bool);
-
-template <bool kByDepth, int... kLess>
-static ProductTile product_tile_of(int rows, std::integer_sequence<int, kLess...>) {
-    static constexpr ProductTile tiles[] = {product_tile<kLess + 1, kByDepth>...};
-    return tiles[rows - 1];
-}
-
-static void product(const TileRows& rows, const uint32_t* panel, int64_t units, const Ahead& ahead, float* out,
-                    int64_t pitch, bool add) {
-    constexpr auto counts = std::make_integer_sequence<int, kTileRows>{};
-    const ProductTile tile = rows.by_depth ? product_tile_of<true>(rows.count, counts)  //
-                                           : product_tile_of<false>(rows.count, counts);
-    tile(rows.units, rows.pitch, panel, units, ahead, out, pitch, add);
-}
+#include "gemm_product_body.h"
 
 static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t count, void* out, DType dtype,
                   int64_t pitch, bool add) {
@@ -279,6 +224,11 @@ static void store(const float* tile, int64_t tile_pitch, int64_t rows, int64_t c
 // is made of it is multiplied by x again. Step by step for all of them: one alone would wait for each of its steps.
 template <int kCount>
 static inline __attribute__((always_inline)) void sigmoids(const Floats (&x)[kCount], Floats (&result)[kCount]) {
+    if constexpr (kStep == 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i) result[i] = coarse_sigmoid(x[i]);
+        return;
+    }
     const auto splat = [](float value) { return Floats::splat(value); };
     const auto fused = [](Floats a, Floats b, Floats c) { return Floats::multiply_add(a, b, c); };
     const Floats magic = splat(12582912.0f), one = splat(1.0f);
@@ -460,6 +410,6 @@ static float dot(const void* a, const void* b, DType dtype, int64_t count) {
     return folded(sums);
 }
 
-const GemmKernels kKernels = {kTileRows,    kPanelColumns, kStep,        pack_rows,  pack_steps,
-                              pack_columns, product,       stream,       store,      swiglu,
-                              swiglu_grad,  activate,      weighted_sum, add_scaled, dot};
+const GemmKernels kKernels = {kTileRows, kPanelColumns,   kStep,      pack_rows, pack_steps, pack_columns,
+                              product,   packing_product, stream,     store,     swiglu,     swiglu_grad,
+                              activate,  weighted_sum,    add_scaled, dot};

@@ -18,11 +18,11 @@ Left left_of(const GroupedMM& p, const GroupedMM::Group& group) {
     return {group.rows, group.depth, lines_of(p, p.a, group.a), p.a.column_stride != 1};
 }
 
-void one_share(const GroupedMM& p, const GemmKernels& kernels, const Share& share, const Room& room) {
+void one_share(const GroupedMM& p, const GemmKernels& kernels, const Share& share, Room& room) {
     const GroupedMM::Group& group = p.groups[size_t(share.group)];
     const Lines lines = lines_of(p, p.b, group.b);
     const auto panel = [&](int64_t i) {
-        return Panel{lines, halves_of(kernels, group.columns, i), p.b.column_stride == 1};
+        return Panel{lines, halves_of(kernels, group.columns, i), group.depth, p.b.column_stride == 1};
     };
     const auto target = [](const Place&, float* tile, int64_t&) { return tile; };
     const auto take = [&](const Place& place, const float* tile) {
@@ -42,8 +42,8 @@ void grouped_mm(const GroupedMM& p) {
     int64_t depth = 0;
     for (const GroupedMM::Group& group : p.groups) depth = std::max(depth, group.depth);
     const auto left = [&](int64_t g) { return left_of(p, p.groups[size_t(g)]); };
-    const auto rooms = rooms_for(p.threads, most_block_units(kernels, groups, left),
-                                 ceil_div(depth, kernels.step) * kernels.panel_columns);
+    auto rooms = rooms_for(p.threads, most_block_units(kernels, groups, left),
+                           ceil_div(depth, kernels.step) * kernels.panel_columns);
     const auto parts = shares(groups, p.threads, [&](int64_t g) {
         const GroupedMM::Group& group = p.groups[size_t(g)];
         return group.rows == 0 ? 0 : ceil_div(group.columns, kernels.panel_columns);

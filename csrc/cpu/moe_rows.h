@@ -72,17 +72,17 @@ void multiply_and_combine(const GemmKernels& kernels, const MoeProduct& p, const
     const int64_t step = std::clamp<int64_t>(kProductFloats / std::max<int64_t>(1, rows * width), 1, panels);
     const int64_t pitch = step * width, units = panel_units(kernels, p.depth);
     const Buffer<float> y(rows * pitch);
-    const auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), units);
+    auto rooms = rooms_for(p.threads, most_block_units(kernels, p.experts, left), units);
     for (int64_t start = 0; start < panels; start += step) {
         const int64_t count = std::min(step, panels - start);
         const auto parts = shares(p.experts, p.threads, [&](int64_t e) { return p.plan.rows_of(e) == 0 ? 0 : count; });
         take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
             const Share& part = parts[size_t(i)];
             const auto panel = [&](int64_t at) {
-                const bool ends = at == count && part.group + 1 < p.experts;
-                const int64_t expert = part.group + ends, i = start + (ends ? 0 : std::min(at, count - 1));
-                return Panel{matrix_lines(p.matrix, p.expert_stride, expert), halves_of(kernels, p.dim, i), p.by_depth,
-                             p.packed == nullptr ? nullptr : p.packed + (expert * panels + i) * units};
+                const bool ends = at >= count && part.group + 1 < p.experts;
+                const int64_t expert = part.group + ends, i = start + std::min(ends ? at - count : at, count - 1);
+                return Panel{matrix_lines(p.matrix, p.expert_stride, expert), halves_of(kernels, p.dim, i), p.depth,
+                             p.by_depth, p.packed == nullptr ? nullptr : p.packed + (expert * panels + i) * units};
             };
             float* first = y.data() + p.plan.offsets[size_t(part.group)] * pitch;
             const auto target = [&](const Place& place, float*, int64_t& out_pitch) {

@@ -121,7 +121,7 @@ struct Sums {
 };
 
 void embed_span(const NgramEmbedding& p, const GemmKernels& kernels, const Block& block, int64_t first, int64_t last,
-                const Room& room, const Sums& sums) {
+                Room& room, const Sums& sums) {
     const int64_t width = kernels.panel_columns, pitch = kSpanPanels * width;
     for (int64_t at = first; at < last; ++at)
         for (size_t i = 0; i < p.tables.size(); ++i) {
@@ -129,7 +129,8 @@ void embed_span(const NgramEmbedding& p, const GemmKernels& kernels, const Block
                 const size_t table = (i + size_t(wanted > at)) % p.tables.size();
                 const auto& projection = p.tables[table].projection;
                 return Panel{{projection.data, p.dtype, projection.stride},
-                             halves_of(kernels, p.dim, table < i ? wanted : at)};
+                             halves_of(kernels, p.dim, table < i ? wanted : at),
+                             p.tables[table].rows.width};
             };
             const auto target = [&](const Place& place, float*, int64_t& out_pitch) {
                 out_pitch = pitch;
@@ -160,7 +161,7 @@ void embed(const NgramEmbedding& p) {
     const Buffer<uint32_t> units(most * row_units);
     int64_t deepest = 0;
     for (const Part& part : parts) deepest = std::max(deepest, part.units);
-    const auto rooms = rooms_for(p.threads, 0, deepest * kernels.panel_columns);
+    auto rooms = rooms_for(p.threads, 0, deepest * kernels.panel_columns);
     std::vector<Sums> sums;
     const int64_t columns = kSpanPanels * kernels.panel_columns;
     for (int t = 0; t < p.threads; ++t) sums.push_back({Buffer<float>(most * columns), Buffer<float>(columns)});

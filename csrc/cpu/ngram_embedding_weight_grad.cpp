@@ -41,8 +41,8 @@ class WeightGrad {
     template <class Target, class Take>
     void multiply_all(const Left& left, const Lines& lines, int64_t columns, const Target& target,
                       const Take& take) const {
-        const auto panel = [&](int64_t at) { return Panel{lines, halves_of(kernels, columns, at), true}; };
-        const auto rooms = rooms_for(p.threads, 0, ceil_div(left.depth, kernels.step) * kernels.panel_columns);
+        const auto panel = [&](int64_t at) { return Panel{lines, halves_of(kernels, columns, at), left.depth, true}; };
+        auto rooms = rooms_for(p.threads, 0, ceil_div(left.depth, kernels.step) * kernels.panel_columns);
         const auto parts = shares(1, p.threads, [&](int64_t) { return ceil_div(columns, kernels.panel_columns); });
         take_turns(p.threads, int64_t(parts.size()), [&](int t, int64_t i) {
             const Share& part = parts[size_t(i)];
