@@ -533,3 +533,14 @@ def test_refuses_forced_codes_that_no_level_has(code: int, level: int, message: 
     prefix[1, level] = code
     with pytest.raises(ValueError, match=f"depth_decode: prefix must be {message}"):
         depth_decode(hidden(3), longcat(), prefix=prefix)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_levels_that_are_all_given_have_no_logits(backend: str, levels: int) -> None:
+    classes, codes = (8, 6)[:levels], torch.tensor([[3, 1], [7, 5]])[:, :levels]
+    weights = longcat(classes, given=levels, ends=False)
+    decoded = depth_decode(hidden(2), weights, prefix=codes, logits=True, backend=backend)
+    summed = sum(table[codes[:, level]] for level, table in enumerate(weights.tables) if table is not None)
+    torch.testing.assert_close(decoded.embedding, summed)
+    assert decoded.codes.equal(codes) and decoded.logits.shape == (2, 0) and not decoded.logprobs.any()
+    assert depth_logits(weights, hidden(2), codes) == []
