@@ -304,6 +304,21 @@ def test_forced_levels_are_kept_and_leave_the_other_draws_alone(backend: str) ->
     assert (depth_decode(h, weights, seed=2, prefix=torch.full((8, 3), 2), backend=backend).codes == 2).all()
 
 
+@pytest.mark.parametrize(
+    "numbers", [DepthSampling(0.7), DepthSampling(0.7, 2, 0.9, 0.1), DepthSampling(1.0, order="joint")]
+)
+def test_where_only_the_end_is_possible_and_barred_nothing_is_drawn(backend: str, numbers: DepthSampling) -> None:
+    weights, h = longcat((4, 3)), hidden(3)
+    for bias in weights.head_biases:
+        assert bias is not None
+        bias[:-1] = -torch.inf
+    drawn = depth_decode(h, weights, numbers, backend=backend)
+    forced = depth_decode(h, weights, numbers, prefix=torch.ones(3, 2).long(), backend=backend)
+    assert not drawn.codes.any() and (forced.codes == 1).all()
+    for decoded in (drawn, forced):
+        assert (decoded.logprobs == -torch.inf).all() and (decoded.drawn_logprobs == -torch.inf).all()
+
+
 def test_logprobs_of_forced_codes_say_what_the_draw_would_have(backend: str) -> None:
     weights, h = longcat(), hidden(1).expand(5, -1)
     prefix = torch.arange(5)[:, None]

@@ -93,6 +93,15 @@ def test_rows_that_are_not_finite_are_lost_alone() -> None:
     assert_same_codes(inputs)
 
 
+def test_where_only_the_end_is_possible_and_barred_nothing_is_drawn() -> None:
+    inputs = arguments(
+        spec.Case(4, DepthConfig((5, 3), 8, 8, 0, 1, 1, 8, 8, ends=True), sampling=DepthSampling(0.7, 2))
+    )
+    for bias in inputs[1][-2:]:
+        bias[:-1] = -torch.inf
+    assert not assert_same_codes(inputs).any()
+
+
 @pytest.mark.parametrize("case", [next(case for case in SMALL if case.like == like) for like in ("moshi", "csm")])
 def test_a_rows_results_do_not_depend_on_others(case: Any) -> None:
     """To the last bit: alone, with one or four others, at any place, on one block or on four."""
