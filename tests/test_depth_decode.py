@@ -453,6 +453,19 @@ def test_an_empty_history_and_a_penalty_of_one_change_nothing(backend: str) -> N
             assert torch.equal(a, b)
 
 
+def test_orders_of_truncation_may_be_had_by_row_and_level(backend: str) -> None:
+    weights, h, is_joint = longcat(), hidden(64), torch.rand(64, 3) < 0.5
+    sampling, forced = DepthSampling(2.0, 3, 0.6), torch.ones(64, 3, dtype=torch.int64)
+
+    def logprobs(order: str | torch.Tensor) -> torch.Tensor:
+        numbers = replace(sampling, order=order)
+        return depth_decode(h, weights, numbers, prefix=forced, backend=backend).drawn_logprobs
+
+    joint, sequential = logprobs("joint"), logprobs("sequential")
+    assert torch.equal(logprobs(is_joint), torch.where(is_joint, joint, sequential))
+    assert ((joint != sequential).any(0) & is_joint.any(0) & ~is_joint.all(0)).all()
+
+
 # Prepared weights, tables of numbers, compilation
 
 
