@@ -493,6 +493,16 @@ def test_prepared_weights_follow_writes(backend: str) -> None:
         assert not prepared.is_current
 
 
+def test_prepared_weights_follow_moves(backend: str) -> None:
+    """To other memory, as optimizers and sharding make them, which no version counts."""
+    weights, h = longcat(), hidden(6)
+    prepared = PreparedDepth(weights).refresh()
+    weights.layers[0].up.data = weights.layers[0].up * -3
+    assert not prepared.is_current
+    for a, b in zip(depth_decode(h, prepared, backend=backend), depth_decode(h, weights, backend=backend), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_int8_is_a_rounding_of_each_row_by_itself() -> None:
     weights = longcat()
     prepared = PreparedDepth(weights, "int8")
@@ -510,6 +520,15 @@ def test_int8_is_a_rounding_of_each_row_by_itself() -> None:
         )
     with pytest.raises(ValueError, match="PreparedDepth: precision must be None or int8, got 'int4'"):
         PreparedDepth(weights, "int4")
+
+
+def test_int8_moves_logits_by_less_than_two_percent() -> None:
+    widths = {"hidden": 256, "dim": 256, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 64, "ffn": 512}
+    config = replace(longcat((257,) * 4).config, **widths)
+    weights, h, codes = weights_of(config, "longcat"), hidden(24, width=256), torch.randint(257, (24, 4))
+    rounded = PreparedDepth(weights, "int8").weights
+    for got, want in zip(depth_logits(rounded, h, codes), depth_logits(weights, h, codes), strict=True):
+        assert 0.005 < ((got - want).square().mean() / want.square().mean()).sqrt() < 0.02
 
 
 def test_one_compiled_graph_serves_every_step_seed_and_top_k() -> None:
