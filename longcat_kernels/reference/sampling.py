@@ -133,7 +133,7 @@ def draw(
     A kernel that follows this draws the same id from the same logits. It may screen in float32 if it proves which ids
     can still win and compares those in float64, and may sum e with a relative error of 2^-20: then only an id so near
     to top_p's threshold can differ. Where log sum exp c is not finite (NaN or infinity among them), the row is lost:
-    id 0 unless forced, NaN logprobs. Where it is but no y is, no id is kept: 0 unless forced, drawn_logprob -inf.
+    id 0 unless forced, NaN logprobs. Where only every y is -inf, no id is kept: 0 unless forced, drawn_logprob -inf.
 
     Args:
         logits_TV: float32 or float64.
