@@ -18,7 +18,7 @@ from longcat_kernels.ops.depth_decode import OP
 from longcat_kernels.reference import depth_decode as spec
 from longcat_kernels.reference._depth_cases import random_weights
 from longcat_kernels.reference.sampling import draw, gumbel, seen
-from longcat_kernels.testing import record
+from longcat_kernels.testing import CLOSE_DRAWS, record
 
 GREEDY = DepthSampling(temperature=0.0)
 WARM = DepthSampling(0.8, top_k=4, top_p=0.9)
@@ -192,10 +192,31 @@ def test_the_end_is_drawn_where_it_may_be_and_sums_to_nothing(backend: str, end:
     torch.testing.assert_close(decoded.embedding, summed.masked_fill(is_end.all(1, keepdim=True), 0))
 
 
+def test_a_last_level_without_a_table_changes_nothing_about_the_end(backend: str) -> None:
+    weights = longcat((2, 2))
+    first = weights.tables[0]
+    assert first is not None
+    decoded = depth_decode(
+        hidden(32), weights._replace(tables=[first, None]), DepthSampling(end="allow"), backend=backend
+    )
+    is_end = decoded.codes == 1
+    assert (is_end[:, 0] & ~is_end[:, 1]).any()
+    assert torch.equal(decoded.embedding, first[decoded.codes[:, 0]].masked_fill(is_end[:, :1], 0))
+
+
 def test_ends_may_be_had_by_row_and_level(backend: str) -> None:
     may_end = torch.tensor([[True, False, True], [False, False, False]]).repeat(32, 1)
     is_end = depth_decode(hidden(64), longcat((2, 2, 2)), DepthSampling(end=may_end), backend=backend).codes == 1
     assert not is_end[~may_end].any() and is_end[::2, 0].any() and is_end[::2, 2].any()
+
+
+def test_draws_are_decided_in_float64(backend: str) -> None:
+    config = DepthConfig((4,), hidden=8, dim=8, layers=0, heads=1, kv_heads=1, head_dim=8, ffn=8)
+    weights = weights_of(config, "csm")._replace(head_weights=[torch.zeros(4, 8)])
+    seeds = torch.tensor(CLOSE_DRAWS)
+    noise = gumbel(seeds, torch.zeros_like(seeds), [(0, 4)])[0]
+    decoded = depth_decode(hidden(len(seeds), width=8), weights, seed=seeds, backend=backend)
+    assert torch.equal(decoded.codes[:, 0], noise.argmax(1))
 
 
 # The distribution

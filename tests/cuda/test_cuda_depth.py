@@ -14,11 +14,13 @@ from longcat_kernels.ops import OPS
 from longcat_kernels.reference import depth_decode as spec
 from longcat_kernels.reference.depth_sampling import DepthSampling
 from longcat_kernels.reference.depth_weights import DepthConfig, DepthWeights
-from longcat_kernels.testing import assert_close, record
+from longcat_kernels.testing import CLOSE_DRAWS, assert_close, record
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="CUDA emulation: no C++ compiler")
 (OP,) = (op for op in OPS if op.name == "depth_decode")
-SMALL = [case for case in spec.EDGE if 0 < case.tokens <= 8]  # all that the kernel for few rows takes
+# "end" is drawn, and the last level has no table.
+ENDS = spec.Case(8, replace(spec.EDGE[0].config, classes=(2, 2)), "moshi", DepthSampling(end="allow"))
+SMALL = [*(case for case in spec.EDGE if 0 < case.tokens <= 8), ENDS]  # all that the kernel for few rows takes
 
 
 def arguments(case: Any, seed: int = 0) -> list[Any]:
@@ -67,6 +69,15 @@ def test_equals_the_truth(case: Any) -> None:
 def test_draws_what_the_definition_draws(numbers: DepthSampling, classes: int) -> None:
     codes_TL = assert_same_codes(arguments(sampler(classes, numbers, levels=3)))
     assert classes == 2 or codes_TL.unique().numel() > 8
+
+
+def test_draws_are_decided_in_float64() -> None:
+    for seeds in (CLOSE_DRAWS[:8], CLOSE_DRAWS[1:]):
+        inputs = arguments(sampler(4, DepthSampling()))
+        inputs[1][-2].zero_()  # the head
+        inputs[1][-1].zero_()  # its bias
+        inputs[4], inputs[5] = torch.tensor(seeds), torch.zeros(8, dtype=torch.int64)
+        assert_same_codes(inputs)
 
 
 @pytest.mark.parametrize(
