@@ -68,13 +68,14 @@ def build(kernel: Kernel, arch: int, folder: Path) -> Built:
     return look_at(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options), folder)
 
 
-def look_at(compiled: Any, folder: Path) -> Built:
-    """Disassembles what the compiler gave, in a folder for temporary files."""
+def look_at(compiled: Any, folder: Path, sass: bool = True) -> Built:
+    """What the compiler gave, by way of a folder for temporary files; to disassemble takes as long as to compile."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", cubin))
     assert found
-    return Built(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], _tool("nvdisasm", cubin))
+    code = _tool("nvdisasm", "-no-dataflow", "-print-code", cubin) if sass else ""
+    return Built(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], code)
 
 
 def _tool(name: str, *arguments: Any) -> str:
