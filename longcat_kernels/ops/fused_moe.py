@@ -54,7 +54,7 @@ def fused_moe(
         residual: [T, D] of x's dtype, added to the sum before it is rounded.
         save: what backward keeps besides its inputs: "h" the pre-activations of the real experts' rows in x's dtype
             (on the CPU as many rows as there are; elsewhere, and inside `torch.compile`, T * k), "x" nothing, and
-            computes them again.
+            computes them again, as it always is inside `torch.vmap`.
         main_grads: contiguous float32 [E, 2 F, D] and [E, D, F]: backward adds the gradients of gate_up and down to
             these, and gives none to gate_up and down themselves. Not inside `torch.compile`.
         prepared: the packed form of these very weights, for inference: spares every call the packing.
