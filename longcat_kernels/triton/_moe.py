@@ -124,7 +124,7 @@ def multiply_up(x_TD: Tensor, gate_up_EFD: Tensor, plan: Plan, hidden: Tensor | 
     halves = gate_up_EFD.unflatten(1, (2, width // 2)).flatten(0, 1).mT
     tile = plan.tile(x_TD.dtype, wide=256, parts=2)
     weights, constants = weights_of(halves, tile)
-    if tile.warps == 8 and not constants["DESCRIBED"]:  # pointers to twice 128 columns do not fit the registers
+    if tile.columns == 128 and not constants["DESCRIBED"]:  # pointers to twice 128 columns do not fit the registers
         tile = plan.tile(x_TD.dtype, wide=128, parts=2)
         weights, constants = weights_of(halves, tile)
     unused = x_TD if act is None else act
