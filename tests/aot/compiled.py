@@ -74,7 +74,7 @@ def look_at(compiled: Any, folder: Path, sass: bool = True) -> Built:
     cubin.write_bytes(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", cubin))
     assert found
-    code = _tool("nvdisasm", "-no-dataflow", "-print-code", cubin) if sass else ""
+    code = _tool("nvdisasm", "--no-dataflow", "--print-code", cubin) if sass else ""
     return Built(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], code)
 
 
