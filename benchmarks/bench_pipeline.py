@@ -36,7 +36,7 @@ from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.schedules.v import v_half, v_zb
 from longcat_model.pipeline.simulate import bubble, peak_bytes, simulate, unit_bytes
 from longcat_model.pipeline.transport import Distributed, InProcess, Transport
-from longcat_model.pipeline.validation import PostValidation, gradient_norms
+from longcat_model.pipeline.validation import Norms, PostValidation, gradient_norms
 from peers_pipeline import SCHEDULES, TorchPipeline
 from peers_schedules import torch_dualpipev, torch_zbv
 from pipeline_memory import memory
@@ -136,7 +136,7 @@ def post_validate_on_rank(rank: Rank, file: str, microbatches: int) -> None:
         runtime = our_runtime(schedule, placement, lambda stage: Sleeper(SHORT), end)
         own = {str(s): weight for s, stage in runtime.stages.items() for weight in parameters(stage)}
         optimizer = torch.optim.AdamW(own.values())
-        checks = PostValidation(end, optimizer, own, [], lambda norms: torch.stack(list(norms.values())).norm())
+        checks = PostValidation(end, optimizer, own, [], total_norm)
         ways = {
             "waits, s": partial(step_and_wait, runtime, batch, optimizer, own),
             "goes on, s": partial(step_and_go_on, runtime, batch, optimizer, checks),
@@ -159,6 +159,10 @@ def step_and_go_on(runtime: Runtime, batch: list[Tensor], optimizer: Optimizer, 
     checks.begin(1.0)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def total_norm(everyone: Norms) -> Tensor:
+    return torch.stack([norm for devices in everyone for norms in devices for norm in norms.values()]).norm()
 
 
 def repeat(work: Callable[[], Any], times: int) -> None:

@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from longcat_kernels.deferred_rules import BmmRule, EmbeddingRule, LayerNormRule, LinearRule, ScaleRule
 
-TOGETHER = 1 << 20  # numbers: gradients go to autograd by so many, as each call of it costs as much as a small product
+TOGETHER = 1 << 16  # numbers, fewer than a cache holds: gradients go to autograd by so many, each call of which costs
 
 _CURRENT: ContextVar[WeightGrads | None] = ContextVar("weight_grads", default=None)
 

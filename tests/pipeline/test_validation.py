@@ -21,7 +21,7 @@ from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.split import Microbatch
 from longcat_model.pipeline.transport import InProcess
-from longcat_model.pipeline.validation import PostValidation, Snapshot
+from longcat_model.pipeline.validation import Norms, PostValidation, Snapshot
 from longcat_model.sequence import Batch, pack
 from longcat_model.training import loop
 from longcat_model.training.loop import Row, train
@@ -118,6 +118,10 @@ def test_a_snapshot_gives_every_bit_back() -> None:
                 assert len(state()) == kept and all(map(torch.equal, state(), before))
 
 
+def total_norm(everyone: Norms) -> Tensor:
+    return torch.stack([norm for devices in everyone for norms in devices for norm in norms.values()]).norm()
+
+
 def test_the_next_step_begins_before_the_norm_is_known() -> None:
     """Device 1 tells nothing of its first step until device 0 has begun with the second."""
     schedule, placement, ends = lower(v_half(2, 4), v_placement(2), 4), v_placement(2), InProcess.connect(2, 20.0)
@@ -134,9 +138,7 @@ def test_the_next_step_begins_before_the_norm_is_known() -> None:
         }
         own, weights = Runtime(schedule, placement, toys, ends[device]), {str(s): toy.weight for s, toy in toys.items()}
         optimizer = torch.optim.AdamW(weights.values())
-        steps = PostValidation(
-            ends[device], optimizer, weights, [], lambda norms: torch.stack(list(norms.values())).norm()
-        )
+        steps = PostValidation(ends[device], optimizer, weights, [], total_norm)
         for step in range(2):
             own.step(range(4), lambda: not steps.is_open or steps.settle()[1])
             if (device, step) == (1, 0):
