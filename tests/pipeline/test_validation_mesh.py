@@ -1,4 +1,4 @@
-"""Steps that do not wait for the norm, with replicas and shared experts: the bits of a mesh that waits, on every rank."""
+"""Steps that do not wait for the norm, with replicas and shared experts: the bits of a mesh that does."""
 
 from __future__ import annotations
 
