@@ -23,6 +23,8 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from longcat_model.pipeline.ir import Action, counterpart
 from longcat_model.pipeline.stage import Border
 
+TIMEOUT_S = 600.0  # the longest that ranks of a job wait for each other
+
 
 class PipelineError(ConnectionError):
     """A transfer did not happen: a device was lost, hangs or failed."""
@@ -228,7 +230,7 @@ class Distributed:
         pipelines: Sequence[Sequence[int]] | None = None,
         *,
         store: Store | None = None,
-        timeout_s: float = 600.0,
+        timeout_s: float = TIMEOUT_S,
     ) -> Distributed | None:
         """Every rank of the job calls this together; gives its end, or None if it is in none of the pipelines.
 
@@ -253,7 +255,11 @@ class Distributed:
     def send(self, tensor: Tensor, to: int, action: Action) -> None:
         group = self._up if to > self.device else self._down
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, self.ranks[to], group=group, tag=self._tag(counterpart(action)))
+        try:
+            work = dist.isend(tensor, self.ranks[to], group=group, tag=self._tag(counterpart(action)))
+        except RuntimeError as error:
+            what = f"device {self.device}, {action} (microbatch {action.microbatch}) to device {to}"
+            raise PipelineError(f"pipeline: {what} stopped: {self._reason(error)}") from error
         # gloo tells that a send is done only to who waits for it, and until then the tensor must live.
         self._sent.put((work, tensor))
 
@@ -297,7 +303,8 @@ class Distributed:
     def fail(self, error: BaseException | None) -> None:
         if self._store is not None:
             # The first one's word stays: what others say follows from it.
-            self._store.compare_set("failure", "", f"device {self.device} failed: {error}")
+            who = f"device {self.device} (rank {dist.get_rank()})"
+            self._store.compare_set("failure", "", f"{who} failed: {error}")
 
     def close(self) -> None:
         """Waits until all that was sent has arrived."""

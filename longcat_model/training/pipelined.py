@@ -24,7 +24,7 @@ from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.parts import Parts, Saved
 from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.split import Microbatch, ModelStage, Report, split, tied
-from longcat_model.pipeline.transport import Distributed, Transport
+from longcat_model.pipeline.transport import Distributed, PipelineError, Transport
 from longcat_model.pipeline.validation import Norms, gradient_norms
 from longcat_model.sequence import Batch
 from longcat_model.training.checkpoint import Checkpoints, Spread
@@ -292,7 +292,11 @@ class _Training:
         trained = self.make(parts.model)
         spread = dict if shards is None else shards.spread
         engine = self.engine(trained, plan, transport, self.weights, groups, group, spread)
-        train(trained, self.directory, seed=self.seed, save_every=self.save_every, engine=engine)
+        try:
+            train(trained, self.directory, seed=self.seed, save_every=self.save_every, engine=engine)
+        except PipelineError as error:  # between two steps of the runtime, which tells of its own
+            transport.fail(error)
+            raise
         transport.close()
 
     def _plan(self, rank: Rank, group: Any) -> Plan:

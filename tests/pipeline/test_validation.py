@@ -6,12 +6,15 @@ import math
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small
 import torch
 from torch import Tensor, nn
 
+from longcat_model import presets
+from longcat_model.cli import main
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.costs import uniform
 from longcat_model.pipeline.ir import RECEIVES, SENDS, Action, Kind, counterpart, parse, v_placement
@@ -23,7 +26,8 @@ from longcat_model.pipeline.split import Microbatch
 from longcat_model.pipeline.transport import InProcess
 from longcat_model.pipeline.validation import Norms, PostValidation, Snapshot
 from longcat_model.sequence import Batch, pack
-from longcat_model.training import loop
+from longcat_model.system import System
+from longcat_model.training import finetune, loop
 from longcat_model.training.loop import Row, train
 from longcat_model.training.model_stages import joint
 from longcat_model.training.optim import adamw
@@ -227,6 +231,26 @@ def test_some_steps_are_taken_back_and_others_stand(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(loop, "CLIP_NORM", most)
     clipped = [norm > most for norm in compare(tmp_path, devices=1)]
     assert any(clipped) and not all(clipped)
+
+
+def test_the_command_line_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines: list[type[Pipelined]] = []
+
+    def note(*arguments: Any, engine: type[Pipelined], **others: Any) -> bool:
+        engines.append(engine)
+        return False
+
+    monkeypatch.setattr(finetune, "train_pipelined", note)
+    System.create(presets.tiny()).save(tmp_path / "run")
+    data = tmp_path / "data.jsonl"
+    data.write_text('[{"text": "good", "loss": true}]\n' * 8)
+    command = ["train", str(data), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert main([*command, "--pipeline", "2", "--post-validation"]) == main([*command, "--pipeline", "2"]) == 0
+    assert engines == [PostValidated, Pipelined]
+    assert main([*command, "--post-validation"]) == 2
+    assert "train: post-validation must have several processes (--pipeline), got 1" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_training_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
