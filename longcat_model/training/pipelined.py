@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,17 +199,16 @@ class Pipelined:
         Every rank computes it from the same values, of all replicas, so that all agree to the bit, and a gradient that
         is not finite on one rank alone is so for all.
         """
-        found = [dict(pair for norms in replica for pair in norms.items()) for replica in everyone]
+        found: dict[str, list[Tensor]] = {}
+        for norms in chain(*everyone):
+            for name, norm in norms.items():
+                found.setdefault(name, []).append(norm)
         names = {weight: name for name, weight in self.model.named_parameters()}
-        ordered = [
-            self._over_replicas(name, [norms[name] for norms in found if name in norms])
-            for weight in self.learning
-            if any((name := names[weight]) in norms for norms in found)
-        ]
-        return torch.linalg.vector_norm(torch.stack(ordered))
+        learning = [names[weight] for weight in self.learning if names[weight] in found]
+        return torch.linalg.vector_norm(torch.stack([self._over_replicas(name, found[name]) for name in learning]))
 
     def _over_replicas(self, name: str, norms: list[Tensor]) -> Tensor:
-        """The norm of a gradient that all replicas have, or each its part of; not a number where one is not."""
+        """The norm of a gradient that all replicas have, or each its part of; not finite where one of them is not."""
         shards = self.groups.experts.count if self._is_shared(name) else 1
         most = torch.stack(norms).view(-1, shards).amax(0)  # those with the same part have the same norm
         return torch.linalg.vector_norm(most) if shards > 1 else most[0]
