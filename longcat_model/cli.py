@@ -117,6 +117,9 @@ class Train:
     """How many such pipelines train together, each on a part of every batch."""
     expert_parallel: int = 1
     """How many of those share their experts out, each having a part of them."""
+    post_validation: bool = False
+    """Processes do not wait for the gradient's norm at the end of a step; one that had to be clipped is taken back and
+    done again, to the same bits. Pays where waiting is long and few steps are clipped, and takes more memory."""
 
     def __call__(self) -> None:
         from longcat_model.training import finetune
@@ -135,6 +138,7 @@ class Train:
             ),
             Mesh(pipeline=self.pipeline, data=self.data_parallel, experts=self.expert_parallel),
             workers=self.workers,
+            post_validation=self.post_validation,
         )
 
 

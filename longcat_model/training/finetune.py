@@ -27,7 +27,8 @@ from longcat_model.system import System, read_sizes
 from longcat_model.training.loop import Stage, train
 from longcat_model.training.mesh import Mesh
 from longcat_model.training.model_stages import joint
-from longcat_model.training.pipelined import train_pipelined
+from longcat_model.training.pipelined import Pipelined, train_pipelined
+from longcat_model.training.post_validated import PostValidated
 
 SAVE_EVERY = 50  # steps
 
@@ -43,13 +44,23 @@ class Settings:
     seed: int  # of the order of the documents
 
 
-def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh: Mesh, *, workers: int = 0) -> None:
+def run(
+    data: Path,
+    system_directory: Path,
+    out: Path,
+    settings: Settings,
+    mesh: Mesh,
+    *,
+    workers: int = 0,
+    post_validation: bool = False,
+) -> None:
     """Trains and writes the new system to `out`, with checkpoints and metrics beside it; a rerun goes on.
 
     Args:
         data: shards that `tokenize` wrote, or JSON lines, which are tokenized into `out/data` first.
         mesh: processes that train together; a rerun may have more or fewer.
         workers: processes that tokenize, and that prepare batches in every rank; 0: none but those that train.
+        post_validation: processes do not wait for the gradient's norm (`PostValidated`): the same weights.
 
     Raises:
         ValueError: no system, documents that cannot be used (the message names file and line), an `out` that holds
@@ -61,6 +72,8 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh:
             f"train: steps, rows, row_length and learning_rate must be positive, got {settings}; workers at least 0, "
             f"got {workers}"
         )
+    if post_validation and mesh.ranks == 1:
+        raise ValueError("train: post-validation must have several processes (--pipeline), got 1")
     check_ranks(mesh.ranks)
     sizes = read_sizes(system_directory)
     shards = _shards(data, system_directory, out, settings, workers)
@@ -70,7 +83,8 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh:
         make = partial(_stage, batches=batches, settings=settings)
         if mesh.ranks > 1:
             saved = Saved(sizes, system_directory / "model.safetensors")
-            if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
+            engine = PostValidated if post_validation else Pipelined
+            if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY, engine=engine):
                 return
         system = System.load(system_directory)
         metrics = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)

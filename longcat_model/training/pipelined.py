@@ -7,9 +7,10 @@ checkpoint holds does not depend on how many ranks wrote it, so a run may go on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,8 @@ from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.parts import Parts, Saved
 from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.split import Microbatch, ModelStage, Report, split, tied
-from longcat_model.pipeline.transport import Distributed, Transport
-from longcat_model.pipeline.validation import gradient_norms
+from longcat_model.pipeline.transport import Distributed, PipelineError, Transport
+from longcat_model.pipeline.validation import Norms, gradient_norms
 from longcat_model.sequence import Batch
 from longcat_model.training.checkpoint import Checkpoints, Spread
 from longcat_model.training.loop import Row, Stage, prefixed, train
@@ -114,19 +115,25 @@ class Pipelined:
         return self.own
 
     def backward(self, batch: Batch) -> Row:
-        parts = cut(batch.to(self._device), self.plan.microbatches * self.replicas.count)
+        parts = self._parts(batch)
         used = None if self.balancer is None else self.balancer.use()
         totals, own = Totals.of(parts), self.replicas.share(parts)
         runtime, order = self._runtime(len(own))
         result = runtime.step([Microbatch(part, totals, used) for part in own])
-        runtime.share_tied(len(own))
-        self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
-        everyone = self._gathered(told(result, memory_bytes(self._device)))
-        self._count(everyone)
+        self._share_tied(runtime, len(own))
+        everyone: list[list[Told]] = self._gathered(told(result, memory_bytes(self._device)))
+        self._count([replica[self.transport.device] for replica in everyone])
         row = self._row(everyone, totals)
-        for replicas in (self.replicas, self.groups.same):
-            replicas.finish()
+        self._finish_adding_up()
         return row | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        return cut(batch.to(self._device), self.plan.microbatches * self.replicas.count)
+
+    def _share_tied(self, runtime: Runtime, number: int) -> None:
+        """See `Runtime.share_tied`; replicas add up the sums."""
+        runtime.share_tied(number)
+        self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
 
     def _runtime(self, microbatches: int) -> tuple[Runtime, Order]:
         if microbatches not in self._runtimes:
@@ -150,10 +157,13 @@ class Pipelined:
     def _is_tied(self, weight: Tensor) -> bool:
         return any(weight is one for one in self._tied.parameters)
 
-    def _gathered(self, mine: Told) -> list[list[Told]]:
-        """What every device of every replica has to tell."""
-        found: list[list[Told]] = self.replicas.gather(self.transport.gather(mine))
-        return found
+    def _finish_adding_up(self) -> None:
+        for replicas in (self.replicas, self.groups.same):
+            replicas.finish()
+
+    def _gathered(self, value: Any) -> list[list[Any]]:
+        """Every device's value of every replica."""
+        return self.replicas.gather(self.transport.gather(value))
 
     def _row(self, everyone: list[list[Told]], totals: Totals) -> Row:
         """Loss and metrics of the global batch, as `loss` has them."""
@@ -170,33 +180,38 @@ class Pipelined:
         bubble = 1 - sum(one.busy_s for one in ranks) / len(ranks) / max(one.step_s for one in ranks)
         return row | {"bubble": bubble, "memory_bytes": max(one.memory_bytes for one in ranks)}
 
-    def _count(self, everyone: list[list[Told]]) -> None:
-        """Choices of all replicas go to the balancer, for the layers of this device."""
+    def _count(self, replicas: Sequence[Told]) -> None:
+        """Choices on this device of all replicas go to the balancer."""
         if self.balancer is not None:
-            for replica in everyone:
-                for report in replica[self.transport.device].reports.values():
+            for one in replicas:
+                for report in one.reports.values():
                     for layer, counts in report.choices.items():
                         self.balancer.add(layer, counts)
 
     def clip(self, most: float, optimizer: torch.optim.Optimizer) -> float:
-        norms = gradient_norms(self.own)
-        norms |= self._over_shards({name: norm for name, norm in norms.items() if self._is_shared(name)})
-        norm = self._norm({name: norm for found in self.transport.gather(norms) for name, norm in found.items()})
+        norm = self._norm(self._gathered(gradient_norms(self.own)))
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
         return float(norm)
 
-    def _norm(self, everyone: Mapping[str, Tensor]) -> Tensor:
-        """Of all gradients together, from the norm of each: the very sum that one process makes."""
-        names = {weight: name for name, weight in self.model.named_parameters()}
-        ordered = [everyone[names[weight]] for weight in self.learning if names[weight] in everyone]
-        return torch.linalg.vector_norm(torch.stack(ordered))
+    def _norm(self, everyone: Norms) -> Tensor:
+        """Of all gradients together, from the norm of each on every device: the very sum that one process makes.
 
-    def _over_shards(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Norms of this rank's experts as those of all experts."""
-        if self.groups.experts.count == 1:
-            return {}
-        everyone = self.groups.experts.gather(norms)
-        return {name: torch.linalg.vector_norm(torch.stack([found[name] for found in everyone])) for name in norms}
+        Every rank computes it from the same values, of all replicas, so that all agree to the bit, and a gradient that
+        is not finite on one rank alone is so for all.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for norms in chain(*everyone):
+            for name, norm in norms.items():
+                found.setdefault(name, []).append(norm)
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        learning = [names[weight] for weight in self.learning if names[weight] in found]
+        return torch.linalg.vector_norm(torch.stack([self._over_replicas(name, found[name]) for name in learning]))
+
+    def _over_replicas(self, name: str, norms: list[Tensor]) -> Tensor:
+        """The norm of a gradient that all replicas have, or each its part of; not finite where one of them is not."""
+        shards = self.groups.experts.count if self._is_shared(name) else 1
+        most = torch.stack(norms).view(-1, shards).amax(0)  # those with the same part have the same norm
+        return torch.linalg.vector_norm(most) if shards > 1 else most[0]
 
     def after_step(self, step: int) -> None:
         if self.balancer is not None:
@@ -277,7 +292,11 @@ class _Training:
         trained = self.make(parts.model)
         spread = dict if shards is None else shards.spread
         engine = self.engine(trained, plan, transport, self.weights, groups, group, spread)
-        train(trained, self.directory, seed=self.seed, save_every=self.save_every, engine=engine)
+        try:
+            train(trained, self.directory, seed=self.seed, save_every=self.save_every, engine=engine)
+        except PipelineError as error:  # between two steps of the runtime, which tells of its own
+            transport.fail(error)
+            raise
         transport.close()
 
     def _plan(self, rank: Rank, group: Any) -> Plan:

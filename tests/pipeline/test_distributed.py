@@ -44,7 +44,7 @@ def run_step(whole: LongcatNext, own: Runtime, end: Distributed, kind: str) -> N
     told = end.announce((kind, end.device))
 
     def stands() -> bool:
-        assert told() == [(kind, device) for device in range(end.devices)]
+        assert told() == [[(kind, device) for device in range(end.devices)]]
         if kind != "mixed":
             whole.zero_grad()
         return kind == "mixed"

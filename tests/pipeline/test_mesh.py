@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 import small
 import torch
+import torch.distributed as dist
 
 from longcat_model.model import LongcatNext
+from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.parts import Saved
+from longcat_model.pipeline.transport import PipelineError
 from longcat_model.sequence import IGNORE, NONE, Batch, pack
 from longcat_model.training import checkpoint
 from longcat_model.training.checkpoint import PARTIAL
@@ -115,6 +119,23 @@ def test_replicas_share_microbatches_in_order_and_equally() -> None:
         list(map(id, parts[2:4])),
     ]
     assert shares[2][0] is parts[4] and bool((shares[2][1].inputs.documents == -1).all())
+
+
+def wait_in_vain(rank: Rank, folder: str) -> None:
+    group, said, began = dist.new_group(), Path(folder, "said"), time.monotonic()
+    if rank.rank == 0:
+        with pytest.raises(PipelineError) as error:
+            Replicas(group, timeout_s=1).gather(0)
+        said.write_text(str(error.value))
+    while not said.exists() and time.monotonic() < began + 30:
+        time.sleep(0.05)
+    assert time.monotonic() < began + 30
+
+
+def test_replicas_do_not_wait_forever(tmp_path: Path) -> None:
+    launch(2, wait_in_vain, str(tmp_path))
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("pipeline: rank 0, gathering with its data-parallel replicas, ranks [1], stopped: ")
 
 
 def test_padding_reads_and_predicts_nothing() -> None:
