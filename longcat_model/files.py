@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
 import secrets
 import tempfile
@@ -19,11 +20,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 
-def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
+def read_image(path: Path, cell: int, height: int | None = None, *, pixels: tuple[int, int] | None = None) -> Tensor:
     """RGB [3, H, W] in [0, 1], transparent parts white, sides resampled (bicubic) to the nearest multiple of `cell`.
 
     Args:
         height: pixels that the picture is scaled to first, in proportion; None: it keeps its size.
+        pixels: least and most of the result; a smaller or larger picture is scaled in proportion.
 
     Raises:
         ValueError: the file is missing or no image.
@@ -37,9 +39,22 @@ def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
         raise ValueError(f"image: path must name a readable image, got {path}: {error}") from error
     scale = 1 if height is None else height / picture.height
     wide, high = (max(cell, round(side * scale / cell) * cell) for side in picture.size)
+    if pixels is not None:
+        wide, high = _within(pixels, cell, picture.size, (wide, high))
     if picture.size != (wide, high):
         picture = picture.resize((wide, high), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
+
+
+def _within(pixels: tuple[int, int], cell: int, size: tuple[int, int], rounded: tuple[int, int]) -> tuple[int, int]:
+    """The sides `rounded`, or those that the picture of `size` gets to have so many pixels: Qwen2-VL's rule."""
+    least, most = pixels
+    if least <= rounded[0] * rounded[1] <= most:
+        return rounded
+    too_many = rounded[0] * rounded[1] > most
+    scale = math.sqrt((most if too_many else least) / (size[0] * size[1])) / cell
+    wide, high = (max(cell, (math.floor if too_many else math.ceil)(side * scale) * cell) for side in size)
+    return wide, high
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

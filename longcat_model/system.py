@@ -16,7 +16,7 @@ from torch import nn
 from longcat_model import config, files
 from longcat_model.model import LongcatNext
 from longcat_model.tokenizers.audio import AudioTokenizer
-from longcat_model.tokenizers.text import ByteTokenizer
+from longcat_model.tokenizers.text import ByteTokenizer, TextTokenizer
 from longcat_model.tokenizers.vision import VisionTokenizer
 
 
@@ -28,7 +28,9 @@ class System:
     model: LongcatNext
     vision: VisionTokenizer
     audio: AudioTokenizer
-    text: ByteTokenizer
+    text: TextTokenizer
+    pixels: tuple[int, int] | None = None  # least and most that an image is scaled to before it is seen; None: any
+    lacks: tuple[str, ...] = ()  # files of decoders that a released checkpoint came without
 
     @classmethod
     def create(cls, sizes: config.Model) -> System:

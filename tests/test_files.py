@@ -125,3 +125,16 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "lock")], check=False).returncode == -9
     with locked(tmp_path / "lock"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((30, 20), (280, 196)), ((5000, 2500), (2520, 1260)), ((300, 250), (308, 252)), ((1, 20_000), (28, 19_992))],
+)
+def test_pictures_are_scaled_into_their_limits(
+    tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    """As transformers' `smart_resize` of Qwen2-VL, whose processor the released model has."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    _, high, wide = read_image(tmp_path / "a.png", 28, pixels=(50_176, 3_211_264)).shape
+    assert (wide, high) == expected
