@@ -77,7 +77,7 @@ def read_speech(path: Path, rate: int) -> Tensor:
     """Mono float32 [samples] at `rate` Hz.
 
     Raises:
-        ValueError: the file is missing, no sound, or silent, or holds samples that are not finite.
+        ValueError: the file is missing, no sound, truncated, or silent, or holds samples that are not finite.
     """
     import soundfile  # here, because images and checkpoints do without it
 
@@ -85,6 +85,8 @@ def read_speech(path: Path, rate: int) -> Tensor:
         samples, found = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise ValueError(f"speech: path must name a readable sound file, got {path}: {error}") from error
+    if _is_cut_off(path):  # libsndfile reads what there is
+        raise ValueError(f"speech: path must name a whole sound file, got a truncated one: {path}")
     waveform = samples.mean(axis=1)
     if not np.isfinite(waveform).all():
         raise ValueError(f"speech: path must name a file of finite samples, got others in {path}")
@@ -95,6 +97,13 @@ def read_speech(path: Path, rate: int) -> Tensor:
 
         waveform = librosa.resample(waveform, orig_sr=found, target_sr=rate)
     return torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a WAV file is shorter than its header says. Programs that write to a pipe say about 2^31 or 2^32."""
+    with path.open("rb") as file:
+        kind, size = file.read(4), int.from_bytes(file.read(4), "little")
+    return kind == b"RIFF" and path.stat().st_size < 8 + size < 2**31 - 2**16
 
 
 def wav(waveform: Tensor, rate: int) -> bytes:
