@@ -15,6 +15,7 @@ from torch import nn
 
 from longcat_model import config, files
 from longcat_model.model import LongcatNext
+from longcat_model.released.checkpoint import INDEX
 from longcat_model.tokenizers.audio import AudioTokenizer
 from longcat_model.tokenizers.text import ByteTokenizer, TextTokenizer
 from longcat_model.tokenizers.vision import VisionTokenizer
@@ -87,9 +88,13 @@ def read_sizes(directory: Path) -> config.Model:
     """The config of a system.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, or it is damaged, or of a released checkpoint.
     """
     path = directory / "config.json"
+    if (directory / INDEX).is_file():
+        raise ValueError(
+            f"system: {directory} is a released checkpoint: generate --messages and inspect alone take one"
+        )
     if not path.is_file():
         raise ValueError(f"system: {directory} must hold a trained system, but has no config.json; run `longcat demo`")
     try:

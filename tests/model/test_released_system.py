@@ -76,6 +76,11 @@ def test_the_command_takes_its_directory(whole: Path, tmp_path: Path, capsys: py
     assert soundfile.info(tmp_path / "out" / "1-1.wav").samplerate == 24_000
 
 
+def test_other_commands_say_that_they_do_not_take_it(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "see", "a.png", "--run", str(whole)]) == 2
+    assert "is a released checkpoint: generate --messages and inspect alone take one" in capsys.readouterr().err
+
+
 def test_without_a_decoder_its_answers_are_refused_before_any_work(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copy / system.IMAGE_DECODER).unlink(), (copy / system.VOCODER).unlink()
     loaded = system.load_system(copy, progress=False)
