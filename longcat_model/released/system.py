@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -83,9 +84,14 @@ def load_system(
 
 
 def placement_here(sizes: Sizes) -> Placement:
-    """By `plan` for what is free on this machine's GPUs; without one, all on the CPU but the mapped tables."""
+    """By `plan` for what is free on this machine's GPUs; without one, all on the CPU but the mapped tables.
+
+    Tokenizers stay together with their decoders, on the host where no GPU has room for both.
+    """
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    return plan(sizes, {f"cuda:{i}": torch.cuda.mem_get_info(i)[0] for i in gpus}).placement
+    found = plan(sizes, {f"cuda:{i}": torch.cuda.mem_get_info(i)[0] for i in gpus})
+    vision = found.together("vision tokenizer", "pixel decoder", "image refiner")
+    return replace(found.placement, vision=vision, audio=found.together("audio tokenizer", "vocoder"))
 
 
 def _text(directory: Path, sizes: Sizes) -> PretrainedTokenizer:

@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import longcat_model
+from longcat_model import presets
 from longcat_model.cli import main
 from longcat_model.generation import Painted, Settings, Spoken
 from longcat_model.model import LongcatNext
 from longcat_model.released import checkpoint, system
 from longcat_model.released.plan import H200, plan
-from longcat_model.released.sizes import shrunk
+from longcat_model.released.sizes import Sizes, shrunk
 from longcat_model.released.tokenizers import image_decoders
 from longcat_model.released.vocoder import Vocoder
 
@@ -117,10 +118,15 @@ def test_files_that_do_not_fit_are_named(copy: Path) -> None:
 
 def test_parts_go_where_the_plan_says_for_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     assert system.placement_here(shrunk()) == plan(shrunk(), {}).placement
+    released = Sizes(model=presets.longcat_next())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (H200["cuda:0"], 0))
-    assert system.placement_here(shrunk()) == plan(shrunk(), H200).placement
+    for free, vision, experts in ((H200["cuda:0"], "cuda:0", {"cuda:0"}), (95_000_000_000, "cpu", {"cuda:0"})):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 0))
+        placement = system.placement_here(released)
+        assert (placement.main, placement.tables, placement.vision) == ("cuda:0", "file", vision)
+        assert set(placement.experts) == experts
+    assert plan(released, {"cuda:0": free}).placement.vision == "cuda:0"  # with a decoder on the host
 
 
 def test_a_directory_without_an_index_is_a_trained_system(tmp_path: Path) -> None:
