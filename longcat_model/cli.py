@@ -159,7 +159,7 @@ class Generate:
     hold <longcat_img_start>file.png<longcat_img_end>, <longcat_audio_start>file.wav<longcat_audio_end>, and at the end
     <longcat_img_start> or <longcat_audiogen_start>, to be answered with an image or with speech."""
     run: Path = RUN
-    """Directory of the trained system."""
+    """Directory of the trained system; with --messages of a released checkpoint, too."""
     out: Path | None = None
     """File to write: paint.png or say.wav by default. With --messages a directory: runs/answers by default."""
     roles: bool = True

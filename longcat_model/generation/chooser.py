@@ -145,7 +145,7 @@ def text_masks(ids: Vocabulary) -> dict[str, Tensor]:
     reply[[ids.image_start, ids.audiogen_start]] = True
     transcript = torch.zeros(ids.text_rows, dtype=torch.bool)
     transcript[PAD + 1 : ids.text_size] = True
-    transcript[ids.audiotext_end] = True
+    transcript[[ids.audiotext_end, ids.audiotext_pad]] = True
     return {"text": text, "reply": reply, "transcript": transcript}
 
 
