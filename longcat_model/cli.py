@@ -351,7 +351,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nlongcat: interrupted{again}", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from longcat_model import presets
+from longcat_model import __main__ as entry
+from longcat_model import cli, presets
 from longcat_model.cli import main
 from longcat_model.files import png, read_image, wav, write
 from longcat_model.generation import converse
@@ -214,6 +216,30 @@ def test_a_damaged_system_is_refused(system: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "vision.safetensors").write_bytes(b"damaged")
     assert main(["generate", "paint", "4", "--run", str(tmp_path)]) == 2
     assert "vision.safetensors must fit the config" in capsys.readouterr().err
+
+
+class Deaf:
+    """What it raises when it ends is dropped."""
+
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_heard_wherever_it_meets_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: list[str] | None) -> int:
+        raise KeyboardInterrupt
+
+    def dropped(arguments: list[str] | None) -> int:
+        Deaf()
+        time.sleep(10)
+        return 0
+
+    for run in (interrupted, dropped):
+        monkeypatch.setattr(cli, "main", run)
+        assert entry.main([]) == 130
+        assert capsys.readouterr().err == "\nlongcat: interrupted\n"
 
 
 def train_arguments(system: Path, media: Path, lines: list[str]) -> list[str]:

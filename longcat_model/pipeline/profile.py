@@ -14,13 +14,15 @@ Times are in one unit, whichever, for a microbatch of length 1.
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from longcat_model.pipeline.costs import Costs
+
+MOST = 2.0**48  # of a number in a file, so that sums stay numbers of bytes: 281 TB
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def load(file: Path) -> Profile:
     """
     try:
         data = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"profile: {file} must be a readable JSON file: {error}") from None
     try:
         _check_keys("the file", data, {"layers", "transfer", *_MODULES}, {"lengths", "loss_lengths"})
@@ -99,8 +101,8 @@ def _list(name: str, value: Any) -> list[Any]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
+        raise ValueError(f"{name} must be a number from 0 to 2^48, got {reprlib.repr(value)}")
     return value
 
 

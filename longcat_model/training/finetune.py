@@ -18,7 +18,7 @@ from longcat_model import config
 from longcat_model.data import rows, tokenize
 from longcat_model.data.batches import Ahead, Batches
 from longcat_model.data.shards import Shards
-from longcat_model.files import locked, read_json, write_json
+from longcat_model.files import locked, read_object, write_json
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.launch import check_ranks, is_torchruns
 from longcat_model.pipeline.parts import Saved
@@ -94,7 +94,7 @@ def _shards(data: Path, system_directory: Path, out: Path, settings: Settings, w
     training = asdict(settings) | {"system": _digest_file(system_directory)}
     if data.is_dir():
         shards = Shards(data)
-        if shards.index.made_from["tokenizers"] != tokenize.tokenizers_digest(system_directory):
+        if shards.index.made_from.get("tokenizers") != tokenize.tokenizers_digest(system_directory):
             raise ValueError(
                 f"train: {data} must be made by the tokenizers of {system_directory}; run longcat tokenize"
             )
@@ -133,7 +133,7 @@ def _claim(out: Path, training: dict[str, Any]) -> None:
 def _refuse_another(out: Path, training: dict[str, Any]) -> None:
     path = out / "finetune.json"
     if path.exists() or path.with_suffix("").exists():
-        found = read_json(path) if path.exists() else {}
+        found = read_object(path) if path.exists() else {}
         if changed := sorted(name for name, value in training.items() if found.get(name) != value):
             raise ValueError(
                 f"train: {out} holds a training with other {', '.join(changed)}; choose another directory with --out"

@@ -50,6 +50,25 @@ def killed(folder: Path, model: LongcatNext) -> Stage:
     return make(model)
 
 
+def full(model: LongcatNext) -> Stage:
+    """The stage; the disk of the process that has the depth heads is full after the checkpoint of step 1."""
+    write, batches = checkpoint.FileSystemWriter.write_data, iter(range(STEPS))
+
+    def failing(self: Any, *args: Any) -> Any:
+        if str(self.path).endswith(f"2{PARTIAL}") and not model.visual_head.headnorm.weight.is_meta:
+            raise OSError(28, "No space left on device")
+        return write(self, *args)
+
+    def slowly(step: int) -> Batch:
+        """No step is begun while the one before is written: then the third must not begin."""
+        assert next(batches, None) != 2 or model.visual_head.headnorm.weight.is_meta, "the rank knew"
+        time.sleep(0.5)
+        return batch(step)
+
+    checkpoint.FileSystemWriter.write_data = failing  # type: ignore[method-assign]
+    return joint(model, slowly, steps=STEPS, learning_rate=RATE, weights=small.WEIGHTS)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
     directory = tmp_path_factory.mktemp("alone")

@@ -100,12 +100,13 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
         (lambda p: p["layers"].append({"forwards": 1}), r"layers\[2\] must be an object with"),
         (
             lambda p: p["embedding"].update(forward="x"),
-            "embedding.forward must be a finite number of at least 0, got 'x'",
+            "embedding.forward must be a number from 0 to 2\\^48, got 'x'",
         ),
-        (lambda p: p["text_head"].update(saved=-1), "text_head.saved must be a finite number of at least 0, got -1"),
-        (lambda p: p.update(transfer=float("nan")), "transfer must be a finite number of at least 0, got nan"),
+        (lambda p: p["text_head"].update(saved=-1), "text_head.saved must be a number from 0 to 2\\^48, got -1"),
+        (lambda p: p["layers"][1].update(saved=10**400), r"layers\[1\].saved must be a number from 0 to 2\^48"),
+        (lambda p: p.update(transfer=float("nan")), "transfer must be a number from 0 to 2\\^48, got nan"),
         (lambda p: p.update(lengths="abc"), "lengths must be a list, got 'abc'"),
-        (lambda p: p.update(lengths=[1.0, True]), r"lengths\[1\] must be a finite number"),
+        (lambda p: p.update(lengths=[1.0, True]), r"lengths\[1\] must be a number from 0"),
     ],
 )
 def test_a_bad_profile_is_refused_by_file_and_field(change: Any, message: str, tmp_path: Path) -> None:
