@@ -113,7 +113,7 @@ class Checkpoints:
             ranks = {rank: failure[0] for rank, failure in error.failures.items()}
         if self.group is None:
             return f": {_line(next(iter(ranks.values()), error))}"
-        return ", ".join(f" by rank {rank}: {_line(one)}" for rank, one in sorted(ranks.items()))
+        return " by " + ", ".join(f"rank {rank}: {_line(one)}" for rank, one in sorted(ranks.items()))
 
     def _join(self) -> None:
         if self._thread is not None:

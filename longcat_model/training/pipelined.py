@@ -277,7 +277,11 @@ class _Training:
         trained = self.make(parts.model)
         spread = dict if shards is None else shards.spread
         engine = self.engine(trained, plan, transport, self.weights, groups, group, spread)
-        train(trained, self.directory, seed=self.seed, save_every=self.save_every, engine=engine)
+        try:
+            train(trained, self.directory, seed=self.seed, save_every=self.save_every, engine=engine)
+        except (ValueError, OSError, FloatingPointError) as error:
+            transport.fail(error)
+            raise
         transport.close()
 
     def _plan(self, rank: Rank, group: Any) -> Plan:
