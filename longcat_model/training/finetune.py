@@ -28,6 +28,7 @@ from longcat_model.training.loop import Stage, train
 from longcat_model.training.mesh import Mesh
 from longcat_model.training.model_stages import joint
 from longcat_model.training.pipelined import train_pipelined
+from longcat_model.training.plan import Piping
 
 SAVE_EVERY = 50  # steps
 
@@ -43,12 +44,23 @@ class Settings:
     seed: int  # of the order of the documents
 
 
-def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh: Mesh, *, workers: int = 0) -> None:
+def run(
+    data: Path,
+    system_directory: Path,
+    out: Path,
+    settings: Settings,
+    mesh: Mesh,
+    piping: Piping | None = None,
+    *,
+    workers: int = 0,
+) -> None:
     """Trains and writes the new system to `out`, with checkpoints and metrics beside it; a rerun goes on.
 
     Args:
         data: shards that `tokenize` wrote, or JSON lines, which are tokenized into `out/data` first.
         mesh: processes that train together; a rerun may have more or fewer.
+        piping: how their pipelines work, which a rerun may change too; one process trains through a pipeline of its own
+            where this says anything.
         workers: processes that tokenize, and that prepare batches in every rank; 0: none but those that train.
 
     Raises:
@@ -68,9 +80,10 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh:
         batches = Ahead(_batches(shards, out, sizes, settings), settings.steps, workers)
         torch.manual_seed(settings.seed)
         make = partial(_stage, batches=batches, settings=settings)
-        if mesh.ranks > 1:
+        if mesh.ranks > 1 or piping not in (None, Piping()):
             saved = Saved(sizes, system_directory / "model.safetensors")
-            if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
+            said = asdict(piping or Piping())
+            if not train_pipelined(make, saved, out, mesh, **said, seed=settings.seed, save_every=SAVE_EVERY):
                 return
         system = System.load(system_directory)
         metrics = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)

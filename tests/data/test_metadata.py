@@ -63,8 +63,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenize.tokenize(job, directory / "shards")
     finetune._claim(directory / "run", {"steps": 1, "system": "a"})
     loop._write_rows(directory / "run" / "finetune.jsonl", [{"step": 0, "loss": 1.5, "bubble": 0.5}])
-    module = profile.Module(1.0, 1.0, 1.0, 100, 10)
-    profile.save(profile.Profile(module, (module,) * 3, module, module, 0.5, (1.0, 2.0)), directory / "run/profile.json")
+    module, links = profile.Module(1.0, 1.0, 1.0, 100, 10), (((10, 0.5), (90, 0.75)),)
+    one = profile.Profile(module, (module,) * 3, module, module, lengths=(1.0, 2.0), links=links)
+    profile.save(one, directory / "run" / "profile.json")
     found = Workspace(directory / "demo", {"seed": 0})
     with found.timed("data"):
         found.commits()
@@ -90,9 +91,8 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copied
 
 
-SCALARS = st.none() | st.booleans() | st.floats() | st.integers(-1, 3) | st.sampled_from([-(10**30), 10**400]) | st.text(
-    max_size=3
-)  # fmt: skip
+HUGE = st.sampled_from([-(10**30), 10**400])
+SCALARS = st.none() | st.booleans() | st.floats() | st.integers(-1, 3) | HUGE | st.text(max_size=3)
 VALUES = st.recursive(SCALARS, lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text(max_size=3), some))
 
 

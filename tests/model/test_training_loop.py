@@ -164,7 +164,9 @@ def test_the_next_step_says_that_a_checkpoint_could_not_be_written(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.FileSystemWriter, "write_data", full)
         patch.setattr(Checkpoints, "save", lambda *args, save=Checkpoints.save: save(*args) or args[0]._join())
-        with pytest.raises(ValueError, match=rf"line/6{PARTIAL} could not be written: .*No space left.*before it stays"):
+        with pytest.raises(
+            ValueError, match=rf"line/6{PARTIAL} could not be written: .*No space left.*before it stays"
+        ):
             train(stage, tmp_path, save_every=3, quiet=True)
     assert steps == list(range(6)) and (tmp_path / "line" / "3").is_dir()
     whole = train(make_stage(), tmp_path / "whole", quiet=True)
