@@ -197,6 +197,12 @@ def test_where_answers_go_is_tried_before_they_are_made(
             ["train", "none.jsonl", "--run", "SYSTEM", "--expert-parallel", "2"],
             "expert-parallel must divide data-parallel (1), got 2",
         ),
+        (
+            ["train", "none.jsonl", "--run", "SYSTEM", "--microbatches", "0"],
+            "microbatches must be from 1 to",
+        ),
+        (["train", "none.jsonl", "--run", "SYSTEM", "--memory", "-1"], "memory must be from 1 to"),
+        (["train", "none.jsonl", "--run", "SYSTEM", "--timeout-s", "inf"], "timeout_s must be from 0.001 to"),
         (["demo", "--out", "MEDIA", "--fresh"], "holds other files"),
         (["demo", "--out", "MEDIA/run", "--seed", "4294967296"], "seed must be in [0, 2^31), got 4294967296"),
         (["demo", "--smoke", "--out", "MEDIA/run", "--speech-dir", "MEDIA/none"], "directory must exist"),

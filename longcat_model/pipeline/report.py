@@ -88,9 +88,7 @@ def compare(
     devices, m = costs.stages // 2, costs.microbatches
     whole, v = one_stage_a_device(costs), v_placement(devices)
     if any_order and not differ(costs):
-        raise ValueError(
-            "schedule: any-order must be of a profile with lengths that differ, got microbatches all alike"
-        )
+        raise ValueError("schedule: any-order needs a profile with lengths that differ, got all alike")
     if limits is None:
         limits = [max(peak_bytes(v_half(devices, m), costs))] * devices
     best = searched_in_any_order(costs, limits, effort) if any_order else searched(costs, limits, effort)

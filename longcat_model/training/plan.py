@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from longcat_model.model import LongcatNext
@@ -127,6 +128,12 @@ class Plan:
         return self.costs.microbatches
 
     @property
+    def recomputed(self) -> list[int]:
+        """Stages whose forwards are done again: of those without a unit of the model there is none."""
+        ends = (0, *self.cuts, math.inf)
+        return [stage for stage, (a, b) in enumerate(pairwise(ends)) if self.recompute and a < b]
+
+    @property
     def digest(self) -> str:
         """The same for the same plan and no other."""
         return hashlib.sha256(repr(self).encode()).hexdigest()
@@ -145,10 +152,9 @@ class Plan:
     def lowered(self, schedule: Schedule, microbatches: int) -> Order:
         """A schedule as it runs."""
         devices, costs = max(self.placement) + 1, permuted(self.costs, range(microbatches))
-        recomputed = range(costs.stages if self.recompute else 0)
-        lowered = lower(schedule, self.placement, microbatches, costs, recomputed)
+        lowered = lower(schedule, self.placement, microbatches, costs, self.recomputed)
         makespan = simulate(lowered, self.placement, costs).makespan
-        work = sum(map(costs.stage_work, range(costs.stages)))
+        work = sum(costs.of(action) for row in lowered for action in row)
         return Order(lowered, makespan, 1 - work / (devices * makespan) if makespan else 0.0)
 
     def arranged(self, parts: Sequence[Batch]) -> list[Batch]:
