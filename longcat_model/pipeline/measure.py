@@ -51,7 +51,7 @@ def measure(
     return Profile(embedding, tuple(layers), text_head, losses)
 
 
-def sizes(profile: Profile) -> list[int]:
+def transfer_sizes(profile: Profile) -> list[int]:
     """Of what goes from device to device, in bytes, and a small one: those whose times are worth knowing."""
     modules = (*profile.layers, profile.text_head, profile.modality_losses)
     return sorted({SMALL, *(module.received for module in modules if module.received > SMALL)})

@@ -21,7 +21,7 @@ from longcat_model.model import LongcatNext
 from longcat_model.pipeline import profile
 from longcat_model.pipeline.experts import is_expert
 from longcat_model.pipeline.launch import Rank, launch
-from longcat_model.pipeline.measure import measure_links, sizes
+from longcat_model.pipeline.measure import measure_links, transfer_sizes
 from longcat_model.pipeline.parts import Parts, Saved
 from longcat_model.pipeline.profile import Profile
 from longcat_model.pipeline.runtime import Runtime, StepResult
@@ -311,7 +311,7 @@ class _Training:
         sample, found = self._measured(rank.device, path) if first else (None, None)
         found = _shared(found, group)
         if not found.links:
-            found = replace(found, links=measure_links(transport, sizes(found), rank.device))
+            found = replace(found, links=measure_links(transport, transfer_sizes(found), rank.device))
         plan = None
         if sample is not None:
             plan, found = planned(found, sample, self.mesh.pipeline, self.piping)

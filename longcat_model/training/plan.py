@@ -182,8 +182,9 @@ class Sample(NamedTuple):
 
     @property
     def longest(self) -> Batch:
-        """The one that is measured, of length 1."""
-        return max((part for share in self.shares for part in share), key=size)
+        """The one that is measured, of length 1: of those that the losses have to do with, if there are any."""
+        parts = (part for share in self.shares for part in share)
+        return max(parts, key=lambda part: (size(part).labels > 0, size(part)))
 
     def weights(self, profile: Profile) -> Weights:
         """Of a position and of a label, by the durations of the longest microbatch."""

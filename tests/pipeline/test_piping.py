@@ -129,6 +129,9 @@ def test_the_longest_microbatch_comes_by_its_number_and_not_by_its_place() -> No
     assert len(costs) == PARTS and costs == sorted(costs, reverse=True) and costs[0] > 1.5 * costs[-1]
     work = [sum(free.costs.forward[stage][k] for stage in range(4)) for k in range(PARTS)]
     assert work[0] == max(work) > 1.5 * work[-1]
+    assert size(Sample([[*parts, pack(small.documents()[4:5] * 9, 200)]]).longest).labels, (
+        "losses cannot be measured else"
+    )
     given = plan(small.model(), Piping(microbatches=PARTS))
     assert given.arranged(parts) == parts and given.weights is None
 
