@@ -15,6 +15,7 @@ from longcat_model.pipeline.costs import Costs, permuted
 from longcat_model.pipeline.ir import Placement, Schedule, v_placement
 from longcat_model.pipeline.lower import lower
 from longcat_model.pipeline.measure import measure
+from longcat_model.pipeline.passes.recompute import recompute
 from longcat_model.pipeline.place import place
 from longcat_model.pipeline.profile import Profile, Split, stage_costs
 from longcat_model.pipeline.schedules.candidates import candidates
@@ -109,17 +110,15 @@ class Plan:
             recompute=piping.recompute,
             weights=weights,
         )
-
-        def peak(schedule: Schedule) -> int:
-            return max(peak_bytes(plan.lowered(schedule, microbatches).schedule, costs))
-
-        memory = peak(plan.schedule) if piping.memory is None else piping.memory
+        half = max(peak_bytes(plan.again(plan.schedule), costs))
+        memory = half if piping.memory is None else piping.memory
         found = candidates(costs, memory, effort, recompute=piping.recompute, any_order=weights is not None)
-        fitting = [schedule for schedule in found if peak(schedule) <= memory]
+        peaks = [max(peak_bytes(plan.again(schedule), costs)) for schedule in found]
+        fitting = [schedule for schedule, peak in zip(found, peaks, strict=True) if peak <= memory]
         if not fitting:
             more = "" if piping.recompute else "; with recompute it may be less"
-            raise ValueError(f"train: memory must be at least {min(map(peak, found))} bytes, got {memory}{more}")
-        shortest = min(fitting, key=lambda one: plan.lowered(one, microbatches).makespan_s)
+            raise ValueError(f"train: memory must be at least {min(peaks)} bytes, got {memory}{more}")
+        shortest = min(fitting, key=lambda one: simulate(plan.again(one), plan.placement, costs).makespan)
         return replace(plan, schedule=shortest, memory=memory)
 
     @property
@@ -133,6 +132,10 @@ class Plan:
         ends = (0, *self.cuts, math.inf)
         return [stage for stage, (a, b) in enumerate(pairwise(ends)) if self.recompute and a < b]
 
+    def again(self, schedule: Schedule) -> Schedule:
+        """With recomputation: it takes the time and memory that it takes when it is lowered."""
+        return recompute(schedule, self.recomputed)
+
     @property
     def digest(self) -> str:
         """The same for the same plan and no other."""
@@ -143,16 +146,12 @@ class Plan:
 
         A schedule without its last microbatches is one of the others, and holds no more than it did.
         """
-        shortened = tuple(tuple(a for a in row if a.microbatch < microbatches) for row in self.schedule)
-        costs = permuted(self.costs, range(microbatches))
-        orders = [self.lowered(one, microbatches) for one in (shortened, v_half(len(shortened), microbatches))]
-        fitting = [order for order in orders if max(peak_bytes(order.schedule, costs)) <= self.memory]
-        return min(fitting, key=lambda order: order.makespan_s)
-
-    def lowered(self, schedule: Schedule, microbatches: int) -> Order:
-        """A schedule as it runs."""
         devices, costs = max(self.placement) + 1, permuted(self.costs, range(microbatches))
-        lowered = lower(schedule, self.placement, microbatches, costs, self.recomputed)
+        shortened = tuple(tuple(a for a in row if a.microbatch < microbatches) for row in self.schedule)
+        both = (shortened, v_half(devices, microbatches))
+        fitting = [one for one in both if max(peak_bytes(self.again(one), costs)) <= self.memory]
+        shortest = min(fitting, key=lambda one: simulate(self.again(one), self.placement, costs).makespan)
+        lowered = lower(shortest, self.placement, microbatches, costs, self.recomputed)
         makespan = simulate(lowered, self.placement, costs).makespan
         work = sum(costs.of(action) for row in lowered for action in row)
         return Order(lowered, makespan, 1 - work / (devices * makespan) if makespan else 0.0)
