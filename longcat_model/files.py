@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import reprlib
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -136,8 +137,21 @@ def read_json(path: Path) -> Any:
     """Raises ValueError, which names the file, where it holds no JSON."""
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold JSON, got: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`, where the JSON must be an object."""
+    found = read_json(path)
+    require(path, "it", isinstance(found, dict), "an object", found)
+    return dict(found)
+
+
+def require(path: Path, key: str, holds: bool, rule: str, found: object) -> None:
+    """Raises ValueError, in one line that names file and key, unless the rule `holds` for what was found."""
+    if not holds:
+        raise ValueError(f"{path}: {key} must be {rule}, got {reprlib.repr(found)}")
 
 
 @contextmanager

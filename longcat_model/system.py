@@ -5,7 +5,6 @@ Layout of a directory: `config.json`, `model.safetensors`, `vision.safetensors`,
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,10 +96,11 @@ def read_sizes(directory: Path) -> config.Model:
         )
     if not path.is_file():
         raise ValueError(f"system: {directory} must hold a trained system, but has no config.json; run `longcat demo`")
+    found = files.read_json(path)
     try:
-        return config.from_dict(config.Model, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"system: {path} must be JSON, got: {error}") from error
+        return config.from_dict(config.Model, found)
+    except ValueError as error:
+        raise ValueError(f"system: {path}: {error}") from error
 
 
 def _load(module: nn.Module, directory: Path, name: str) -> None:

@@ -43,7 +43,7 @@ class PostValidated(Pipelined):
 
     def backward(self, batch: Batch) -> Row:
         random, parts = torch.get_rng_state(), self._parts(batch)
-        totals, share = Totals.of(parts), self.replicas.share(parts)
+        totals, share = Totals.of(parts), self.plan.arranged(self.replicas.share(parts))
         runtime, order = self._runtime(len(share))
 
         def microbatches() -> list[Microbatch]:

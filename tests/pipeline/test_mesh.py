@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -54,6 +55,19 @@ def killed(folder: Path, model: LongcatNext) -> Stage:
     return make(model)
 
 
+def full(model: LongcatNext) -> Stage:
+    """The stage; the disk of rank 1 is full after the checkpoint of step 1."""
+    write = checkpoint.FileSystemWriter.write_data
+
+    def failing(self: Any, *args: Any) -> Any:
+        if str(self.path).endswith(f"2{PARTIAL}") and dist.get_rank() == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *args)
+
+    checkpoint.FileSystemWriter.write_data = failing  # type: ignore[method-assign]
+    return make(model)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, float]]]:
     directory = tmp_path_factory.mktemp("alone")
@@ -93,6 +107,14 @@ def test_a_run_killed_while_it_writes_goes_on(tmp_path: Path, alone: tuple[Path,
     assert {path.name for path in (tmp_path / "run" / "language_joint").iterdir()} == {"1", f"2{PARTIAL}"}
     assert run(make, mesh=Mesh(1, 4, 2), microbatches=2)
     assert_alike(tmp_path / "run", alone)
+
+
+def test_a_rank_that_cannot_write_is_named_and_what_was_whole_stays(tmp_path: Path) -> None:
+    saved = Saved.of(small.model(), tmp_path / "before.safetensors")
+    told = rf"language_joint/2{PARTIAL} could not be written by rank 1: .*No space left on device"
+    with pytest.raises(ChildProcessError, match=told):
+        train_pipelined(full, saved, tmp_path / "run", Mesh(2), weights=small.WEIGHTS, save_every=1)
+    assert {path.name for path in (tmp_path / "run" / "language_joint").iterdir()} == {"1", f"2{PARTIAL}"}
 
 
 def test_refuses_experts_that_cannot_be_shared_out(tmp_path: Path) -> None:

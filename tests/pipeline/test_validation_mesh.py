@@ -21,7 +21,7 @@ from longcat_model.training.loop import Row, train
 from longcat_model.training.mesh import Mesh
 from longcat_model.training.model_stages import joint
 from longcat_model.training.pipelined import Pipelined
-from longcat_model.training.plan import Plan
+from longcat_model.training.plan import Plan, Weights
 from longcat_model.training.post_validated import PostValidated
 from longcat_model.training.rates import MEASURED
 
@@ -57,7 +57,8 @@ def run(rank: Rank, mesh: Mesh, kind: type[Pipelined], directory: Path, last: in
         shards.divide(model)
     stage = joint(model, steps, steps=STEPS, learning_rate=1e-2, weights=small.WEIGHTS)
     cuts = small.cuts(len(model.backbone.layers), stages)
-    plan = Plan.of(cuts, uniform(stages, 3, 3.0, 4.0, 2.0), small.EFFORT)
+    order = None if shards is not None else Weights(1.0, 0.5)  # one mesh runs the longest microbatch first
+    plan = Plan.of(cuts, uniform(stages, 3, 3.0, 4.0, 2.0), small.EFFORT, weights=order)
     spread = dict if shards is None else shards.spread
     engine = kind(stage, plan, end, small.WEIGHTS, groups, dist.new_group(backend="gloo"), spread)
     if rank.rank == (mesh.pipeline - 1) * mesh.data + 1:
