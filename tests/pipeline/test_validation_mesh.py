@@ -44,7 +44,7 @@ class Steps:
             raise Stop
         self.reached, loop.CLIP_NORM = step, 1e-3 if step % 2 else 1e9
         documents = small.documents()
-        return pack([documents[(step + i) % 5] for i in range(6)], 30)
+        return pack([documents[(step + i) % 5] for i in range(10)], 30)
 
 
 def run(rank: Rank, mesh: Mesh, kind: type[Pipelined], directory: Path, last: int) -> list[Row]:
