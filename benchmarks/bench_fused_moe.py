@@ -1,4 +1,7 @@
-"""fused_moe against its peers: forward, forward and backward, decoding, and a whole layer with identity experts."""
+"""fused_moe against its peers: forward, forward and backward, decoding, and a whole layer with identity experts.
+
+On a GPU also the block of LongCat-Flash-Lite, see lite_moe.py.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+import lite_moe
 import peers_moe as peers
 from harness import Call, Case, Contender, WrongResult
 from longcat_kernels import fused_moe
@@ -187,4 +191,5 @@ CASES = (
     *(_forward(DECODE, dtype, "decode") for dtype in DTYPES),
     *(_train(sizes, dtype) for dtype in DTYPES for sizes in (SMALL, LARGE)),
     *(_layer(LARGE, dtype) for dtype in DTYPES),
+    *lite_moe.cases(),
 )

@@ -36,7 +36,7 @@ from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.schedules.v import v_half, v_zb
 from longcat_model.pipeline.simulate import bubble, peak_bytes, simulate, unit_bytes
 from longcat_model.pipeline.transport import Distributed, InProcess, Transport
-from longcat_model.pipeline.validation import PostValidation, gradient_norms
+from longcat_model.pipeline.validation import Norms, PostValidation, gradient_norms
 from peers_pipeline import SCHEDULES, TorchPipeline
 from peers_schedules import torch_dualpipev, torch_zbv
 from pipeline_memory import memory
@@ -136,7 +136,7 @@ def post_validate_on_rank(rank: Rank, file: str, microbatches: int) -> None:
         runtime = our_runtime(schedule, placement, lambda stage: Sleeper(SHORT), end)
         own = {str(s): weight for s, stage in runtime.stages.items() for weight in parameters(stage)}
         optimizer = torch.optim.AdamW(own.values())
-        checks = PostValidation(end, optimizer, own, [], lambda norms: torch.stack(list(norms.values())).norm())
+        checks = PostValidation(end, optimizer, own, [], total_norm)
         ways = {
             "waits, s": partial(step_and_wait, runtime, batch, optimizer, own),
             "goes on, s": partial(step_and_go_on, runtime, batch, optimizer, checks),
@@ -161,48 +161,89 @@ def step_and_go_on(runtime: Runtime, batch: list[Tensor], optimizer: Optimizer, 
     optimizer.zero_grad()
 
 
+def total_norm(everyone: Norms) -> Tensor:
+    return torch.stack([norm for devices in everyone for norms in devices for norm in norms.values()]).norm()
+
+
 def repeat(work: Callable[[], Any], times: int) -> None:
     for _ in range(times):
         work()
 
 
 def training_step(ranks: int) -> Table:
-    """A step of real stages on processes of one thread each, and in one process; peak memory besides weights."""
+    """A step of real stages on processes of one thread each, and in one process; peak memory besides weights.
+
+    No optimizer, no norms: forwards and backwards of the same modules alone. Contenders take turns, as a machine is
+    not equally fast all the time. With torch's order in our runtime the two runtimes differ alone; V-Half has a larger
+    bubble by design, for less memory where ranks are more than two.
+    """
     found = on_ranks(ranks, train_on_rank)
     ours = found[0]["step, ms"]
     return [{**row, "by ours": row["step, ms"] / ours} for row in found]
 
 
 def train_on_rank(rank: Rank, file: str) -> None:
-    ranks, end, rows = rank.ranks, connected(rank, 2 * rank.ranks), []
+    ranks, end = rank.ranks, connected(rank, 2 * rank.ranks)
     placement, data = v_placement(ranks), torch.randn(MICROBATCHES * TOKENS, WIDTH)
     batch = list(data.chunk(MICROBATCHES))
-
-    def note(name: str, step: Callable[[], Any]) -> None:
-        wall, _ = timed(end, step, 3)
-        with Watched() as alive:
-            step()
-        peaks = end.gather(alive.peak)
-        rows.append(
-            {"contender": name, "step, ms": 1e3 * wall, "most MB": max(peaks) / 1e6, "least MB": min(peaks) / 1e6}
-        )
-
-    for name, make in ORDERS.items():
-        schedule = lower(make(ranks, MICROBATCHES), placement, MICROBATCHES)
+    plans: dict[str, Schedule] = {}
+    steps: dict[str, Callable[[], Any]] = {}
+    for name, make in {**ORDERS, "ours, torch ZBV's order": torch_zbv}.items():
+        plans[name] = make(ranks, MICROBATCHES)
+        schedule = lower(plans[name], placement, MICROBATCHES)
         runtime = our_runtime(schedule, placement, lambda s: blocks(s, WIDTH, BLOCKS), end)
-        note(name, partial(runtime.step, batch))
+        steps[name] = partial(runtime.step, batch)
     for name in SCHEDULES:
+        plans[name] = PEERS[name](ranks, MICROBATCHES) or ()
         modules = {s: blocks(s, WIDTH, BLOCKS) for s, device in enumerate(placement) if device == rank.rank}
-        note(name, TorchPipeline(name, rank.rank, ranks, modules, data, MICROBATCHES, defers=False).step)
-    if rank.rank == 0:
-        whole = nn.Sequential(*(blocks(s, WIDTH, BLOCKS) for s in range(2 * ranks)))
-    note("one process", partial(alone, whole, batch) if rank.rank == 0 else lambda: None)
-    finish(end, file, rows)
+        steps[name] = TorchPipeline(name, rank.rank, ranks, modules, data, MICROBATCHES, defers=False).step
+    whole = nn.Sequential(*(blocks(s, WIDTH, BLOCKS) for s in range(2 * ranks))) if rank.rank == 0 else None
+    steps["one process"] = partial(alone, whole, batch)
+    taken = in_turns(end, steps, 9)
+    finish(end, file, [taken[name] | planned(plans.get(name)) | watched(end, step) for name, step in steps.items()])
 
 
-def alone(whole: nn.Module, batch: list[Tensor]) -> None:
-    for part in batch:
-        loss_of(whole(part)).backward()
+def in_turns(end: Distributed, steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Of each contender, the median step, as `timed` has it, and processor time of the rank that takes most."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name, step in steps.items():
+            end.gather(None)
+            wall, processor = time.perf_counter(), time.process_time()
+            step()
+            ranks = end.gather((time.perf_counter() - wall, time.process_time() - processor))
+            found[name].append((max(one[0] for one in ranks), max(one[1] for one in ranks)))
+    taken = {}
+    for name, pairs in found.items():
+        wall, processor = (1e3 * statistics.median(x) for x in zip(*pairs[1:], strict=True))
+        taken[name] = {"contender": name, "step, ms": wall, "processor, ms": processor}
+    return taken
+
+
+def planned(plan: Schedule | None) -> dict[str, float | None]:
+    """With F, I and W of equal length, as matrix products have them."""
+    bubble_found = peak = None
+    if plan is not None:
+        placement = v_placement(len(plan))
+        costs = uniform(len(placement), MICROBATCHES)
+        bubble_found = 100 * bubble(simulate(plan, placement, costs).makespan, placement, costs)
+        peak = max(peak_bytes(plan, costs)) / unit_bytes(costs, len(plan))
+    return {"bubble planned, %": bubble_found, "peak planned, units": peak}
+
+
+def watched(end: Distributed, step: Callable[[], Any]) -> dict[str, float]:
+    """Most bytes alive in a step, on the rank that has most and on the one that has least."""
+    with Watched() as alive:
+        step()
+    peaks = end.gather(alive.peak)
+    return {"most MB": max(peaks) / 1e6, "least MB": min(peaks) / 1e6}
+
+
+def alone(whole: nn.Module | None, batch: list[Tensor]) -> None:
+    """Nothing on the ranks that have no model."""
+    if whole is not None:
+        for part in batch:
+            loss_of(whole(part)).backward()
 
 
 def finish(end: Distributed, file: str, rows: Table) -> None:

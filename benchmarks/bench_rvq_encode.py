@@ -18,6 +18,12 @@ from longcat_kernels.reference import rvq_encode as spec
 SHAPES = ((1024, 64, 1024, 8), (4096, 256, 4096, 8), (1024, 1024, 16384, 4), (256, 3584, 16384, 2))  # N D K L
 TINY = (64, 32, 64, 2)
 TORCH = ("highest", "medium")  # precisions: torch's default, and its fastest float32 products
+# Settings that hold torch and its libraries to the instructions of a slower processor; "default", COMPATIBLE: SSE2.
+# MKL obeys MKL_ENABLE_INSTRUCTIONS on Intel's processors only.
+HELD = {
+    "avx2": (("ATEN_CPU_CAPABILITY", "avx2"), ("MKL_CBWR", "AVX2"), ("ONEDNN_MAX_CPU_ISA", "AVX2")),
+    "portable": (("ATEN_CPU_CAPABILITY", "default"), ("MKL_CBWR", "COMPATIBLE"), ("ONEDNN_MAX_CPU_ISA", "SSE41")),
+}
 TRUSTED_WRONG = 0.5  # a contender with more wrong codes than this does not do the same work
 
 
@@ -74,7 +80,7 @@ def encode_contenders(case: spec.Case, mixture: bool, extended: bool, device: st
     """All contenders; without `extended` only those that the data could slow down or that others are measured by.
 
     faiss runs as installed, and again with the kernels for AVX-512 of its OpenBLAS, which does not know every processor
-    that has it and may choose much slower ones.
+    that has it and may choose much slower ones. Ours of one instruction set meet torch that is held to it.
     """
     x_ND, books = data(case, device, mixture)
     dtype = case.residual_dtype
@@ -114,6 +120,16 @@ def encode_contenders(case: spec.Case, mixture: bool, extended: bool, device: st
             ours("ours, portable", lambda: peers.ours_by_isa("portable", x_ND, books), only_cpu=True, slow=True),
             peer("vector-quantize-pytorch eval", lambda: peers.vqp(wide_ND, books, train=False), precisions=TORCH),
             peer("torch, chunked", lambda: peers.chunked(wide_ND, books), precisions=TORCH),
+            *(
+                peer(
+                    f"torch, chunked, {isa}",
+                    lambda: peers.chunked(wide_ND, books),
+                    only_cpu=True,
+                    slow=True,
+                    environment=settings,
+                )
+                for isa, settings in HELD.items()
+            ),
             peer("torch.compile", lambda: peers.compiled(wide_ND, books), precisions=TORCH, slow=True),
         ]
     return found

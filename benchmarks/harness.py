@@ -73,6 +73,7 @@ class Case:
     memory: bool = False  # measure the memory of its contenders too
     wall: bool = False  # clock on the wall, also with one thread
     cold: bool = False  # caches are emptied before each call
+    only_gpu: bool = False  # too large for a processor
 
 
 class Skip(Exception):

@@ -130,8 +130,8 @@ def padded_bmm(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tens
     return _summed(x_TD, tokens_R, y_ECD.flatten(0, 1)[place_R], weights_Tk.flatten()[slots_R])
 
 
-def hf_grouped() -> Experts:
-    """transformers' experts by grouped_mm, as its models with SwiGLU experts call them."""
+def hf_grouped(beyond: bool = False) -> Experts:
+    """transformers' experts by grouped_mm, as its models with SwiGLU experts call them; ids `beyond` give zeros."""
     moe = _transformers("integrations.moe")
 
     def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def hf_grouped() -> Experts:
             has_bias=False,
             has_post_expert_norm=False,
             is_transposed=False,
-            _is_expert_parallel=False,
+            _is_expert_parallel=beyond,
             act_fn=F.silu,
         )
         module._apply_gate = lambda hidden: moe._default_apply_gate(module, hidden)

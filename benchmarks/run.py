@@ -162,7 +162,8 @@ def bench(
 ) -> Iterator[list[harness.Row]]:
     """Measures the chosen cases of an op, with ours of the checkout `older` too; prints and gives each when done."""
     cases = module.CASES[:1] if arguments.quick else module.CASES
-    for case in tqdm([case for case in cases if arguments.case in case.name], desc=op, unit="case", leave=False):
+    chosen = [case for case in cases if arguments.case in case.name and not (case.only_gpu and device == "cpu")]
+    for case in tqdm(chosen, desc=op, unit="case", leave=False):
         own = ceilings
         if device == "cuda":  # bounded by the product of this case's size alone, where it has one
             product = case.product or machine.LARGE_PRODUCT

@@ -77,13 +77,13 @@ class Book:
 
     @classmethod
     def open(cls, path: Path, about: dict[str, Any], names: Sequence[str]) -> Book:
-        """Keeps what passed with the same code, device and torch; all else counts as not run."""
+        """Keeps what is known of the same code, device and torch, until it is run again."""
         kept: dict[str, Outcome] = {}
         if path.exists():
             try:
                 old = json.loads(path.read_text())
                 if all(old["about"].get(key) == about.get(key) for key in SAME):
-                    kept = {name: step for name, step in old["steps"].items() if step["state"] == PASSED}
+                    kept = {name: step for name, step in old["steps"].items() if step["state"] != NOT_RUN}
             except (ValueError, KeyError, TypeError, AttributeError):
                 print(f"{path} is damaged: starting over")
         book = cls(path, about, {name: kept.get(name, outcome(NOT_RUN, 0, "not reached")) for name in names})
@@ -120,10 +120,12 @@ def run(
 ) -> None:
     """Runs, in order, what has not passed or always runs, for at most `seconds`; up to `jobs` at once that allow it.
 
+    What failed or was cut off in an earlier run comes last: however long it takes, the others get their turn.
+
     Output of step "a b" goes to `logs`/a-b.log. Interrupted, it ends the steps that run and leaves them as not run.
     """
     end = time.monotonic() + seconds
-    waiting = [step for step in steps if step.always or not book.passed(step.name)]
+    waiting = _in_order([step for step in steps if step.always or not book.passed(step.name)], book)
     running: list[_Running] = []
 
     def note(name: str, found: Outcome) -> None:
@@ -140,7 +142,8 @@ def run(
                 step = waiting.pop(0)
                 reason = _why_not(step, book, end - time.monotonic())
                 if reason is not None:
-                    note(step.name, outcome(NOT_RUN, 0, reason))
+                    known = book.steps[step.name]
+                    note(step.name, outcome(NOT_RUN, 0, reason) if known["state"] == NOT_RUN else known)
                     continue
                 try:
                     running.append(_Running(step, logs, root, min(step.seconds, end - time.monotonic())))
@@ -151,6 +154,15 @@ def run(
         for process in running:
             process.kill()
             note(process.step.name, outcome(NOT_RUN, process.passed_s(), "interrupted"))
+
+
+def _in_order(steps: Sequence[Step], book: Book) -> list[Step]:
+    late: list[Step] = []
+    for step in steps:
+        is_tried = book.steps[step.name]["state"] in (FAILED, CUT_OFF)
+        if is_tried or any(other.name in step.needs for other in late):
+            late.append(step)
+    return [step for step in steps if step not in late] + late
 
 
 def _may_start(step: Step, running: Sequence[_Running], jobs: int) -> bool:

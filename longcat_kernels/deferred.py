@@ -33,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from longcat_kernels.deferred_rules import BmmRule, EmbeddingRule, LayerNormRule, LinearRule, ScaleRule
 
-TOGETHER = 1 << 20  # numbers: gradients go to autograd by so many, as each call of it costs as much as a small product
+TOGETHER = 1 << 16  # numbers: small gradients go to autograd together, as each call of it costs; others while in cache
 
 _CURRENT: ContextVar[WeightGrads | None] = ContextVar("weight_grads", default=None)
 

@@ -59,6 +59,7 @@ def register(
     name, signature = schema.split("(", 1)
     overload = _define(name, signature, run, allocate)
     if backward is None:
+        _set_vmap(name, overload, overload)
         return overload
     torch.library.register_autograd(f"longcat::{name}", backward, setup_context=save, lib=_LIBRARY)
     inference = _define(f"{name}_inference", signature, run, allocate)
@@ -68,6 +69,8 @@ def register(
             _refuse_tangents(name, arguments)
         return (overload if wants_grad(*arguments) else inference)(*arguments)
 
+    for defined in (overload, inference):
+        _set_vmap(name, defined, call)
     return call
 
 
@@ -76,6 +79,32 @@ def _define(name: str, signature: str, run: Callable[..., Any], allocate: Callab
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"longcat::{name}", allocate, lib=_LIBRARY)
     return getattr(torch.ops.longcat, name).default
+
+
+def _set_vmap(op: str, overload: Any, call: Callable[..., Any]) -> None:
+    """Gives an op that writes to none of its inputs its rule under torch.vmap: one call an element, with its gradient.
+
+    Torch's own fallback has no gradient, and takes no optional tensors and no lists.
+    """
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        pairs = list(zip(arguments, in_dims, strict=True))
+        check(info.batch_size > 0, lambda: f"{op}: what torch.vmap batches must not be empty, got 0 elements")
+        results = [call(*(_element(value, dim, i) for value, dim in pairs)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = [torch.stack(parts) for parts in zip(*results, strict=True)]
+        return type(results[0])(stacked), type(results[0])([0] * len(stacked))
+
+    if not overload._schema.is_mutable:
+        torch.library.register_vmap(f"longcat::{overload._opname}", rule, lib=_LIBRARY)
+
+
+def _element(value: Any, dim: Any, i: int) -> Any:
+    """Number i of an argument that is batched along `dim`, if it is, or of a list of such."""
+    if isinstance(value, (list, tuple)):
+        return [_element(*each, i) for each in zip(value, dim, strict=True)]
+    return value if dim is None else value.select(dim, i)
 
 
 def _refuse_tangents(name: str, values: Iterable[Any]) -> None:

@@ -208,14 +208,16 @@ class PreparedExperts:
 class PreparedDepth:
     """The weights of a depth transformer and their packed form, for `depth_decode`: packed once, at first use.
 
-    It never goes stale: writes to `weights` are noticed by their versions, and the packed form is made anew at the
-    next use. Tables are never copied.
+    Writes to `weights` are noticed by their versions, and moves by where their memory is; the packed form is then made
+    anew at the next use. Where torch does not count a write, call `mark_stale` after it, as with the others here.
+    Tables are never copied.
 
     Args:
         weights: kept, not copied, unless they are rounded.
         precision: None keeps the weights as they are; "int8", of float32 ones, rounds each row w of each matrix (not of
             tables, norms and biases) to multiples of s = max |w| / 127, half to even. `weights` is then the rounded
             copy, so that every implementation computes the same, and later writes to the given ones do not matter.
+            With four layers of normally distributed weights, logits are off by less than 2 % of their rms.
 
     Raises:
         ValueError: the weights do not fit their config or each other, or no such precision.
@@ -238,27 +240,29 @@ class PreparedDepth:
         self.precision, self.packed = precision, []
         self.tensors, self.like = self.weights.tensors(), self.weights.like
         self._counted = [tensor for tensor in self.tensors if tensor.numel() and not tensor.is_inference()]
-        self._versions: list[int] | None = None
+        has_memory = self.like.untyped_storage().device.type != "meta"  # a FakeTensor has none to read
+        self._placed = [tensor for tensor in self.tensors if tensor.numel() and has_memory]
+        self._state: list[int] | None = None  # that the packed form was made of
 
     @property
     def is_current(self) -> bool:
         """Whether the packed form is that of the weights as they are; those of inference mode stay as they were."""
-        return self._versions == self._now()
+        return self._state == self._now()
 
     def refresh(self) -> PreparedDepth:
         """Makes the packed form anew if the weights have changed since; gives itself."""
-        versions = self._now()
-        if self._versions != versions:
+        now = self._now()
+        if self._state != now:
             self._pack()
-            self._versions = versions
+            self._state = now
         return self
 
     def _now(self) -> list[int]:
-        return [tensor._version for tensor in self._counted]
+        return [tensor._version for tensor in self._counted] + list(map(Tensor.data_ptr, self._placed))
 
     def mark_stale(self) -> None:
         """Says that the weights have changed by a write that their versions do not count."""
-        self._versions = None
+        self._state = None
 
     def _pack(self) -> None:
         """Fills `packed` in the layout of the weights' device."""

@@ -117,10 +117,25 @@ class Train:
     """How many such pipelines train together, each on a part of every batch."""
     expert_parallel: int = 1
     """How many of those share their experts out, each having a part of them."""
+    post_validation: bool = False
+    """Processes do not wait for the gradient's norm at the end of a step; one that had to be clipped is taken back and
+    done again, to the same bits. Pays where waiting is long and few steps are clipped, and takes more memory."""
+    microbatches: int | None = None
+    """Into which a pipeline cuts its part of a batch, at most: four a process of it by default, and never more than
+    there are rows. Losses do not depend on it."""
+    memory: int | None = None
+    """Bytes that a process of a pipeline may hold for the backward; by default as many as V-Half does."""
+    recompute: bool = False
+    """Keep the input of each stage alone and do its forward again before the backward: less memory, more time."""
+    any_order: bool = False
+    """Let microbatches of different lengths run in the order that is quickest; losses change by rounding only."""
+    timeout_s: float = 600.0
+    """Seconds that a process waits for another one; then the run ends, naming what it waited for."""
 
     def __call__(self) -> None:
         from longcat_model.training import finetune
         from longcat_model.training.mesh import Mesh
+        from longcat_model.training.plan import Piping
 
         finetune.run(
             self.data,
@@ -134,7 +149,15 @@ class Train:
                 seed=self.seed,
             ),
             Mesh(pipeline=self.pipeline, data=self.data_parallel, experts=self.expert_parallel),
+            Piping(
+                microbatches=self.microbatches,
+                memory=self.memory,
+                recompute=self.recompute,
+                any_order=self.any_order,
+                timeout_s=self.timeout_s,
+            ),
             workers=self.workers,
+            post_validation=self.post_validation,
         )
 
 
@@ -155,7 +178,7 @@ class Generate:
     hold <longcat_img_start>file.png<longcat_img_end>, <longcat_audio_start>file.wav<longcat_audio_end>, and at the end
     <longcat_img_start> or <longcat_audiogen_start>, to be answered with an image or with speech."""
     run: Path = RUN
-    """Directory of the trained system."""
+    """Directory of the trained system; with --messages of a released checkpoint, too."""
     out: Path | None = None
     """File to write: paint.png or say.wav by default. With --messages a directory: runs/answers by default."""
     roles: bool = True
@@ -270,6 +293,9 @@ class Schedule:
     """JSON of measured durations (longcat_model/pipeline/profile.py shows one); by default all are equal."""
     memory: int | None = None
     """Bytes that a device may hold for the backward; by default as many as V-Half does."""
+    any_order: bool = False
+    """The order of microbatches is free, for a profile with lengths: gradients are sums over them. Schedules but the
+    searched one take them as they come."""
     out: Path = Path("runs/schedule")
     """Directory for the files."""
     moves: int = 5_000_000
@@ -288,7 +314,7 @@ class Schedule:
         report.ready(self.out)
         costs, placed = report.costs_of(self.profile, self.devices, self.microbatches)
         limits = None if self.memory is None else [self.memory] * self.devices
-        found = report.compare(costs, limits, Effort(moves=self.moves, seed=self.seed))
+        found = report.compare(costs, limits, Effort(moves=self.moves, seed=self.seed), any_order=self.any_order)
         print(placed, report.table(found), sep="\n")
         print(*report.write(found, self.out), sep="\n")
 
@@ -351,7 +377,3 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nlongcat: interrupted{again}", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

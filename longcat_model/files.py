@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import math
 import os
+import reprlib
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +21,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 
-def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
+def read_image(path: Path, cell: int, height: int | None = None, *, pixels: tuple[int, int] | None = None) -> Tensor:
     """RGB [3, H, W] in [0, 1], transparent parts white, sides resampled (bicubic) to the nearest multiple of `cell`.
 
     Args:
         height: pixels that the picture is scaled to first, in proportion; None: it keeps its size.
+        pixels: least and most of the result; a smaller or larger picture is scaled in proportion.
 
     Raises:
         ValueError: the file is missing or no image.
@@ -37,9 +40,22 @@ def read_image(path: Path, cell: int, height: int | None = None) -> Tensor:
         raise ValueError(f"image: path must name a readable image, got {path}: {error}") from error
     scale = 1 if height is None else height / picture.height
     wide, high = (max(cell, round(side * scale / cell) * cell) for side in picture.size)
+    if pixels is not None:
+        wide, high = _within(pixels, cell, picture.size, (wide, high))
     if picture.size != (wide, high):
         picture = picture.resize((wide, high), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
+
+
+def _within(pixels: tuple[int, int], cell: int, size: tuple[int, int], rounded: tuple[int, int]) -> tuple[int, int]:
+    """The sides `rounded`, or those that the picture of `size` gets to have so many pixels: Qwen2-VL's rule."""
+    least, most = pixels
+    if least <= rounded[0] * rounded[1] <= most:
+        return rounded
+    too_many = rounded[0] * rounded[1] > most
+    scale = math.sqrt((most if too_many else least) / (size[0] * size[1])) / cell
+    wide, high = (max(cell, (math.floor if too_many else math.ceil)(side * scale) * cell) for side in size)
+    return wide, high
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
@@ -62,7 +78,7 @@ def read_speech(path: Path, rate: int) -> Tensor:
     """Mono float32 [samples] at `rate` Hz.
 
     Raises:
-        ValueError: the file is missing, no sound, or silent, or holds samples that are not finite.
+        ValueError: the file is missing, no sound, truncated, or silent, or holds samples that are not finite.
     """
     import soundfile  # here, because images and checkpoints do without it
 
@@ -70,6 +86,8 @@ def read_speech(path: Path, rate: int) -> Tensor:
         samples, found = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise ValueError(f"speech: path must name a readable sound file, got {path}: {error}") from error
+    if _is_cut_off(path):  # libsndfile reads what there is
+        raise ValueError(f"speech: path must name a whole sound file, got a truncated one: {path}")
     waveform = samples.mean(axis=1)
     if not np.isfinite(waveform).all():
         raise ValueError(f"speech: path must name a file of finite samples, got others in {path}")
@@ -80,6 +98,13 @@ def read_speech(path: Path, rate: int) -> Tensor:
 
         waveform = librosa.resample(waveform, orig_sr=found, target_sr=rate)
     return torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether a WAV file is shorter than its header says. Programs that write to a pipe say about 2^31 or 2^32."""
+    with path.open("rb") as file:
+        kind, size = file.read(4), int.from_bytes(file.read(4), "little")
+    return kind == b"RIFF" and path.stat().st_size < 8 + size < 2**31 - 2**16
 
 
 def wav(waveform: Tensor, rate: int) -> bytes:
@@ -112,8 +137,21 @@ def read_json(path: Path) -> Any:
     """Raises ValueError, which names the file, where it holds no JSON."""
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold JSON, got: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """As `read_json`, where the JSON must be an object."""
+    found = read_json(path)
+    require(path, "it", isinstance(found, dict), "an object", found)
+    return dict(found)
+
+
+def require(path: Path, key: str, holds: bool, rule: str, found: object) -> None:
+    """Raises ValueError, in one line that names file and key, unless the rule `holds` for what was found."""
+    if not holds:
+        raise ValueError(f"{path}: {key} must be {rule}, got {reprlib.repr(found)}")
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Layout of a directory: `config.json`, `model.safetensors`, `vision.safetensors`,
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from torch import nn
 
 from longcat_model import config, files
 from longcat_model.model import LongcatNext
+from longcat_model.released.checkpoint import INDEX
 from longcat_model.tokenizers.audio import AudioTokenizer
-from longcat_model.tokenizers.text import ByteTokenizer
+from longcat_model.tokenizers.text import ByteTokenizer, TextTokenizer
 from longcat_model.tokenizers.vision import VisionTokenizer
 
 
@@ -28,7 +28,9 @@ class System:
     model: LongcatNext
     vision: VisionTokenizer
     audio: AudioTokenizer
-    text: ByteTokenizer
+    text: TextTokenizer
+    pixels: tuple[int, int] | None = None  # least and most that an image is scaled to before it is seen; None: any
+    lacks: tuple[str, ...] = ()  # files of decoders that a released checkpoint came without
 
     @classmethod
     def create(cls, sizes: config.Model) -> System:
@@ -85,15 +87,20 @@ def read_sizes(directory: Path) -> config.Model:
     """The config of a system.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, or it is damaged, or of a released checkpoint.
     """
     path = directory / "config.json"
+    if (directory / INDEX).is_file():
+        raise ValueError(
+            f"system: {directory} is a released checkpoint: generate --messages and inspect alone take one"
+        )
     if not path.is_file():
         raise ValueError(f"system: {directory} must hold a trained system, but has no config.json; run `longcat demo`")
+    found = files.read_json(path)
     try:
-        return config.from_dict(config.Model, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"system: {path} must be JSON, got: {error}") from error
+        return config.from_dict(config.Model, found)
+    except ValueError as error:
+        raise ValueError(f"system: {path}: {error}") from error
 
 
 def _load(module: nn.Module, directory: Path, name: str) -> None:

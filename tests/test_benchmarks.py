@@ -319,6 +319,33 @@ def test_a_tiny_case_of_each_op_runs(op: str, least: int) -> None:
         assert all(row.wrong_codes == 0 for row in rows if row.contender.startswith("ours"))
 
 
+def test_cases_for_a_gpu_run_shrunken_on_the_cpu_and_are_left_out_there() -> None:
+    harness, lite, bench = script("harness"), script("lite_moe"), script("bench_fused_moe")
+    found = {case.name.split()[1] for case in bench.CASES if case.only_gpu}
+    assert found == {"decode", "forward", "backward", "train"}
+    for case in lite.cases((64, 32, 8, 4, 3), dict.fromkeys(found, (32,))):
+        errors = {row.contender: row.error for row in harness.measure("fused_moe", case, CEILINGS, quick())}
+        assert {"ours", "transformers grouped_mm"} <= set(errors) and 0 < errors["ours"] < 1e-2
+    arguments = script("run").Arguments(case="Lite")
+    assert not list(script("run").bench("fused_moe", bench, dict(CEILINGS), arguments, "cpu"))
+
+
+@pytest.mark.parametrize("title", ["forward", "backward", "train"])
+def test_the_judge_of_a_few_tokens_finds_identities_left_out(title: str) -> None:
+    harness, lite, peers = script("harness"), script("lite_moe"), script("peers_moe")
+    arguments = lite.arguments_of(lite.spec.Case(9, 64, 32, 4, 12, 3, dtype=torch.bfloat16), "cpu")
+    grad = torch.ones_like(arguments["x"]) if title in lite.PASSES else None
+    judge = lite.Judge(arguments, grad)
+
+    def results(experts: Any) -> Any:
+        return (peers.forward(experts, arguments) if grad is None else lite.PASSES[title](experts, arguments, grad))()
+
+    assert judge.error(results(peers.ours()))["error"] < 1e-2
+    assert judge.error(results(lite.hf_grouped()))["error"] < 2e-2
+    with pytest.raises(harness.WrongResult, match="is off by"):
+        judge.error(results(peers.hf_grouped(beyond=True)))
+
+
 def test_memory_of_a_call_is_measured_in_its_own_process() -> None:
     machine = script("machine")
     case = script("bench_rvq_decode").CASES[1].name

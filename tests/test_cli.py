@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from longcat_model import presets
+from longcat_model import __main__ as entry
+from longcat_model import cli, presets
 from longcat_model.cli import main
 from longcat_model.files import png, read_image, wav, write
 from longcat_model.generation import converse
@@ -195,6 +197,12 @@ def test_where_answers_go_is_tried_before_they_are_made(
             ["train", "none.jsonl", "--run", "SYSTEM", "--expert-parallel", "2"],
             "expert-parallel must divide data-parallel (1), got 2",
         ),
+        (
+            ["train", "none.jsonl", "--run", "SYSTEM", "--microbatches", "0"],
+            "microbatches must be from 1 to",
+        ),
+        (["train", "none.jsonl", "--run", "SYSTEM", "--memory", "-1"], "memory must be from 1 to"),
+        (["train", "none.jsonl", "--run", "SYSTEM", "--timeout-s", "inf"], "timeout_s must be from 0.001 to"),
         (["demo", "--out", "MEDIA", "--fresh"], "holds other files"),
         (["demo", "--out", "MEDIA/run", "--seed", "4294967296"], "seed must be in [0, 2^31), got 4294967296"),
         (["demo", "--smoke", "--out", "MEDIA/run", "--speech-dir", "MEDIA/none"], "directory must exist"),
@@ -214,6 +222,30 @@ def test_a_damaged_system_is_refused(system: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "vision.safetensors").write_bytes(b"damaged")
     assert main(["generate", "paint", "4", "--run", str(tmp_path)]) == 2
     assert "vision.safetensors must fit the config" in capsys.readouterr().err
+
+
+class Deaf:
+    """What it raises when it ends is dropped."""
+
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_is_heard_wherever_it_meets_the_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: list[str] | None) -> int:
+        raise KeyboardInterrupt
+
+    def dropped(arguments: list[str] | None) -> int:
+        Deaf()
+        time.sleep(10)
+        return 0
+
+    for run in (interrupted, dropped):
+        monkeypatch.setattr(cli, "main", run)
+        assert entry.main([]) == 130
+        assert capsys.readouterr().err == "\nlongcat: interrupted\n"
 
 
 def train_arguments(system: Path, media: Path, lines: list[str]) -> list[str]:

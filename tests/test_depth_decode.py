@@ -18,7 +18,7 @@ from longcat_kernels.ops.depth_decode import OP
 from longcat_kernels.reference import depth_decode as spec
 from longcat_kernels.reference._depth_cases import random_weights
 from longcat_kernels.reference.sampling import draw, gumbel, seen
-from longcat_kernels.testing import record
+from longcat_kernels.testing import CLOSE_DRAWS, record
 
 GREEDY = DepthSampling(temperature=0.0)
 WARM = DepthSampling(0.8, top_k=4, top_p=0.9)
@@ -192,10 +192,31 @@ def test_the_end_is_drawn_where_it_may_be_and_sums_to_nothing(backend: str, end:
     torch.testing.assert_close(decoded.embedding, summed.masked_fill(is_end.all(1, keepdim=True), 0))
 
 
+def test_a_last_level_without_a_table_changes_nothing_about_the_end(backend: str) -> None:
+    weights = longcat((2, 2))
+    first = weights.tables[0]
+    assert first is not None
+    decoded = depth_decode(
+        hidden(32), weights._replace(tables=[first, None]), DepthSampling(end="allow"), backend=backend
+    )
+    is_end = decoded.codes == 1
+    assert (is_end[:, 0] & ~is_end[:, 1]).any()
+    assert torch.equal(decoded.embedding, first[decoded.codes[:, 0]].masked_fill(is_end[:, :1], 0))
+
+
 def test_ends_may_be_had_by_row_and_level(backend: str) -> None:
     may_end = torch.tensor([[True, False, True], [False, False, False]]).repeat(32, 1)
     is_end = depth_decode(hidden(64), longcat((2, 2, 2)), DepthSampling(end=may_end), backend=backend).codes == 1
     assert not is_end[~may_end].any() and is_end[::2, 0].any() and is_end[::2, 2].any()
+
+
+def test_draws_are_decided_in_float64(backend: str) -> None:
+    config = DepthConfig((4,), hidden=8, dim=8, layers=0, heads=1, kv_heads=1, head_dim=8, ffn=8)
+    weights = weights_of(config, "csm")._replace(head_weights=[torch.zeros(4, 8)])
+    seeds = torch.tensor(CLOSE_DRAWS)
+    noise = gumbel(seeds, torch.zeros_like(seeds), [(0, 4)])[0]
+    decoded = depth_decode(hidden(len(seeds), width=8), weights, seed=seeds, backend=backend)
+    assert torch.equal(decoded.codes[:, 0], noise.argmax(1))
 
 
 # The distribution
@@ -302,6 +323,21 @@ def test_forced_levels_are_kept_and_leave_the_other_draws_alone(backend: str) ->
     middle[::2, 1] = free.codes[::2, 1]
     assert torch.equal(depth_decode(h, weights, seed=2, prefix=middle, backend=backend).codes, free.codes)
     assert (depth_decode(h, weights, seed=2, prefix=torch.full((8, 3), 2), backend=backend).codes == 2).all()
+
+
+@pytest.mark.parametrize(
+    "numbers", [DepthSampling(0.7), DepthSampling(0.7, 2, 0.9, 0.1), DepthSampling(1.0, order="joint")]
+)
+def test_where_only_the_end_is_possible_and_barred_nothing_is_drawn(backend: str, numbers: DepthSampling) -> None:
+    weights, h = longcat((4, 3)), hidden(3)
+    for bias in weights.head_biases:
+        assert bias is not None
+        bias[:-1] = -torch.inf
+    drawn = depth_decode(h, weights, numbers, backend=backend)
+    forced = depth_decode(h, weights, numbers, prefix=torch.ones(3, 2).long(), backend=backend)
+    assert not drawn.codes.any() and (forced.codes == 1).all()
+    for decoded in (drawn, forced):
+        assert (decoded.logprobs == -torch.inf).all() and (decoded.drawn_logprobs == -torch.inf).all()
 
 
 def test_logprobs_of_forced_codes_say_what_the_draw_would_have(backend: str) -> None:
@@ -438,6 +474,19 @@ def test_an_empty_history_and_a_penalty_of_one_change_nothing(backend: str) -> N
             assert torch.equal(a, b)
 
 
+def test_orders_of_truncation_may_be_had_by_row_and_level(backend: str) -> None:
+    weights, h, is_joint = longcat(), hidden(64), torch.rand(64, 3) < 0.5
+    sampling, forced = DepthSampling(2.0, 3, 0.6), torch.ones(64, 3, dtype=torch.int64)
+
+    def logprobs(order: str | torch.Tensor) -> torch.Tensor:
+        numbers = replace(sampling, order=order)
+        return depth_decode(h, weights, numbers, prefix=forced, backend=backend).drawn_logprobs
+
+    joint, sequential = logprobs("joint"), logprobs("sequential")
+    assert torch.equal(logprobs(is_joint), torch.where(is_joint, joint, sequential))
+    assert ((joint != sequential).any(0) & is_joint.any(0) & ~is_joint.all(0)).all()
+
+
 # Prepared weights, tables of numbers, compilation
 
 
@@ -465,6 +514,16 @@ def test_prepared_weights_follow_writes(backend: str) -> None:
         assert not prepared.is_current
 
 
+def test_prepared_weights_follow_moves(backend: str) -> None:
+    """To other memory, as optimizers and sharding make them, which no version counts."""
+    weights, h = longcat(), hidden(6)
+    prepared = PreparedDepth(weights).refresh()
+    weights.layers[0].up.data = weights.layers[0].up * -3
+    assert not prepared.is_current
+    for a, b in zip(depth_decode(h, prepared, backend=backend), depth_decode(h, weights, backend=backend), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_int8_is_a_rounding_of_each_row_by_itself() -> None:
     weights = longcat()
     prepared = PreparedDepth(weights, "int8")
@@ -482,6 +541,15 @@ def test_int8_is_a_rounding_of_each_row_by_itself() -> None:
         )
     with pytest.raises(ValueError, match="PreparedDepth: precision must be None or int8, got 'int4'"):
         PreparedDepth(weights, "int4")
+
+
+def test_int8_moves_logits_by_less_than_two_percent() -> None:
+    widths = {"hidden": 256, "dim": 256, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 64, "ffn": 512}
+    config = replace(longcat((257,) * 4).config, **widths)
+    weights, h, codes = weights_of(config, "longcat"), hidden(24, width=256), torch.randint(257, (24, 4))
+    rounded = PreparedDepth(weights, "int8").weights
+    for got, want in zip(depth_logits(rounded, h, codes), depth_logits(weights, h, codes), strict=True):
+        assert 0.005 < ((got - want).square().mean() / want.square().mean()).sqrt() < 0.02
 
 
 def test_one_compiled_graph_serves_every_step_seed_and_top_k() -> None:
@@ -533,3 +601,14 @@ def test_refuses_forced_codes_that_no_level_has(code: int, level: int, message: 
     prefix[1, level] = code
     with pytest.raises(ValueError, match=f"depth_decode: prefix must be {message}"):
         depth_decode(hidden(3), longcat(), prefix=prefix)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_levels_that_are_all_given_have_no_logits(backend: str, levels: int) -> None:
+    classes, codes = (8, 6)[:levels], torch.tensor([[3, 1], [7, 5]])[:, :levels]
+    weights = longcat(classes, given=levels, ends=False)
+    decoded = depth_decode(hidden(2), weights, prefix=codes, logits=True, backend=backend)
+    summed = sum(table[codes[:, level]] for level, table in enumerate(weights.tables) if table is not None)
+    torch.testing.assert_close(decoded.embedding, summed)
+    assert decoded.codes.equal(codes) and decoded.logits.shape == (2, 0) and not decoded.logprobs.any()
+    assert depth_logits(weights, hidden(2), codes) == []

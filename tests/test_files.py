@@ -51,6 +51,18 @@ def test_speech_round_trips_and_resamples(tmp_path: Path) -> None:
     assert float(peak) * 8000 / 4000 == pytest.approx(440, abs=2)
 
 
+def test_a_sound_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    whole, path = wav(0.5 * torch.ones(1000), 16_000), tmp_path / "a.wav"
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"speech: path must name a whole sound file, got a truncated one: {path}"):
+        read_speech(path, 16_000)
+    for unknown in (2**31 - 1, 2**32 - 1):  # as programs write that do not know the length
+        path.write_bytes(
+            whole[:4] + unknown.to_bytes(4, "little") + whole[8:40] + unknown.to_bytes(4, "little") + whole[44:]
+        )
+        assert len(read_speech(path, 16_000)) == 1000
+
+
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path: Path, suffix: str) -> None:
     shades = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
@@ -125,3 +137,16 @@ def test_one_at_a_time(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "lock")], check=False).returncode == -9
     with locked(tmp_path / "lock"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((30, 20), (280, 196)), ((5000, 2500), (2520, 1260)), ((300, 250), (308, 252)), ((1, 20_000), (28, 19_992))],
+)
+def test_pictures_are_scaled_into_their_limits(
+    tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    """As transformers' `smart_resize` of Qwen2-VL, whose processor the released model has."""
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    _, high, wide = read_image(tmp_path / "a.png", 28, pixels=(50_176, 3_211_264)).shape
+    assert (wide, high) == expected

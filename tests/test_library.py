@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from longcat_kernels import moe_route
+from longcat_kernels import fused_moe, moe_route, rvq_decode
 from longcat_kernels.library import wants_grad
 from longcat_kernels.ops import OPS
 from longcat_kernels.spec import Op
@@ -135,6 +135,40 @@ def test_forward_mode_derivatives_are_refused(op: Op) -> None:
         with pytest.raises(NotImplementedError, match=f"{op.name}: inputs must have no tangents"):
             op.run(**tree_map_only(torch.Tensor, lambda leaf: dual if leaf is wanted[0] else leaf.detach(), given))
         op.run(**given)
+
+
+@every_differentiable_op
+def test_vmap_calls_the_op_for_each_element(op: Op) -> None:
+    """With the gradients of what is batched and of what is not."""
+    given = arguments(op, True)
+    leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    batched = torch.stack([leaves[0].detach(), leaves[0].detach().flip(0)], 1).requires_grad_()
+
+    def run(element: torch.Tensor) -> list[torch.Tensor]:
+        return tree_leaves(op.run(**tree_map_only(torch.Tensor, lambda t: element if t is leaves[0] else t, given)))
+
+    got, elements = torch.vmap(run, in_dims=1)(batched), batched.unbind(1)
+    want = [torch.stack(parts) for parts in zip(*map(run, elements), strict=True)]
+    wanted, inputs = [i for i, result in enumerate(want) if result.requires_grad], [batched, *leaves[1:]]
+    gradients = [
+        torch.autograd.grad([results[i] for i in wanted], inputs, [want[i].detach() for i in wanted], allow_unused=True)
+        for results in (got, want)
+    ]
+    for a, b in zip([*got, *gradients[0]], [*want, *gradients[1]], strict=True):
+        assert b is not None and torch.equal(a, b)
+
+
+def test_vmap_takes_lists_and_optional_tensors_and_refuses_an_empty_batch() -> None:
+    codes, books = torch.randint(0, 3, (4, 5, 2)), [torch.randn(3, 8), torch.randn(3, 8)]
+    got = torch.vmap(rvq_decode, in_dims=(0, None))(codes, books)
+    assert torch.equal(got, torch.stack([rvq_decode(element, books) for element in codes]))
+    x, ids, weights = torch.randn(3, 2, 4), torch.tensor([[0, -1], [1, 2]]), torch.rand(2, 2)
+    up, down = torch.randn(2, 6, 4), torch.randn(2, 4, 3)
+    got = torch.vmap(lambda x: fused_moe(x, up, down, ids, weights, residual=x))(x)
+    want = [fused_moe(element, up, down, ids, weights, residual=element) for element in x]
+    assert torch.equal(got, torch.stack(want))
+    with pytest.raises(ValueError, match=r"fused_moe: what torch.vmap batches must not be empty, got 0 elements"):
+        torch.vmap(lambda x: fused_moe(x, up, down, ids, weights))(x[:0])
 
 
 @every_differentiable_op

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -110,6 +112,31 @@ def test_samples_are_of_the_same_distribution_and_new_in_every_frame() -> None:
     for level in range(2):
         counts = torch.stack([torch.bincount(codes[:, level], minlength=6) for codes in (want, first)])
         assert chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue > 1e-4
+
+
+def reloaded(gen: Any) -> Any:
+    gen.lm_model.load_state_dict({name: -x for name, x in gen.lm_model.state_dict().items()})
+    return gen
+
+
+@pytest.mark.parametrize(
+    "change",
+    [reloaded, lambda gen: reloaded(copy.deepcopy(gen)), torch.nn.Module.double, torch.nn.Module.bfloat16],
+    ids=["loaded", "copied", "double", "bfloat16"],
+)
+def test_weights_that_change_after_the_patch_are_followed(change: Callable[[Any], Any]) -> None:
+    gen = moshi.LMGen(language_model(), use_sampling=False)
+    text, states = torch.arange(40) % 11, torch.randn(40, 1, 24)
+    ours.patch(gen)
+    before = gen.depformer_step(text, states)
+    changed = change(gen)
+    states_there = states.to(changed.lm_model.depformer_in[0].weight.dtype)
+    got = changed.depformer_step(text, states_there)
+    ours.unpatch(changed)
+    ours.patch(changed)
+    assert torch.equal(got, changed.depformer_step(text, states_there))
+    if changed is not gen:
+        assert torch.equal(gen.depformer_step(text, states), before) and not torch.equal(got, before)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,10 @@ def test_orders_differ_where_top_k_cuts_mass_off() -> None:
     options = {"top_k": 3, "top_p": 0.75}
     assert set(sample(logits, **options, order="sequential").ids.tolist()) == {0, 1}  # 0.4 / 0.9 + 0.3 / 0.9 > 0.75
     assert set(sample(logits, **options, order="joint").ids.tolist()) == {0, 1, 2}  # 0.4 + 0.3 < 0.75
+    is_joint = torch.arange(len(logits)) % 2 == 1
+    mixed = sample(logits, **options, order=is_joint).ids
+    for i, order in enumerate(("sequential", "joint")):
+        assert torch.equal(mixed[i::2], sample(logits, **options, order=order).ids[i::2])
 
 
 @pytest.mark.parametrize("vary", ["seed", "step", "level"])
@@ -185,7 +189,7 @@ def test_a_row_with_nan_or_infinity_says_so_and_others_do_not_notice(lost: float
         ({"min_p": 1.0}, r"min_p must be in \[0, 1\), got 1"),
         ({"top_p": torch.tensor([0.5, -0.5])}, r"top_p must be in \(0, 1\], got -0\.5"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty must be > 0 and finite, got 0"),
-        ({"order": "first"}, r"order must be sequential or joint, got 'first'"),
+        ({"order": "first"}, r"order must be sequential, joint or a bool tensor, got 'first'"),
         ({"history": (IDS[0], IDS[0])}, r"history offsets must be int64 \[3\], got torch\.int64 \[1\]"),
         ({"history": (IDS[0].int(), IDS[1])}, r"history ids must be int64 \[N\], got torch\.int32 \[1\]"),
         ({"history": (IDS[0], torch.tensor([0, 2, 2]))}, r"history offsets must rise .* at most 1, got \[0, 2, 2\]"),

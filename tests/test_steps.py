@@ -92,6 +92,25 @@ def test_what_passed_is_not_run_again_while_the_code_is_the_same(steps: ModuleTy
     assert count.read_text() == "xxxxxx"
 
 
+def test_what_failed_before_waits_for_what_was_never_run(steps: ModuleType, tmp_path: Path) -> None:
+    """Else a step that hangs would take the time of every run, and those after it would never come."""
+    hang, note = "import time; time.sleep(60)", "open('order', 'a').write('{0}')"
+    first = (step("hangs", hang, seconds=0.5), step("needs it", note.format(1), needs=("hangs",)), step("last", ""))
+    check(steps, tmp_path, *first, seconds=0.3)
+    assert states(tmp_path) == {"hangs": "cut off", "needs it": "not run", "last": "not run"}
+    again = (step("hangs", note.format(0)), first[1], step("last", note.format(2)))
+    check(steps, tmp_path, *again)
+    assert (tmp_path / "order").read_text() == "201" and set(states(tmp_path).values()) == {"passed"}
+
+
+def test_what_failed_is_known_until_it_is_run_again(steps: ModuleType, tmp_path: Path) -> None:
+    bad = step("bad", "import sys; sys.exit('the reason')")
+    check(steps, tmp_path, bad)
+    book = check(steps, tmp_path, bad, seconds=-1)  # no time is left
+    assert book.steps["bad"]["detail"] == "exit code 1\nthe reason" and states(tmp_path) == {"bad": "failed"}
+    assert steps.Book.open(tmp_path / "check.json", ABOUT | {"code": "other"}, ["bad"]).counts() == {"not run": 1}
+
+
 def test_what_a_stopped_check_has_reached_is_in_the_file(steps: ModuleType, tmp_path: Path) -> None:
     """Killed between two steps, with no time to write: the file has what was done, and names all that was not."""
     script = f"""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +81,43 @@ def test_logits_are_those_of_csm_in_training_too() -> None:
     want = decoder(input_ids=ids, backbone_last_hidden_state=hidden, use_cache=False).logits
     got = torch.stack(depth_logits(csm.depth_weights(decoder), hidden, codes), 1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def reloaded(model: Any) -> Any:
+    model.depth_decoder.load_state_dict({name: -x for name, x in model.depth_decoder.state_dict().items()})
+    return model
+
+
+def rounded(model: Any) -> Any:
+    reloaded(model).depth_decoder.bfloat16()
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        reloaded,
+        rounded,
+        lambda model: reloaded(copy.deepcopy(model)),
+        lambda model: reloaded(pickle.loads(pickle.dumps(model))),
+    ],
+    ids=["loaded", "bfloat16", "copied", "pickled"],
+)
+def test_weights_that_change_after_the_patch_are_followed(change: Callable[[Any], Any]) -> None:
+    model = SimpleNamespace(depth_decoder=csm_decoder())
+    hidden, ids = torch.randn(24, 20), torch.zeros(24, 2, dtype=torch.int64)
+    model.depth_decoder.generation_config.update(do_sample=False)
+    csm.patch(model)
+    before = model.depth_decoder.generate(input_ids=ids, backbone_last_hidden_state=hidden)
+    changed = change(model)
+    there = hidden.to(changed.depth_decoder.dtype)
+    got = changed.depth_decoder.generate(input_ids=ids, backbone_last_hidden_state=there)
+    weights = csm.depth_weights(changed.depth_decoder)
+    assert torch.equal(got[:, 1:], depth_decode(there, weights, GREEDY, prefix=ids[:, 1:]).codes)
+    assert not torch.equal(got, before)
+    if changed is not model:
+        again = model.depth_decoder.generate(input_ids=ids, backbone_last_hidden_state=hidden)
+        assert torch.equal(again, before)
 
 
 def test_samples_follow_the_generation_config() -> None:

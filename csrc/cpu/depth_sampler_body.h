@@ -332,6 +332,10 @@ static int64_t drawn_id(const Scores& s, const Kept& kept) {
 // The draw at a temperature above zero: the id, and its logprob among what is kept. At temperature 1 the masses may be
 // there already.
 static void draw_id(const Draw& d, const Scores& s, bool has_masses, Drawn& out) {
+    if (s.largest == -std::numeric_limits<float>::infinity()) {  // no id is left
+        out = {std::max<int64_t>(d.forced, 0), 0.0f, s.largest};
+        return;
+    }
     const float scale = std::min(float(1.0 / s.temperature), std::numeric_limits<float>::max());
     if (!has_masses) exponentials(s.y, s.limit, s.largest, scale, s.e());
     const Cut cut = truncated(s, d.params);

@@ -15,6 +15,14 @@ static void sum_words(const float* const* word, const float* const* last, int64_
         }
         for (int i = 0; i < kLanes; ++i) sum[i].store(out + d + i * Lanes::kWidth);
     }
+    for (; d + Lanes::kWidth <= dim; d += Lanes::kWidth) {
+        Lanes sum = Lanes::splat(0);
+        for (const float* const* w = word; w != last; ++w) {
+            __builtin_prefetch(w[kAhead] + d);
+            sum = Lanes::add(sum, Lanes::load(*w + d));
+        }
+        sum.store(out + d);
+    }
     for (; d < dim; ++d) {
         float sum = 0;
         for (const float* const* w = word; w != last; ++w) sum += (*w)[d];

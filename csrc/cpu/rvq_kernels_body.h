@@ -44,18 +44,23 @@ static void fold_parts(const float* a, const float* b, int64_t part, int64_t cou
 }
 
 static double tree_dot(const float* a, const float* b, int64_t dim, double* terms) {
-    int64_t width = 8;
-    while (width < dim) width *= 2;
+    int bits = 3;
+    while (int64_t(1) << bits < dim) ++bits;
     // Three folds in one pass: parts that are missing are zero, and adding zero changes nothing.
-    width /= 8;
-    const int64_t whole = dim / width, rest = dim % width;
-    fold_parts(a, b, width, whole + 1, 0, rest, terms);
+    bits -= 3;
+    int64_t width = int64_t(1) << bits;
+    const int64_t whole = dim >> bits, rest = dim & (width - 1);
+    if (rest > 0) fold_parts(a, b, width, whole + 1, 0, rest, terms);
     fold_parts(a, b, width, whole, rest, width, terms);
-    while (width > 1) {
+    while (width > 8) {
         width /= 2;
         for (int64_t d = 0; d < width; ++d) terms[d] += terms[width + d];
     }
-    return terms[0];
+    // The last folds, without a loop: scores of short rows are little else.
+    if (width == 8)
+        return ((terms[0] + terms[4]) + (terms[2] + terms[6])) + ((terms[1] + terms[5]) + (terms[3] + terms[7]));
+    if (width == 4) return (terms[0] + terms[2]) + (terms[1] + terms[3]);
+    return width == 2 ? terms[0] + terms[1] : terms[0];
 }
 
 static void take_off(float* __restrict row, float* __restrict sum, const float* __restrict word, int64_t dim) {

@@ -12,10 +12,10 @@
 // stored in the order in which the threads of m16n8k16 have them: a thread reads what it needs of 64 in two such
 // pieces.
 //
-// Occupancy. 384 threads of at most 168 registers, as in depth_decode.cuh, of which 48 are sums: one block on a
-// multiprocessor. Shared memory: 3 KB of header, 26 KB for the sums of a strip and the warps' cursors, 24 KB a slot of
-// the rings: 173 KB with six slots of the 227 KB that compute capability 9.0 and 10.0 have, 149 KB with five of the 163
-// KB of 8.0.
+// Occupancy. 384 threads of at most 168 registers, as in depth_decode.cuh, of which 48 are sums (167, 166 and 134 for
+// sm_80, sm_90a and sm_100a): one block on a multiprocessor. Shared memory: 3 KB of header, 26 KB for the sums of a
+// strip and the warps' cursors, 24 KB a slot of the rings: 173 KB with six slots of the 227 KB that compute capability
+// 9.0 and 10.0 have, 149 KB with five of the 163 KB of 8.0.
 //
 // Traffic. A block reads its 32 rows of activations from the level-two cache once for each run of its strips. With
 // LongCat-Next's image head on an H200's 132 multiprocessors that is 1.2 bytes a byte of weights at 32 rows and 0.6 at

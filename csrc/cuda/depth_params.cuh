@@ -74,6 +74,8 @@ struct DepthKernel {
     LC_BOTH int key_width() const { return kv_heads * head_dim; }
 };
 
+static_assert(sizeof(DepthKernel) <= 32764, "more than a kernel's parameters may be; beyond 4 KB since CUDA 12.1");
+
 // The front of shared memory; activations and rings follow.
 struct DepthShared {
     double doubles[kDepthWarps];

@@ -313,6 +313,10 @@ LC_DEVICE Drawn draw(const DepthKernel& p, int row, int follower, int level, i64
         const int id = forced < 0 ? int(greedy) : int(forced);
         return {id, float(double(logits(id)) - lse), id == int(greedy) ? 0.0f : -infinity()};
     }
+    if (largest == -double_infinity()) {  // no id is left
+        const int id = forced < 0 ? 0 : int(forced);
+        return {id, float(double(logits(id)) - lse), -infinity()};
+    }
     const Scores scores = {scores_of, classes, float(largest), n.temperature};
     const Kept kept = truncate(scores, n, s);
     const u64 seed = u64(p.seeds[row]), step = u64(p.steps[row * p.step_stride]);

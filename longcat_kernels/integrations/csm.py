@@ -10,15 +10,14 @@ Dimension key
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longcat_kernels.integrations._followed import FollowedWeights
 from longcat_kernels.integrations._llama_layers import depth_layer, rope_of, silu_only
 from longcat_kernels.ops.depth_decode import depth_decode
-from longcat_kernels.prepared import PreparedDepth
 from longcat_kernels.reference.depth_sampling import DepthSampling
 from longcat_kernels.reference.depth_weights import DepthConfig, DepthWeights
 
@@ -28,24 +27,12 @@ def patch(model: Any, *, seed: int = 0) -> None:
 
     Its depth decoder's generation config still says how: do_sample, temperature, top_k, top_p, min_p. Greedy codes are
     those that it draws itself; samples are of the same distribution, from `seed`, row and frame instead of torch's
-    generator.
+    generator. Weights may change later.
 
     Raises:
         ValueError: the depth decoder has a part that `depth_decode` has not.
     """
-    decoder = model.depth_decoder
-    prepared, frames = PreparedDepth(depth_weights(decoder)), itertools.count()
-
-    @torch.no_grad()
-    def generate(input_ids: Tensor, backbone_last_hidden_state: Tensor, **_: Any) -> Tensor:
-        """input_ids [B, 2]: a placeholder and the first code; gives [B, 1 + L]."""
-        sampling = _sampling(decoder.generation_config)
-        codes_BL = depth_decode(
-            backbone_last_hidden_state, prepared, sampling, seed=seed, step=next(frames), prefix=input_ids[:, 1:]
-        ).codes
-        return torch.cat([input_ids[:, :1], codes_BL], dim=1)
-
-    decoder.generate = generate
+    model.depth_decoder.generate = _Generate(model.depth_decoder, seed)
 
 
 def unpatch(model: Any) -> None:
@@ -84,6 +71,28 @@ def depth_weights(decoder: Any) -> DepthWeights:
         final_norm=model.norm.weight[None],
         rope=rope_of("csm", model.rotary_emb, levels),
     )
+
+
+class _Generate:
+    """What a patched decoder has instead of its method: an object and no closure, so that a copy has its own."""
+
+    def __init__(self, decoder: Any, seed: int) -> None:
+        self.decoder, self.seed, self.frames = decoder, seed, 0
+        self.weights = FollowedWeights(decoder, [decoder], depth_weights)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, backbone_last_hidden_state: Tensor, **_: Any) -> Tensor:
+        """input_ids [B, 2]: a placeholder and the first code; gives [B, 1 + L]."""
+        codes_BL = depth_decode(
+            backbone_last_hidden_state,
+            self.weights.prepared(),
+            _sampling(self.decoder.generation_config),
+            seed=self.seed,
+            step=self.frames,
+            prefix=input_ids[:, 1:],
+        ).codes
+        self.frames += 1
+        return torch.cat([input_ids[:, :1], codes_BL], dim=1)
 
 
 def _sampling(config: Any) -> DepthSampling:

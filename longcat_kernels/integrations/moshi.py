@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from longcat_kernels.integrations._followed import FollowedWeights
 from longcat_kernels.ops.depth_decode import depth_decode
-from longcat_kernels.prepared import PreparedDepth
 from longcat_kernels.reference.depth_sampling import DepthSampling
 from longcat_kernels.reference.depth_weights import DepthConfig, DepthLayer, DepthWeights, rope_table
 
@@ -27,38 +27,13 @@ def patch(gen: Any, *, seed: int = 0) -> None:
     """Makes an `LMGen` draw the codes of its frames by `depth_decode`, with its own temperature, top_k and guidance.
 
     Before `gen.streaming(...)`. Greedy codes are those it draws itself; samples are of the same distribution, from
-    `seed`, row and frame instead of torch's generator.
+    `seed`, row and frame instead of torch's generator. Weights may change later, but not under a CUDA graph.
 
     Raises:
         ValueError: its depformer has a part that `depth_decode` has not: other norms than RMSNorm, sinusoidal
             positions, LoRA or quantized layers, layer scale, feed-forwards of different widths.
     """
-    model = gen.lm_model
-    prepared = PreparedDepth(depth_weights(model))
-    steps: dict[int, Tensor] = {}
-
-    @torch.no_grad()
-    def depformer_step(text_token: Tensor, transformer_out: Tensor) -> Tensor:
-        is_guided, rows = gen.cfg_coef != 1.0, transformer_out.shape[0]
-        if rows not in steps:
-            steps[rows] = torch.zeros(rows, dtype=torch.int64, device=text_token.device)
-        start_BD = model.depformer_text_emb(text_token.repeat(2) if is_guided else text_token)
-        sampling = DepthSampling(
-            temperature=gen.temp if gen.use_sampling else 0.0, top_k=gen.top_k, guidance=float(gen.cfg_coef)
-        )
-        codes_BL = depth_decode(
-            transformer_out[:, 0],
-            prepared,
-            sampling,
-            seed=seed,
-            step=steps[rows],
-            pairs="split" if is_guided else None,
-            start=start_BD,
-        ).codes
-        steps[rows].add_(1)  # in place: the replay of a CUDA graph counts as well
-        return codes_BL[: text_token.shape[0]]
-
-    gen.depformer_step = depformer_step
+    gen.depformer_step = _DepformerStep(gen, seed)
 
 
 def unpatch(gen: Any) -> None:
@@ -108,6 +83,39 @@ def depth_weights(model: Any) -> DepthWeights:
         final_norm=torch.stack([norm.alpha.flatten() for norm in model.depformer_norms]) if has_final else None,
         rope=_rope(depformer, config, model.depformer_in[0].weight.device),
     )
+
+
+class _DepformerStep:
+    """What a patched `LMGen` has instead of its method: an object and no closure, so that a copy has its own."""
+
+    def __init__(self, gen: Any, seed: int) -> None:
+        model = gen.lm_model
+        parts = (model.depformer, model.depformer_in, model.depformer_emb, model.depformer_norms, model.linears)
+        self.gen, self.seed = gen, seed
+        self.weights = FollowedWeights(model, parts, depth_weights)
+        self.frames: dict[int, Tensor] = {}  # int64 [rows], by number of rows
+
+    @torch.no_grad()
+    def __call__(self, text_token: Tensor, transformer_out: Tensor) -> Tensor:
+        """text_token [B], transformer_out [B or 2 B, 1, D of the model] -> [B, L]."""
+        gen, rows = self.gen, transformer_out.shape[0]
+        is_guided = gen.cfg_coef != 1.0
+        if rows not in self.frames:
+            self.frames[rows] = torch.zeros(rows, dtype=torch.int64, device=text_token.device)
+        sampling = DepthSampling(
+            temperature=gen.temp if gen.use_sampling else 0.0, top_k=gen.top_k, guidance=float(gen.cfg_coef)
+        )
+        codes_BL = depth_decode(
+            transformer_out[:, 0],
+            self.weights.prepared(),
+            sampling,
+            seed=self.seed,
+            step=self.frames[rows],
+            pairs="split" if is_guided else None,
+            start=gen.lm_model.depformer_text_emb(text_token.repeat(2) if is_guided else text_token),
+        ).codes
+        self.frames[rows].add_(1)  # in place: the replay of a CUDA graph counts as well
+        return codes_BL[: text_token.shape[0]]
 
 
 def _layer(layer: Any, rope: str) -> DepthLayer:

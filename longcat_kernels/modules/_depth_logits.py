@@ -67,7 +67,7 @@ def _embeddings(weights: DepthWeights, codes: Tensor) -> Tensor:
         if table is not None
     ]
     if not rows:
-        return weights.head_weights[0].new_zeros(len(codes), 0, weights.config.width)  # type: ignore[union-attr]
+        return weights.like.new_zeros(len(codes), 0, weights.config.width)
     return torch.stack(rows, dim=1)
 
 

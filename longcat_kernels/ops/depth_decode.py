@@ -50,7 +50,11 @@ def depth_decode(
 
     A code is a pure function of the position's hidden state, the weights, its sampling numbers, its seed and step, the
     level and the id, whatever else is in the batch: see `longcat_kernels.sample` for how. A row with NaN gets code 0
-    where a level's logits are lost, and NaN logprobs; other rows do not notice.
+    where a level's logits are lost, and NaN logprobs; other rows do not notice. Nor do a row's bits depend on the
+    batch, except with "reference", and on a GPU where few rows become many, more than 8 or, of very wide ones, less:
+    `cuda` has another kernel for these in bfloat16, and leaves them to Triton's in other dtypes. Name "triton" where
+    that matters, or keep the number of rows by `active`. Between implementations, and between processors, logits differ
+    by rounding, and codes where two are nearly as good.
 
     Args:
         hidden: [T, H] of the weights' dtype: backbone states after the final norm.
@@ -72,8 +76,9 @@ def depth_decode(
         logits: also return the logits of all levels that have a head.
         workspace: memory of the results, which the next call with it overwrites while it still reads its arguments
             (an earlier result among them must be a copy), and of all between. A call whose numbers, seed, step and
-            pairs are tensors, and all arguments contiguous, then allocates none. Not used inside `torch.compile`, nor
-            for fake tensors or those on meta.
+            pairs are tensors, and all arguments contiguous, then allocates none. On a GPU it only enqueues kernels on
+            the current stream, so that after a first call, which loads them, a CUDA graph can capture it: a replay
+            draws by what the tensors then hold. Not used inside `torch.compile`, nor for fake tensors or those on meta.
         backend: "auto" or the name of an implementation.
 
     Returns:

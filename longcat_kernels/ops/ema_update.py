@@ -213,7 +213,7 @@ def _why_not_cuda(*inputs: Any) -> str | None:
 
 def _why_not_strides(*inputs: Any) -> str | None:
     embed_KD, embed_ema_KD, cluster_size_ema_K, _packed, vectors_ND = inputs[:5]
-    if not all(tensor.is_contiguous() for tensor in (embed_KD, embed_ema_KD, cluster_size_ema_K)):
+    if not (embed_KD.is_contiguous() and embed_ema_KD.is_contiguous() and cluster_size_ema_K.is_contiguous()):
         return "needs a contiguous codebook and statistics"
     if vectors_ND.stride(1) != 1:
         return "needs vectors whose rows have adjacent elements"

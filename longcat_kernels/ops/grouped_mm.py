@@ -22,7 +22,15 @@ from longcat_kernels.spec import Op
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Multiplies matrices group by group: a superset of `torch.nn.functional.grouped_mm`.
 
     | a         | b         | out       | ragged dimension, which `offs` divides |
@@ -38,7 +46,9 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *, backend: str
     Args:
         a, b: one floating dtype, any strides.
         offs: int32 or int64 [E], where each group ends; groups may be empty, what lies past the last end gives zeros
-            in `out` and in the gradients.
+            in `out` and in the gradients. Where it is summed over, a and b may have different lengths.
+        bias: None, the only one that torch takes too.
+        out_dtype: None or the dtype of a, as torch has it.
         backend: "auto" or the name of an implementation.
 
     Returns:
@@ -54,6 +64,14 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *, backend: str
         >>> grouped_mm(rows, weights, torch.tensor([1, 3])).tolist()
         [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
     """
+    check(bias is None, lambda: "grouped_mm: bias must be None, got a tensor: add it to the result")
+    check(
+        out_dtype in (None, a.dtype),
+        lambda: f"grouped_mm: out_dtype must be None or {a.dtype} as a is, got {out_dtype}: convert the result",
+    )
+    if a.ndim == b.ndim == 2 and a.shape[1] != b.shape[0]:
+        extent = min(a.shape[1], b.shape[0])
+        a, b = a[:, :extent], b[:extent]
     return _op(a, b, offs, backend)
 
 
@@ -77,8 +95,8 @@ def _check(a: Tensor, b: Tensor, offs: Tensor | None) -> None:
         raise ValueError("grouped_mm: offs must be given unless a and b are 3-D, got None")
     groups = a.shape[0] if a.ndim == 3 else b.shape[0] if b.ndim == 3 else offs.numel()
     check(
-        offs.dtype in (torch.int32, torch.int64) and list(offs.shape) == [groups] and groups >= 1,
-        lambda: f"grouped_mm: offs must be int32 or int64 [{max(1, groups)}], got {offs.dtype} {list(offs.shape)}",
+        offs.dtype in (torch.int32, torch.int64) and list(offs.shape) == [groups],
+        lambda: f"grouped_mm: offs must be int32 or int64 [{groups}], got {offs.dtype} {list(offs.shape)}",
     )
     check(offs.device == a.device, lambda: f"grouped_mm: offs must be on {a.device} as a is, got {offs.device}")
 

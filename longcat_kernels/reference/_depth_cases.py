@@ -281,9 +281,11 @@ REFUSALS = (
     Refusal("min_p must be in [0, 1), got 1", _sampling(min_p=1.0)),
     Refusal("repetition_penalty must be > 0 and finite, got 0", _sampling(repetition_penalty=0.0)),
     Refusal("guidance must be finite, got inf", _sampling(guidance=float("inf"))),
-    Refusal("order must be sequential or joint, got 'random'", _sampling(order="random")),
+    Refusal("order must be sequential, joint or a bool tensor, got 'random'", _sampling(order="random")),
+    Refusal("order must be sequential, joint or a bool tensor, got torch.int64", _sampling(order=torch.ones(2).long())),
     Refusal("end must be mask, level0, allow or a bool tensor, got 'stop'", _sampling(end="stop")),
     Refusal("end must be mask, level0, allow or a bool tensor, got torch.int64", _sampling(end=torch.ones(2).long())),
+    Refusal("end must be a number or broadcast to [0, 2] on cpu, got [3] on cpu", _sampling(end=torch.ones(3).bool())),
     Refusal("top_p must be a number or broadcast to [0, 2] on cpu, got [3] on cpu", _sampling(top_p=torch.ones(3))),
     Refusal("sampling must be float32 [0, 2, 8], got torch.float32 [0, 3, 8]", _given(sampling=torch.ones(0, 3, 8))),
     Refusal(

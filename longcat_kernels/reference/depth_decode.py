@@ -91,7 +91,7 @@ def depth_decode(
         drawn_logprobs.append(after_T)
         inputs = inputs.after(level, ids_T)
     results = [torch.stack(logprobs, 1), torch.stack(drawn_logprobs, 1), inputs.embedding()]
-    results.append(torch.cat(logits, 1) if wants_logits else hidden.new_empty(rows, 0, dtype=dtype))
+    results.append(torch.cat([hidden.new_empty(rows, 0, dtype=dtype), *(logits if wants_logits else [])], 1))
     codes_TL = torch.stack(codes, 1)
     if active is not None:
         results = [result.masked_fill(~active[:, None], 0) for result in results]

@@ -21,6 +21,8 @@ ENDS = ("mask", "level0", "allow")
 class DepthSampling:
     """The numbers of a draw; each may be a tensor that broadcasts to [T, L]: [T, 1] by row, [L] by level.
 
+    Tensors of `order` and `end` are bool: True where the order is "joint", and where "end" may be drawn.
+
     In order: guidance, end, repetition penalty, temperature, top_k, top_p, min_p.
     """
 
@@ -30,8 +32,8 @@ class DepthSampling:
     min_p: float | Tensor = 0.0  # keeps ids at least this share as probable as the most probable one
     repetition_penalty: float | Tensor = 1.0  # of ids in `history`: divides positive logits, multiplies negative ones
     guidance: float | Tensor = 1.0  # s of pairs: logits = s * (conditional - unconditional) + unconditional
-    order: str = "sequential"  # top_p is a share of what top_k kept (transformers); "joint": of the whole softmax
-    end: str | Tensor = "mask"  # where "end" may be drawn: "mask" nowhere, "level0", "allow" everywhere; or bool
+    order: str | Tensor = "sequential"  # top_p's share is of what top_k kept (transformers); "joint": of all
+    end: str | Tensor = "mask"  # where "end" may be drawn: "mask" nowhere, "level0", "allow" everywhere
 
     def table(self, rows: int, config: DepthConfig, device: torch.device | str = "cpu") -> Tensor:
         """The numbers as kernels read them: float32 [T, L, 8], see `sampling.COLUMNS`.
@@ -43,18 +45,18 @@ class DepthSampling:
             ValueError: a number is out of range, or a tensor does not broadcast.
         """
         op, shape, device = "depth_decode", (rows, config.levels), torch.device(device)
-        order = sampling.order_number(op, self.order)
-        excluded = self._excluded(config, device)
+        order, excluded = sampling.order_column(op, self.order), self._excluded(config, shape, device)
         values = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         return sampling.table(op, (*values, excluded, self.guidance, order), shape, device)
 
-    def _excluded(self, config: DepthConfig, device: torch.device) -> int | Tensor:
+    def _excluded(self, config: DepthConfig, shape: tuple[int, ...], device: torch.device) -> int | Tensor:
         """How many of the last ids may not be drawn."""
         if isinstance(self.end, Tensor):
             if self.end.dtype != torch.bool:
                 raise ValueError(
                     f"depth_decode: end must be mask, level0, allow or a bool tensor, got {self.end.dtype}"
                 )
+            sampling.check_broadcast("depth_decode", "end", self.end, shape, device)
             return ~self.end if config.ends else torch.zeros_like(self.end)
         if self.end not in ENDS:
             raise ValueError(f"depth_decode: end must be mask, level0, allow or a bool tensor, got {self.end!r}")

@@ -24,14 +24,15 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None) -> tuple[Tensor]:
     if offs is None:
         return (a @ b,)
     ends = ends_of(offs, a.shape[1] if a.ndim == 2 == b.ndim else a.shape[0] if a.ndim == 2 else b.shape[1])
-    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    spans, last = list(zip([0, *ends], ends, strict=False)), ends[-1] if ends else 0
     if a.ndim == 2 == b.ndim:
-        return (torch.stack([a[:, start:end] @ b[start:end] for start, end in spans]),)
+        none_MN = a.new_empty(0, a.shape[0], b.shape[1])
+        return (torch.cat([none_MN, *((a[:, start:end] @ b[start:end])[None] for start, end in spans)]),)
     if a.ndim == 2:
-        tail_RN = a.new_zeros(a.shape[0] - ends[-1], b.shape[2])
+        tail_RN = a.new_zeros(a.shape[0] - last, b.shape[2])
         groups = [a[start:end] @ b_KN for (start, end), b_KN in zip(spans, b.unbind(), strict=True)]
         return (torch.cat([*groups, tail_RN]),)
-    tail_MR = b.new_zeros(a.shape[1], b.shape[1] - ends[-1])
+    tail_MR = b.new_zeros(a.shape[1], b.shape[1] - last)
     groups = [a_MK @ b[:, start:end] for (start, end), a_MK in zip(spans, a.unbind(), strict=True)]
     return (torch.cat([*groups, tail_MR], dim=1),)
 
@@ -39,7 +40,7 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None) -> tuple[Tensor]:
 def ends_of(offs: Tensor, extent: int) -> list[int]:
     """The offsets as numbers; ValueError where they decrease or leave [0, extent]."""
     ends: list[int] = offs.tolist()
-    if any(end < start for start, end in zip([0, *ends[:-1]], ends, strict=True)) or ends[-1] > extent:
+    if any(end < start for start, end in zip([0, *ends], [*ends, extent], strict=True)):
         raise ValueError(f"grouped_mm: offs must not decrease and lie in [0, {extent}], got {ends}")
     return ends
 

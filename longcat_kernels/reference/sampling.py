@@ -55,7 +55,7 @@ def sample(
     top_p: float | Tensor = 1.0,
     min_p: float | Tensor = 0.0,
     repetition_penalty: float | Tensor = 1.0,
-    order: str = "sequential",
+    order: str | Tensor = "sequential",
     history: tuple[Tensor, Tensor] | None = None,
     seed: int | Tensor = 0,
     step: int | Tensor = 0,
@@ -73,7 +73,7 @@ def sample(
         min_p: keeps ids at least this share as probable as the most probable one.
         repetition_penalty: divides positive logits of ids in `history` by this, and multiplies negative ones.
         order: "sequential", top_p is a share of what top_k kept, renormalised (transformers); "joint", of the whole
-            softmax (the released LongCat-Next server).
+            softmax (the released LongCat-Next server); or bool [T], True where it is "joint".
         history: ids [N] int64 of all rows one after the other, and offsets [T + 1]: row t owns ids[offsets[t] :
             offsets[t + 1]]. Ids outside [0, V) are ignored.
         seed: int, and row r then uses seed + r, or int64 [T].
@@ -90,7 +90,7 @@ def sample(
     if not 0 <= level < 2**32:
         raise ValueError(f"sample: level must be in [0, 2^32), got {level}")
     rows, device = logits.shape[0], logits.device
-    values = (temperature, top_k, top_p, min_p, repetition_penalty, 0, 1.0, order_number("sample", order))
+    values = (temperature, top_k, top_p, min_p, repetition_penalty, 0, 1.0, order_column("sample", order))
     params_T8 = table("sample", values, (rows,), device)
     check_values("sample", params_T8)
     seeds_T, steps_T = row_seeds("sample", seed, rows, device), row_steps("sample", step, rows, device)
@@ -133,7 +133,7 @@ def draw(
     A kernel that follows this draws the same id from the same logits. It may screen in float32 if it proves which ids
     can still win and compares those in float64, and may sum e with a relative error of 2^-20: then only an id so near
     to top_p's threshold can differ. Where log sum exp c is not finite (NaN or infinity among them), the row is lost:
-    id 0 unless forced, NaN logprobs.
+    id 0 unless forced, NaN logprobs. Where only every y is -inf, no id is kept: 0 unless forced, drawn_logprob -inf.
 
     Args:
         logits_TV: float32 or float64.
@@ -210,9 +210,13 @@ def seen(history_N: Tensor, offsets_T1: Tensor, classes: int) -> Tensor:
     return seen_TV
 
 
-def order_number(op: str, order: str) -> int:
-    if order not in ORDERS:
-        raise ValueError(f"{op}: order must be sequential or joint, got {order!r}")
+def order_column(op: str, order: str | Tensor) -> int | Tensor:
+    """The last column of a table."""
+    if isinstance(order, Tensor) and order.dtype == torch.bool:
+        return order
+    if isinstance(order, Tensor) or order not in ORDERS:
+        found = order.dtype if isinstance(order, Tensor) else repr(order)
+        raise ValueError(f"{op}: order must be sequential, joint or a bool tensor, got {found}")
     return ORDERS.index(order)
 
 
@@ -221,11 +225,8 @@ def table(op: str, values: Sequence[float | Tensor], shape: tuple[int, ...], dev
     for column, value in enumerate(values):
         if not isinstance(value, Tensor):
             check_column(op, column, [value])
-        elif not _broadcasts(value.shape, shape) or value.device != device:
-            raise ValueError(
-                f"{op}: {COLUMNS[column]} must be a number or broadcast to {list(shape)} on {device}, got "
-                f"{list(value.shape)} on {value.device}"
-            )
+        else:
+            check_broadcast(op, COLUMNS[column], value, shape, device)
     columns = [
         value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=device)
         for value in values
@@ -233,8 +234,13 @@ def table(op: str, values: Sequence[float | Tensor], shape: tuple[int, ...], dev
     return torch.stack(torch.broadcast_tensors(*columns), -1).expand(*shape, len(COLUMNS))
 
 
-def _broadcasts(found: Sequence[int], shape: Sequence[int]) -> bool:
-    return len(found) <= len(shape) and all(a in (1, b) for a, b in zip(reversed(found), reversed(shape), strict=False))
+def check_broadcast(op: str, name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    pairs = zip(reversed(value.shape), reversed(shape), strict=False)
+    if value.ndim > len(shape) or any(a not in (1, b) for a, b in pairs) or value.device != device:
+        raise ValueError(
+            f"{op}: {name} must be a number or broadcast to {list(shape)} on {device}, got {list(value.shape)} on "
+            f"{value.device}"
+        )
 
 
 def check_column(op: str, column: int, numbers: Sequence[float]) -> None:

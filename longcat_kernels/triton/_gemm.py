@@ -37,6 +37,7 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+    vectors: bool  # copies are of 16 bytes at a time; others are of an element, and never through descriptors
 
     def options(self) -> dict[str, int]:
         return {
@@ -48,10 +49,20 @@ class Tile(NamedTuple):
         }
 
 
-def tile_of(rows: int, groups: int, dtype: torch.dtype, shared_bytes: int, *, wide: int = 128, parts: int = 1) -> Tile:
+def tile_of(
+    rows: int,
+    groups: int,
+    dtype: torch.dtype,
+    shared_bytes: int,
+    *,
+    vectors: bool = True,
+    wide: int = 128,
+    parts: int = 1,
+) -> Tile:
     """The tile for `rows` rows in all, evenly spread or not.
 
     Args:
+        vectors: what `in_vectors` says of the matrices.
         wide: columns of the largest tile, of all `parts` together.
         parts: products of one program that share their rows.
     """
@@ -59,10 +70,24 @@ def tile_of(rows: int, groups: int, dtype: torch.dtype, shared_bytes: int, *, wi
     shapes = [(16, 64, 4), (64, 128 // parts, 4), (128, wide // parts, 8)]
     if dtype == torch.float32:  # three products of tensor cores for one
         shapes = [(16, 64, 4), (64, 64 // parts, 4), (64, 64 // parts, 4)]
+    if not vectors:  # an address an element: more of them a thread do not fit the registers
+        shapes = [(16, 64 // parts, 8), (64, 64 // parts, 8), (64, 64 // parts, 8)]
     height, columns, warps = shapes[0 if average <= 32 else 1 if average <= 256 else 2]
     stages = (shared_bytes - 2048) // ((height + parts * columns) * 128)
     most = 3 if warps == 8 and parts * columns < 256 else 4  # the larger tiles leave room for one another
-    return Tile(height, columns, depth, warps, max(2, min(most, stages)))
+    return Tile(height, columns, depth, warps, max(2, min(most, stages)), vectors)
+
+
+def in_vectors(*tensors: Tensor) -> bool:
+    """Whether kernels copy all of these 16 bytes at a time, which they know where 16 divides addresses, sides and
+    strides. Matrices may also be stacks of columns; rows of which there is one list may not.
+    """
+    return all(_by_rows(t) or (t.ndim == 3 and _by_rows(t.mT)) for t in tensors)
+
+
+def _by_rows(tensor: Tensor) -> bool:
+    numbers = (tensor.data_ptr(), *tensor.shape[1:], *tensor.stride()[:-1])
+    return tensor.stride(-1) == 1 and all(number % 16 == 0 for number in numbers)
 
 
 @functools.cache
@@ -82,8 +107,10 @@ def has_descriptors(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def describe(tensor: Tensor, block: list[int]) -> Any | None:
+def describe(tensor: Tensor, block: list[int], tile: Tile) -> Any | None:
     """A descriptor of `tensor` that copies blocks, zero outside; None where there cannot be one."""
+    if not tile.vectors:
+        return None
     strides = [stride * tensor.element_size() for stride in tensor.stride()[:-1]]
     aligned = tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 and stride > 0 for stride in strides)
     if not has_descriptors(tensor.device) or not aligned or tensor.stride(-1) != 1 or not tensor.numel():
@@ -94,9 +121,9 @@ def describe(tensor: Tensor, block: list[int]) -> Any | None:
 def weights_of(b_EKN: Tensor, tile: Tile) -> tuple[tuple[Any, ...], dict[str, bool]]:
     """Arguments of a kernel that multiplies by b: it or its descriptor, strides, and the constants that say which."""
     inner = b_EKN.stride(1) == 1
-    found = describe(b_EKN.mT, [1, tile.columns, tile.depth]) if inner else None
+    found = describe(b_EKN.mT, [1, tile.columns, tile.depth], tile) if inner else None
     if found is None:
-        inner, found = False, describe(b_EKN, [1, tile.depth, tile.columns])
+        inner, found = False, describe(b_EKN, [1, tile.depth, tile.columns], tile)
     _, depth, columns = b_EKN.shape
     even = depth % tile.depth == 0 and columns % tile.columns == 0
     arguments = (b_EKN if found is None else found, *b_EKN.stride())

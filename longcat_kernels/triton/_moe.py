@@ -18,6 +18,7 @@ from longcat_kernels.triton import moe_plan
 from longcat_kernels.triton._gemm import (
     Tile,
     cast,
+    in_vectors,
     load_rows,
     load_weights,
     multiply_add,
@@ -31,7 +32,7 @@ AT_ONCE: tl.constexpr = tl.constexpr(4)  # slots whose rows are on their way tog
 
 
 class Plan(NamedTuple):
-    """`moe_plan`'s results, cut for tiles of `height` rows."""
+    """`moe_plan`'s results, cut for the tiles of products with matrices that are copied in vectors, or not."""
 
     counts: Tensor
     offsets: Tensor
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
     slots: Tensor
     rows: Tensor
     tiles: Tensor
-    height: int
+    vectors: bool
 
     @property
     def ends(self) -> Tensor:
@@ -47,19 +48,19 @@ class Plan(NamedTuple):
 
     def tile(self, dtype: torch.dtype, *, wide: int = 128, parts: int = 1) -> Tile:
         """The tile of a product with these rows."""
-        rows, groups = len(self.slots), len(self.counts)
-        return tile_of(rows, groups, dtype, shared_bytes(self.slots.device), wide=wide, parts=parts)
+        rows, groups, shared = len(self.slots), len(self.counts), shared_bytes(self.slots.device)
+        return tile_of(rows, groups, dtype, shared, vectors=self.vectors, wide=wide, parts=parts)
 
     @classmethod
-    def of(cls, ids_Tk: Tensor, experts: int, dtype: torch.dtype) -> Plan:
-        """Fills nothing that must be waited for."""
-        slots, new = ids_Tk.numel(), ids_Tk.new_empty
-        height = tile_of(slots, experts, dtype, shared_bytes(ids_Tk.device)).rows
+    def of(cls, ids_Tk: Tensor, experts: int, *matrices: Tensor) -> Plan:
+        """Of products with these matrices, of one dtype; fills nothing that must be waited for."""
+        slots, new, vectors = ids_Tk.numel(), ids_Tk.new_empty, in_vectors(*matrices)
+        height = tile_of(slots, experts, matrices[0].dtype, shared_bytes(ids_Tk.device), vectors=vectors).rows
         sides = (experts, experts + 1, slots, slots, slots, 2 * (experts + triton.cdiv(slots, height)))
         counts, offsets, tokens, slots_R, rows, tiles = (new(side, dtype=torch.int32) for side in sides)
         tiles = tiles.view(-1, 2)
         moe_plan.run(ids_Tk, experts, height, counts, offsets, tokens, slots_R, rows, tiles)
-        return cls(counts, offsets, tokens, slots_R, rows, tiles, height)
+        return cls(counts, offsets, tokens, slots_R, rows, tiles, vectors)
 
 
 @triton.jit
@@ -123,7 +124,7 @@ def multiply_up(x_TD: Tensor, gate_up_EFD: Tensor, plan: Plan, hidden: Tensor | 
     halves = gate_up_EFD.unflatten(1, (2, width // 2)).flatten(0, 1).mT
     tile = plan.tile(x_TD.dtype, wide=256, parts=2)
     weights, constants = weights_of(halves, tile)
-    if tile.warps == 8 and not constants["DESCRIBED"]:  # pointers to twice 128 columns do not fit the registers
+    if tile.columns == 128 and not constants["DESCRIBED"]:  # pointers to twice 128 columns do not fit the registers
         tile = plan.tile(x_TD.dtype, wide=128, parts=2)
         weights, constants = weights_of(halves, tile)
     unused = x_TD if act is None else act

@@ -48,7 +48,7 @@ def run(
         return
     (experts, dim, width), slots = down_EDF.shape, ids_Tk.numel()
     with on(x_TD.device):
-        plan = Plan.of(ids_Tk, experts, x_TD.dtype)
+        plan = Plan.of(ids_Tk, experts, x_TD, gate_up_EFD, down_EDF)
         act_RF, y_RD = x_TD.new_empty(slots, width), x_TD.new_empty(slots, dim)
         save = len(hidden_RF) > 0
         multiply_up(x_TD, gate_up_EFD, plan, hidden_RF if save else None, act_RF)

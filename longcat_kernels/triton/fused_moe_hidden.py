@@ -20,6 +20,6 @@ def run(x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ids_Tk: Tensor, row
     """Fills hidden as `fused_moe` does."""
     if hidden_RF.numel():
         with on(x_TD.device):
-            plan = Plan.of(ids_Tk, len(down_EDF), x_TD.dtype)
+            plan = Plan.of(ids_Tk, len(down_EDF), x_TD, gate_up_EFD, down_EDF)
             multiply_up(x_TD, gate_up_EFD, plan, hidden_RF, None)
             zero_tail(hidden_RF, plan.offsets[-1])

@@ -156,7 +156,7 @@ def run(
         return
     experts, dim, width = down_EDF.shape
     with on(x_TD.device):
-        plan = Plan.of(ids_Tk, experts, x_TD.dtype)
+        plan = Plan.of(ids_Tk, experts, grad_TD, gate_up_EFD, down_EDF)
         tile = plan.tile(x_TD.dtype)
         weights, constants = weights_of(down_EDF, tile)
         columns = triton.cdiv(width, tile.columns)

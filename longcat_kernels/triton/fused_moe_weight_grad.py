@@ -63,7 +63,7 @@ def run(
     """Fills, or adds to, the gradients that are wanted."""
     experts = next(len(grad) for grad in (grad_gate_up, grad_down) if grad is not None)
     with on(x_TD.device):
-        plan = Plan.of(ids_Tk, experts, x_TD.dtype)
+        plan = Plan.of(ids_Tk, experts, x_TD)
         if grad_gate_up is not None and grad_gate_up.numel():
             sum_rows(grad_hidden_RF, x_TD, grad_gate_up, plan.ends, b_index=plan.tokens, add=add)
         if grad_down is not None and grad_down.numel():

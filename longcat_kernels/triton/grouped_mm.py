@@ -23,6 +23,7 @@ from longcat_kernels.triton._gemm import (
     accumulate,
     cast,
     describe,
+    in_vectors,
     multiply_add,
     shared_bytes,
     tile_of,
@@ -144,7 +145,7 @@ def sums_kernel(
 def multiply_rows(a_RK: Tensor, b_EKN: Tensor, out_RN: Tensor, ends_E: Tensor, tiles_N2: Tensor, tile: Tile) -> None:
     """out[rows of e] = a[rows of e] @ b[e], of groups that end at `ends` and that `tiles_N2` cuts as `tile` says."""
     weights, constants = weights_of(b_EKN, tile)
-    found = describe(a_RK, [tile.rows, tile.depth])
+    found = describe(a_RK, [tile.rows, tile.depth], tile)
     (_, depth, columns), rows = b_EKN.shape, a_RK.shape[0]
     rows_kernel[(len(tiles_N2) * triton.cdiv(columns, tile.columns),)](
         *(a_RK if found is None else found, weights[0], out_RN, ends_E, tiles_N2),
@@ -168,7 +169,8 @@ def sum_rows(
 ) -> None:
     """out[e] = sum of a[r]^T b[r] over the rows r of group e; with an index, of the rows of a or b that it names."""
     groups, height, width = out_EMN.shape
-    tile = sums_tile(a_RM.dtype, a_index is not None or b_index is not None)
+    indirect = a_index is not None or b_index is not None
+    tile = sums_tile(a_RM.dtype, indirect, in_vectors(a_RM, b_RN, out_EMN))
     rows = next((len(index) for index in (a_index, b_index) if index is not None), len(a_RM))
     sums_kernel[(groups * triton.cdiv(height, tile.rows) * triton.cdiv(width, tile.columns),)](
         *(a_RM, b_RN, out_EMN, ends_E if a_index is None else a_index, ends_E if b_index is None else b_index, ends_E),
@@ -182,10 +184,13 @@ def sum_rows(
     )
 
 
-def sums_tile(dtype: torch.dtype, indirect: bool) -> Tile:
+def sums_tile(dtype: torch.dtype, indirect: bool, vectors: bool) -> Tile:
     """The tile of sums over rows, one for all sizes; numbers of rows are on their way two steps before the rows are."""
     stages = 5 if indirect else 3
-    return Tile(64, 64, 32, 4, stages) if dtype == torch.float32 else Tile(128, 128, 64, 8, stages)
+    if dtype == torch.float32:
+        return Tile(64, 64, 32, 4 if vectors else 8, stages, vectors)
+    side = 128 if vectors else 64
+    return Tile(side, side, 64, 8, stages, vectors)
 
 
 def why_not(*inputs: Any) -> str | None:
@@ -200,6 +205,8 @@ def run(a: Tensor, b: Tensor, offs: Tensor | None, out: Tensor) -> None:
         torch.bmm(a, b, out=out)
     elif not out.numel():
         return
+    elif not len(offs):
+        out.zero_()
     elif a.ndim == 3:
         run(b.T, a.mT, offs, out.T)
     elif b.ndim == 2:
@@ -208,6 +215,7 @@ def run(a: Tensor, b: Tensor, offs: Tensor | None, out: Tensor) -> None:
     else:
         with on(a.device):
             ends_E = offs.contiguous()
-            tile = tile_of(a.shape[0], b.shape[0], a.dtype, shared_bytes(a.device))
+            vectors = in_vectors(a, b, out if out.stride(1) == 1 else out.T)
+            tile = tile_of(a.shape[0], b.shape[0], a.dtype, shared_bytes(a.device), vectors=vectors)
             multiply_rows(a, b, out, ends_E, cut(ends_E, a.shape[0], tile.rows), tile)
             zero_tail(out, ends_E[-1])

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from longcat_kernels.triton import on
-from longcat_kernels.triton._gemm import TYPES, accumulate, cast, describe, shared_bytes, tile_of, weights_of
+from longcat_kernels.triton._gemm import (
+    TYPES,
+    accumulate,
+    cast,
+    describe,
+    in_vectors,
+    shared_bytes,
+    tile_of,
+    weights_of,
+)
 from longcat_kernels.triton._numeric import DTYPES, padded, tile_rows
 
 
@@ -163,9 +172,11 @@ def run(
     positions, dim = ids_BS.numel(), word_VD.shape[1]
     with on(word_VD.device):
         rows_PI = look_up(ids_BS, tables, documents_BS, history_BP, numbers, hashes_BSN)
-        tile = tile_of(positions, 1, word_VD.dtype, shared_bytes(word_VD.device))
-        weights, constants = weights_of(torch.cat(projections, 1).T[None], tile)
-        found = describe(rows_PI, [tile.rows, tile.depth])
+        projection_1ID = torch.cat(projections, 1).T[None]
+        vectors = in_vectors(rows_PI, projection_1ID, word_VD)
+        tile = tile_of(positions, 1, word_VD.dtype, shared_bytes(word_VD.device), vectors=vectors)
+        weights, constants = weights_of(projection_1ID, tile)
+        found = describe(rows_PI, [tile.rows, tile.depth], tile)
         project_kernel[(triton.cdiv(positions, tile.rows) * triton.cdiv(dim, tile.columns),)](
             *(rows_PI if found is None else found, weights[0], word_VD, ids_BS.contiguous(), out_BSD),
             *(positions, len(word_VD), dim, rows_PI.shape[1], 1 / (1 + len(tables)), first, end),

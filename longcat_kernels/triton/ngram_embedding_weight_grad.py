@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longcat_kernels.triton import on
-from longcat_kernels.triton._gemm import TYPES, cast, shared_bytes, tile_of
+from longcat_kernels.triton._gemm import TYPES, cast, in_vectors, shared_bytes, tile_of
 from longcat_kernels.triton._numeric import DTYPES, INTERPRETED, padded
 from longcat_kernels.triton._segments import segments
 from longcat_kernels.triton.grouped_mm import multiply_rows, sum_rows
@@ -119,7 +119,8 @@ def _times(a_PK: Tensor, b_KN: Tensor) -> Tensor:
     """a @ b in float32."""
     (positions, _), columns = a_PK.shape, b_KN.shape[1]
     out_PN = a_PK.new_empty(positions, columns, dtype=torch.float32)
-    tile = tile_of(positions, 1, a_PK.dtype, shared_bytes(a_PK.device))
+    vectors = in_vectors(a_PK, b_KN[None], out_PN)
+    tile = tile_of(positions, 1, a_PK.dtype, shared_bytes(a_PK.device), vectors=vectors)
     end = torch.full((1,), positions, dtype=torch.int32, device=a_PK.device)
     multiply_rows(a_PK, b_KN[None], out_PN, end, cut(end, positions, tile.rows), tile)
     return out_PN

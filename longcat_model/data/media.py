@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from longcat_model.files import replacing
+from longcat_model.files import replacing, require
 
 BLOCK = 1 << 20  # bytes read at a time
 
@@ -51,9 +51,20 @@ def write_media(path: Path, media: Iterable[Media]) -> str:
 
 def changed_media(path: Path) -> str | None:
     """The first file of those in `path` whose content is another one now."""
-    with path.open() as file:
-        found = (Media(*json.loads(line)) for line in file)
+    with path.open("rb") as file:
+        found = (_media(path, number, line) for number, line in enumerate(file, 1))
         return next((one.path for one in found if one.has_changed()), None)
+
+
+def _media(path: Path, number: int, line: bytes) -> Media:
+    """Raises ValueError where the line is none that `write_media` writes."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = line
+    kinds = [type(value) for value in found] if isinstance(found, list) else []
+    require(path, f"line {number}", kinds == [str, int, int, str], "[path, size, time, digest]", found)
+    return Media(*found)
 
 
 def _digest(path: Path) -> str:

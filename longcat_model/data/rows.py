@@ -19,7 +19,7 @@ import numpy as np
 from longcat_model import config
 from longcat_model.data.shards import Shards
 from longcat_model.data.shuffle import shuffled
-from longcat_model.files import replacing
+from longcat_model.files import replacing, require
 from longcat_model.vocabulary import Vocabulary
 
 WINDOW = 8192  # documents packed at once
@@ -51,7 +51,9 @@ class Rows:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._documents, self._ends = (np.memmap(path, "<i8", "r") for path in _paths(directory))
+        self._documents, self._ends = map(_mapped, _paths(directory))
+        whole = bool(self._ends[-1] == len(self._documents))
+        require(_paths(directory)[1], "its end", whole, f"{len(self._documents)}, remove it to go on", self._ends[-1])
 
     def __reduce__(self) -> tuple[type[Rows], tuple[Path]]:
         return Rows, (self.directory,)
@@ -129,6 +131,13 @@ def in_even_parts(costs: Sequence[float]) -> list[int]:
         pairs = zip(groups[:half], groups[::-1][:half], strict=True)
         groups = [(a[0] + b[0], a[1] + b[1]) for a, b in pairs] + groups[half : len(groups) - half]
     return groups[0][1]
+
+
+def _mapped(path: Path) -> np.memmap:
+    try:
+        return np.memmap(path, "<i8", "r")
+    except ValueError as error:
+        raise ValueError(f"{path} must be whole, got: {error}; remove {path.parent} to go on") from error
 
 
 def _paths(directory: Path) -> tuple[Path, Path]:

@@ -32,7 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longcat_model.files import replacing, write, write_json
+from longcat_model.files import read_object, replacing, require, write, write_json
 from longcat_model.sequence import IGNORE, NONE, Document, Inputs, Targets
 
 COLUMNS = ("text", "marker", "visual", "audio", "text_labels", "visual_labels", "audio_labels")
@@ -88,10 +88,18 @@ def read_index(directory: Path) -> Index | None:
     path = directory / "index.json"
     if not path.is_file():
         return None
-    try:
-        return Index(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"shards: {path} must be an index of shards, got: {error}") from error
+    found = read_object(path)
+    require(path, "it", found.keys() == set(Index._fields), "an index of shards: made_from and documents", found)
+    index = Index(**found)
+    require(path, "made_from", isinstance(index.made_from, dict), "an object", index.made_from)
+    require(path, "documents", _are_counts(index.documents), "null or a number for each shard", index.documents)
+    return index
+
+
+def _are_counts(values: object) -> bool:
+    if not isinstance(values, list):
+        return values is None
+    return bool(values) and all(type(value) is int and 0 <= value < 2**31 for value in values)
 
 
 def finish(directory: Path, made_from: dict[str, Any], shards: int) -> None:
@@ -119,13 +127,13 @@ class Shards:
         self.directory, self.index = directory, index
         self._ends = list(accumulate(index.documents))
         try:
-            self.counts = np.load(directory / "counts.npy", mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
+            self.counts = np.lib.format.open_memmap(directory / "counts.npy", mode="r")  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
             raise ValueError(f"shards: {directory}/counts.npy must be whole, got: {error}") from error
-        if self.counts.shape != (len(self), len(COUNTS)):
-            raise ValueError(
-                f"shards: {directory}/counts.npy must be {[len(self), len(COUNTS)]}, got {self.counts.shape}"
-            )
+        shape = (len(self), len(COUNTS))
+        if (self.counts.shape, self.counts.dtype) != (shape, np.int32):
+            found = f"{self.counts.dtype} {list(self.counts.shape)}"
+            raise ValueError(f"shards: {directory}/counts.npy must be int32 {list(shape)}, got {found}")
         self._shard = lru_cache(maxsize=OPEN)(_open)
 
     def __reduce__(self) -> tuple[type[Shards], tuple[Path]]:
@@ -185,9 +193,24 @@ def _open(path: Path) -> dict[str, Tensor]:
     """A shard's arrays, mapped: safetensors reads none of them."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (OSError, SafetensorError) as error:
         raise ValueError(f"shards: {path} must be a whole shard, got: {error}") from error
+    for name in ("lengths", *COLUMNS):
+        require(path, name, _is_whole(found, name), "arrays of integers that fit each other", found.keys())
+    return found
+
+
+def _is_whole(shard: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a column's arrays are there and have the shapes that the others' say, as far as that costs no reading."""
+    keys = [name] if name == "lengths" else [name, f"{name}_at", f"{name}_ends"]
+    arrays = [shard[key] for key in keys if key in shard]
+    if len(arrays) != len(keys) or any(x.is_floating_point() or x.dtype == torch.bool for x in arrays):
+        return False
+    if name == "lengths":
+        return arrays[0].dim() == 1
+    values, at, ends = arrays
+    return values.dim() in (1, 2) and at.shape == values.shape[:1] and ends.shape == shard["lengths"].shape
 
 
 def _counts(shard: Mapping[str, Tensor]) -> Array:

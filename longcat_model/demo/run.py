@@ -18,7 +18,7 @@ from longcat_model.demo.page import GOALS, REAL_SPEECH_GOALS, SHOWN_TOO, Goals, 
 from longcat_model.demo.report import render
 from longcat_model.demo.settings import Settings
 from longcat_model.demo.tasks import Tasks
-from longcat_model.demo.workspace import Workspace
+from longcat_model.demo.workspace import LOCK, Workspace, check_removable
 from longcat_model.pipeline.parts import Saved
 from longcat_model.system import System
 from longcat_model.tokenizers.audio.answers import AnswerDecoder
@@ -32,8 +32,17 @@ def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: 
     """Trains and evaluates the demo model in `out`, or goes on with it, and writes report.html and report.json.
 
     Raises:
-        ValueError: `out` holds a run with other settings, or `speech_dir` is no data set of spoken digits.
+        ValueError: `out` holds a run with other settings, another process works there, or `speech_dir` is no data set
+            of spoken digits.
     """
+    if fresh:
+        check_removable(out)
+    files.make_writable(out, "demo")
+    with files.locked(out / LOCK):
+        _demo(out, speech_dir, smoke, fresh, seed, ranks)
+
+
+def _demo(out: Path, speech_dir: Path | None, smoke: bool, fresh: bool, seed: int, ranks: int) -> None:
     settings = Settings.small() if smoke else Settings()
     sizes = presets.demo()
     described = dataclasses.asdict(settings) | {"seed": seed, "speech_dir": str(speech_dir) if speech_dir else None}

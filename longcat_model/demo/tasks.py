@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longcat_model.sequence import Document, Layout, draw_delay, drop_condition, join
-from longcat_model.tokenizers.text import ByteTokenizer
+from longcat_model.tokenizers.text import TextTokenizer
 from longcat_model.vocabulary import BOS, EOS, Vocabulary
 
 DROPPED = 0.1  # share of paint documents trained without their condition, for classifier-free guidance
@@ -23,10 +23,10 @@ class Tasks:
     """Builds prompts (for generation) and documents (for training) of one vocabulary."""
 
     layout: Layout
-    text: ByteTokenizer
+    text: TextTokenizer
 
     @classmethod
-    def of(cls, ids: Vocabulary, text: ByteTokenizer) -> Tasks:
+    def of(cls, ids: Vocabulary, text: TextTokenizer) -> Tasks:
         return cls(Layout(ids, text.encode), text)
 
     def see_prompt(self, codes: Tensor) -> Document:

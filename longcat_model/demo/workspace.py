@@ -19,6 +19,8 @@ import torch
 from longcat_model import files
 from longcat_model.training.rates import resident_bytes
 
+LOCK = "lock"
+
 
 class Workspace:
     """Results of finished steps under one directory, so that a rerun goes on where the last one stopped.
@@ -33,12 +35,11 @@ class Workspace:
             _remove_run(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.settings = json.loads(json.dumps(settings))
-        found = self._read("settings.json")
-        if found is None:
+        if not (directory / "settings.json").exists():
             self.write("settings.json", self.settings)
             self.write("commits.json", [commit()])
-        elif found != self.settings:
-            changed = sorted(k for k in {*found, *self.settings} if found.get(k) != self.settings.get(k))
+        elif (found := files.read_object(directory / "settings.json")) != self.settings:
+            changed = sorted(k for k, value in self.settings.items() if found.get(k) != value) or ["more of them"]
             raise ValueError(
                 f"demo: {directory} holds a run with other settings ({', '.join(changed)}); "
                 "start over with --fresh, or choose another directory with --out"
@@ -64,29 +65,43 @@ class Workspace:
             seconds = self.seconds()
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - began
             self.write("seconds.json", seconds)
-            self.write("peak_rss_bytes.json", max(peak_rss_bytes(), self._read("peak_rss_bytes.json") or 0))
+            self.write("peak_rss_bytes.json", self.peak_rss_bytes())
 
     def commits(self) -> list[str | None]:
         """The commit that began the run, then any later one that went on with it."""
-        known: list[str | None] = self._read("commits.json") or []
+        known: list[str | None] = self._read("commits.json", [], _are_commits, "a list of commits")
         if commit() not in known:
             known.append(commit())
             self.write("commits.json", known)
         return known
 
     def seconds(self) -> dict[str, float]:
-        return dict(self._read("seconds.json") or {})
+        return dict(self._read("seconds.json", {}, _are_seconds, "an object of numbers"))
 
     def peak_rss_bytes(self) -> int:
-        return max(peak_rss_bytes(), self._read("peak_rss_bytes.json") or 0)
+        return max(peak_rss_bytes(), self._read("peak_rss_bytes.json", 0, _is_number, "a number"))
 
     def write(self, name: str, value: Any) -> None:
         """Writes JSON whole or not at all."""
         files.write_json(self.directory / name, value)
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str, nothing: Any, is_valid: Callable[[Any], bool], rule: str) -> Any:
         path = self.directory / name
-        return json.loads(path.read_text()) if path.exists() else None
+        found = files.read_json(path) if path.exists() else nothing
+        files.require(path, "it", is_valid(found), rule, found)
+        return found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_seconds(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _are_commits(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str | None) for one in value)
 
 
 def peak_rss_bytes() -> int:
@@ -120,10 +135,19 @@ def _load(path: Path) -> dict[str, Any]:
     return result
 
 
-def _remove_run(directory: Path) -> None:
-    # Only a directory that this class made is ever deleted; others may well have a settings.json, too.
-    names = {path.name for path in directory.iterdir()}
-    made_here = {"settings.json", "seconds.json"} <= names or names <= {"settings.json", "speech"}
+def check_removable(directory: Path) -> None:
+    """Raises ValueError unless a `Workspace` made the directory; others may well have a settings.json, too."""
+    names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    made_here = {"settings.json", "seconds.json"} <= names or names <= {"settings.json", "speech", LOCK}
     if not made_here:
         raise ValueError(f"demo: --fresh must name an earlier run, but {directory} holds other files")
-    shutil.rmtree(directory)
+
+
+def _remove_run(directory: Path) -> None:
+    """All but the lock, which this process may hold."""
+    check_removable(directory)
+    for path in directory.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()

@@ -8,7 +8,7 @@ Dimension key
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -74,15 +74,9 @@ class Chooser:
 
     def answers(self, asking: Sequence[Asking], hidden_MD: Tensor, step: int) -> list[Answer]:
         """The answers of all rows, on the CPU; a row draws with its own seed, at position `step` of its stream."""
-        text: dict[int, int] = {}
-        visual: dict[int, Codes] = {}
-        audio: dict[int, Codes] = {}
-        for numbers, some, samplings in _groups(asking, "text"):
-            text |= zip(numbers, self._text(some, samplings, hidden_MD, step), strict=True)
-        for numbers, some, samplings in _groups(asking, "visual"):
-            visual |= zip(numbers, self._cells(some, samplings, hidden_MD, step), strict=True)
-        for numbers, some, samplings in _groups(asking, "audio"):
-            audio |= zip(numbers, self._frames(some, samplings, hidden_MD, step), strict=True)
+        text = _drawn("text", self._text, asking, hidden_MD, step)
+        visual = _drawn("visual", self._cells, asking, hidden_MD, step)
+        audio = _drawn("audio", self._frames, asking, hidden_MD, step)
         return [Answer(text.get(i, NONE), visual.get(i, ()), audio.get(i, ())) for i in range(len(asking))]
 
     def _text(self, asking: list[Asking], samplings: list[Sampling], hidden_MD: Tensor, step: int) -> list[int]:
@@ -151,27 +145,26 @@ def text_masks(ids: Vocabulary) -> dict[str, Tensor]:
     reply[[ids.image_start, ids.audiogen_start]] = True
     transcript = torch.zeros(ids.text_rows, dtype=torch.bool)
     transcript[PAD + 1 : ids.text_size] = True
-    transcript[ids.audiotext_end] = True
+    transcript[[ids.audiotext_end, ids.audiotext_pad]] = True
     return {"text": text, "reply": reply, "transcript": transcript}
 
 
-def _groups(asking: Sequence[Asking], head: str) -> Iterator[tuple[list[int], list[Asking], list[Sampling]]]:
-    """Numbers, rows and settings of those who ask a head: one group, unless they truncate in different orders."""
+def _drawn(
+    head: str, draw: Callable[..., list[Any]], asking: Sequence[Asking], hidden_MD: Tensor, step: int
+) -> dict[int, Any]:
+    """What those who ask a head are answered, by their numbers."""
     found = [(i, a, getattr(a.ask, head)) for i, a in enumerate(asking) if getattr(a.ask, head) is not None]
-    for order in sorted({sampling.order for _, _, sampling in found}):
-        some = [one for one in found if one[2].order == order]
-        yield [i for i, _, _ in some], [a for _, a, _ in some], [sampling for _, _, sampling in some]
+    if not found:
+        return {}
+    numbers, some, samplings = map(list, zip(*found, strict=True))
+    return dict(zip(numbers, draw(some, samplings, hidden_MD, step), strict=True))
 
 
 def _columns(samplings: Sequence[Sampling], device: torch.device, *, levels: bool = False) -> dict[str, Any]:
-    """Settings by row, [n] or, to be spread over levels, [n, 1]; the order is one for all."""
-    first = samplings[0].numbers()
-    columns = {
-        name: torch.tensor([getattr(s, name) for s in samplings], dtype=torch.float32, device=device)
-        for name in first
-        if name != "order"
-    }
-    return {"order": first["order"]} | {name: x[:, None] if levels else x for name, x in columns.items()}
+    """Settings by row, [n] or, to be spread over levels, [n, 1]."""
+    rows = [s.numbers() | {"order": s.order == "joint"} for s in samplings]
+    columns = {name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
+    return {name: x[:, None] if levels else x for name, x in columns.items()}
 
 
 def _history(

@@ -28,6 +28,7 @@ from longcat_model.generation.prompts import Files, context, encode, read_files
 from longcat_model.generation.settings import Settings
 from longcat_model.messages import StartImage, StartSpeech
 from longcat_model.released.differences import unconditional
+from longcat_model.released.system import IMAGE_DECODER, VOCODER, open_system
 from longcat_model.sequence import NULL, Document, Layout, join
 from longcat_model.system import System
 from longcat_model.vocabulary import EOS
@@ -52,7 +53,7 @@ def generate(
 
     Args:
         messages: a conversation, a list of {"role": ..., "content": ...}, or a list of conversations.
-        system: a trained system, or its directory.
+        system: a trained system or a released checkpoint, or the directory of one.
         settings: of every answer, or one each.
         seed: conversation i draws with seed + i, or one each. An answer depends on its conversation, its settings and
             its seed, and not on the others.
@@ -132,6 +133,14 @@ class Job:
                 f"generate: memory must fit max_memory = {max_memory} bytes, got {self.memory} for "
                 f"conversations: {len(self.prompts)} (fewer at once, or smaller limits of their lengths, need less)"
             )
+
+    def check_decoders(self) -> None:
+        """Raises ValueError where an answer may be an image or speech that the system cannot decode."""
+        for number, prompt in enumerate(self.prompts, 1):
+            for file, start in ((IMAGE_DECODER, StartImage), (VOCODER, StartSpeech)):
+                if file in self.system.lacks and (prompt.settings.media or isinstance(prompt.parts[-1], start)):
+                    with _named(number, len(self.prompts)):
+                        raise ValueError(f"generate: the checkpoint must have {file} for such an answer, got none")
 
     def check_lengths(self) -> None:
         """Raises ValueError where a prompt and its longest answer have too many positions."""
@@ -217,7 +226,7 @@ class Job:
             else:
                 text, codes = part
                 waveform = self.system.audio.decode([codes], seed=prompt.seed)[0].cpu()
-                parts.append(Spoken(text, codes, waveform, self.system.sizes.audio.encoder.sample_rate))
+                parts.append(Spoken(text, codes, waveform, self.system.audio.output_rate))
         return Answer(tuple(parts), "stop" if listener.stopped else self._end(prompt.settings, trace))
 
     def _end(self, settings: Settings, trace: Sequence[Position]) -> str:
@@ -254,12 +263,13 @@ def prepare(
     for number, messages in enumerate(conversations, 1):
         with _named(number, count):
             parsed.append(official.parse(messages, directory))
-    loaded = system if isinstance(system, System) else System.load(Path(system))
+    loaded = system if isinstance(system, System) else open_system(Path(system))
     files = []
     for number, parts in enumerate(parsed, 1):
         with _named(number, count):
             files.append(read_files(parts, loaded))
     job = Job(loaded, tuple(map(Prompt, parsed, files, each, seeds)), roles)
+    job.check_decoders()
     job.check_lengths()
     return job
 

@@ -143,8 +143,9 @@ class ImageState:
 class SpeechState:
     """A transcript and its frames after the start of speech, as `sequence.Layout.speak` lays them out.
 
-    The transcript goes on until the text head says TE, the frames begin `delay` positions after the start or at TE and
-    go on until the audio head says AE, which it may once the transcript has ended and a frame has come.
+    The transcript goes on until the text head says TE, or a pad as the released model does; the frames begin `delay`
+    positions after the start or at TE and go on until the audio head says AE, which it may once the transcript has
+    ended and a frame has come.
     """
 
     ids: Vocabulary
@@ -177,7 +178,7 @@ class SpeechState:
         if self.started and (answer.audio[0] == self.ids.audio_sizes[0] or self.frames >= self.max_frames):
             return None, (Position(text=self.ids.audiogen_end),)
         said = self._said(answer)
-        text_ended = self.text_ended or said == self.ids.audiotext_end
+        text_ended = self.text_ended or said in (self.ids.audiotext_end, self.ids.audiotext_pad)
         starts = not self.started and (text_ended or self.step + 1 == self.delay)
         position = Position(
             text=NONE if text_ended else said,

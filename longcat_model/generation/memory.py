@@ -2,7 +2,8 @@
 
 Files are held from beginning to end; encoders, the loop of generation and decoders follow one another. Each is counted
 where most of its tensors live at once, as float32, with fused attention; tests hold the sums against measured peaks.
-Not counted: what `Prefixes` keep, which has a limit of its own, and the few megabytes that a kernel works in.
+Not counted: what `Prefixes` keep, which has a limit of its own, the few megabytes that a kernel works in, and what the
+released decoders take beyond this project's.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ def read_files(parts: Sequence[Part], system: System) -> dict[Path, Tensor]:
             if part.path not in found:
                 rate = system.sizes.audio.encoder.sample_rate
                 cell = system.vision.sizes.cell
-                found[part.path] = read_image(part.path, cell) if is_image else read_speech(part.path, rate)
+                found[part.path] = (
+                    read_image(part.path, cell, pixels=system.pixels) if is_image else read_speech(part.path, rate)
+                )
             elif is_image != (found[part.path].ndim == 3):
                 raise ValueError(f"a file must be an image or sound, got both of {part.path}")
         except ValueError as error:

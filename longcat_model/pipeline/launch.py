@@ -59,10 +59,15 @@ def launch(ranks: int, work: Callable[..., None], *arguments: Any) -> bool:
     # Passed as they are, tensors would each be shared through an open file, or bring the whole storage they view.
     payload = io.BytesIO()
     torch.save((work, arguments), payload)
+    children = spawn(_child, (store.port, ranks, threads, payload.getvalue()), nprocs=ranks, join=False)
     try:
-        spawn(_child, (store.port, ranks, threads, payload.getvalue()), nprocs=ranks)
+        while not children.join():
+            pass
     except (ProcessRaisedException, ProcessExitedException) as error:
         raise ChildProcessError(f"pipeline: rank {error.error_index} failed: {_last_line(error)}") from error
+    finally:  # interrupted, this process would else wait, at its end, for ranks that go on
+        for process in children.processes:
+            process.kill()
     return True
 
 

@@ -4,23 +4,32 @@
      "layers":          [{"forward": 1.0, "input": 1.1, "weight": 0.9, "saved": 9000, "received": 500}, ...],
      "text_head":       {...},
      "modality_losses": {...},
-     "transfer":        0.05,
+     "transfer":        0.05,               or, by size, instead:
+     "links":           [[[1024, 0.01], [100000, 0.2]], ...],
      "lengths":         [1.0, 0.8, ...],    optional: a factor a microbatch, of all modules but the losses
      "loss_lengths":    [1.0, 0.2, ...]}    optional: the same of the losses
 
-Times are in one unit, whichever, for a microbatch of length 1.
+Times are in one unit, whichever, for a microbatch of length 1. A link is what a device and the next one have between
+them: bytes and the time that they take, at rising sizes. Devices beyond those that were measured have them in turn.
 """
 
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from longcat_model.files import write_json
 from longcat_model.pipeline.costs import Costs
+
+MOST = 2.0**48  # of a number in a file, so that sums stay numbers of bytes: 281 TB
+
+
+Link = tuple[tuple[float, float], ...]  # bytes and the time that they take, at rising sizes
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,10 @@ class Profile:
     layers: tuple[Module, ...]
     text_head: Module
     modality_losses: Module
-    transfer: float  # of one microbatch's hidden states from a device to another
+    transfer: float = 0.0  # of one microbatch's hidden states from a device to another; without `links`
     lengths: tuple[float, ...] = ()  # [microbatch]; empty: all 1
     loss_lengths: tuple[float, ...] = ()  # [microbatch]; empty: all 1
+    links: tuple[Link, ...] = ()  # from device 0 to 1, from 1 to 2, ...
 
 
 @dataclass(frozen=True)
@@ -67,13 +77,17 @@ def load(file: Path) -> Profile:
     """
     try:
         data = json.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"profile: {file} must be a readable JSON file: {error}") from None
     try:
-        _check_keys("the file", data, {"layers", "transfer", *_MODULES}, {"lengths", "loss_lengths"})
+        optional = {"lengths", "loss_lengths", "transfer", "links"}
+        _check_keys("the file", data, {"layers", *_MODULES}, optional)
+        if ("transfer" in data) == ("links" in data):
+            raise ValueError("the file must have one of transfer and links")
         return Profile(
             layers=tuple(_module(f"layers[{i}]", layer) for i, layer in enumerate(_list("layers", data["layers"]))),
-            transfer=_number("transfer", data["transfer"]),
+            transfer=_number("transfer", data.get("transfer", 0)),
+            links=tuple(_link(f"links[{i}]", link) for i, link in enumerate(_list("links", data.get("links", [])))),
             lengths=_numbers("lengths", data.get("lengths", [])),
             loss_lengths=_numbers("loss_lengths", data.get("loss_lengths", [])),
             **{name: _module(name, data[name]) for name in _MODULES},
@@ -99,8 +113,8 @@ def _list(name: str, value: Any) -> list[Any]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
+        raise ValueError(f"{name} must be a number from 0 to 2^48, got {reprlib.repr(value)}")
     return value
 
 
@@ -115,9 +129,33 @@ def _module(name: str, data: Any) -> Module:
     return Module(numbers["forward"], numbers["input"], numbers["weight"], *sizes)
 
 
+def _link(name: str, data: Any) -> Link:
+    points = [_numbers(f"{name}[{i}]", point) for i, point in enumerate(_list(name, data))]
+    sizes = [point[0] for point in points if len(point) == 2]
+    if not points or len(sizes) < len(points) or any(b <= a for a, b in pairwise(sizes)):
+        raise ValueError(f"{name} must be pairs of bytes and time, at rising sizes, got {reprlib.repr(data)}")
+    return tuple((size, time) for size, time in points)
+
+
 def save(profile: Profile, file: Path) -> None:
     """Writes what `load` reads."""
-    file.write_text(json.dumps(asdict(profile), indent=1))
+    data = asdict(profile)
+    del data["transfer" if profile.links else "links"]
+    write_json(file, data)
+
+
+def time_of(link: Link, size: float) -> float:
+    """Of a transfer of so many bytes: on straight lines between what was measured, beyond it on the last of them.
+
+    Less than the least takes as long as that.
+
+        >>> time_of(((100, 1.0), (300, 2.0)), 200), time_of(((100, 1.0), (300, 2.0)), 500)
+        (1.5, 3.0)
+    """
+    if size <= link[0][0] or len(link) == 1:
+        return link[0][1]
+    (a, start), (b, end) = next((ends for ends in pairwise(link) if size <= ends[1][0]), link[-2:])
+    return max(0.0, start + (end - start) * (size - a) / (b - a))
 
 
 def lengths(profile: Profile, microbatches: int) -> tuple[Sequence[float], Sequence[float]]:
@@ -159,7 +197,18 @@ def stage_costs(profile: Profile, split: Split, microbatches: int) -> Costs:
         forward=table("forward"),
         input=table("input"),
         weight=table("weight"),
-        transfer=tuple(tuple(profile.transfer * length for length in by_length) for _ in range(stages)),
+        transfer=tuple(
+            tuple(_transfer(profile, stage, stages, *one) for one in zip(sizes, by_length, strict=True))
+            for stage, sizes in enumerate((*borders[1:], (0,) * microbatches))
+        ),
         saved=tuple(tuple(map(round, row)) for row in table("saved")),
         received=borders,
     )
+
+
+def _transfer(profile: Profile, stage: int, stages: int, size: int, length: float) -> float:
+    """From a stage to the one after: `size` bytes of a microbatch of this length."""
+    if not profile.links:
+        return profile.transfer * length
+    first = min(stage, stages - 2 - stage)  # of the two devices
+    return time_of(profile.links[first % len(profile.links)], size) if first >= 0 else 0.0

@@ -16,6 +16,7 @@ from longcat_model.pipeline.ir import Placement, Schedule, compute_only, loop_pl
 from longcat_model.pipeline.lower import lower
 from longcat_model.pipeline.place import place
 from longcat_model.pipeline.profile import load
+from longcat_model.pipeline.schedules.free_order import differ, searched_in_any_order
 from longcat_model.pipeline.schedules.linear import interleaved_1f1b, one_f_one_b, zb_h1
 from longcat_model.pipeline.schedules.searched import DEFAULT, Effort, searched
 from longcat_model.pipeline.schedules.v import v_half, v_min, v_zb
@@ -76,10 +77,21 @@ def one_stage_a_device(costs: Costs) -> Costs:
     )
 
 
-def compare(costs: Costs, limits: Sequence[int] | None = None, effort: Effort = DEFAULT) -> list[Line]:
-    """All schedules under the costs of 2p stages, the searched one last."""
+def compare(
+    costs: Costs, limits: Sequence[int] | None = None, effort: Effort = DEFAULT, *, any_order: bool = False
+) -> list[Line]:
+    """All schedules under the costs of 2p stages, the searched one last: with `any_order`, of microbatches too.
+
+    Raises:
+        ValueError: the limits are too small, or the order is free where all microbatches are alike.
+    """
     devices, m = costs.stages // 2, costs.microbatches
     whole, v = one_stage_a_device(costs), v_placement(devices)
+    if any_order and not differ(costs):
+        raise ValueError("schedule: any-order needs a profile with lengths that differ, got all alike")
+    if limits is None:
+        limits = [max(peak_bytes(v_half(devices, m), costs))] * devices
+    best = searched_in_any_order(costs, limits, effort) if any_order else searched(costs, limits, effort)
     return [
         line("1F1B", one_f_one_b(devices, m), loop_placement(devices), whole),
         line("interleaved 1F1B", interleaved_1f1b(devices, m), loop_placement(devices, 2), costs),
@@ -87,7 +99,7 @@ def compare(costs: Costs, limits: Sequence[int] | None = None, effort: Effort = 
         line("V-ZB", v_zb(devices, m), v, costs),
         line("V-Min", v_min(devices, m), v, costs),
         line("V-Half", v_half(devices, m), v, costs),
-        line("searched", searched(costs, limits, effort), v, costs),
+        line("searched", best, v, costs),
     ]
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
+from itertools import chain
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,8 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from longcat_model.pipeline.ir import Action, counterpart
 from longcat_model.pipeline.stage import Border
+
+TIMEOUT_S = 600.0  # the longest that ranks of a job wait for each other
 
 
 class PipelineError(ConnectionError):
@@ -57,8 +60,11 @@ class Transport(Protocol):
         """Every device's value, on every device; values are plain data and tensors on the CPU."""
         ...
 
-    def announce(self, value: Any) -> Callable[[], list[Any]]:
-        """As `gather`, but waits only when what it gives is called. Announcements are in one order on all devices."""
+    def announce(self, value: Any) -> Callable[[], list[list[Any]]]:
+        """Every device's value of every pipeline, by pipeline and device; waits only when what it gives is called.
+
+        Announcements are in one order on all devices.
+        """
         ...
 
     def fail(self, error: BaseException | None) -> None:
@@ -115,9 +121,9 @@ class InProcess:
         return Arrived(handover.wait()) if self.rendezvous else handover
 
     def gather(self, value: Any) -> list[Any]:
-        return self.announce(value)()
+        return self.announce(value)()[0]
 
-    def announce(self, value: Any) -> Callable[[], list[Any]]:
+    def announce(self, value: Any) -> Callable[[], list[list[Any]]]:
         shared, everyone = self._shared, set(range(self.devices))
         with shared.changed:
             found = shared.gathered.setdefault(self._round, {})
@@ -125,13 +131,13 @@ class InProcess:
             found[self.device] = value
             shared.changed.notify_all()
 
-        def wait() -> list[Any]:
+        def wait() -> list[list[Any]]:
             with shared.changed:
                 self._wait(
                     lambda: everyone == found.keys(),
                     lambda: f"device {self.device}, gathering from devices {sorted(everyone - found.keys())},",
                 )
-                return [found[device] for device in range(self.devices)]
+                return [[found[device] for device in range(self.devices)]]
 
         return wait
 
@@ -190,14 +196,23 @@ class Distributed:
     """Devices that are ranks of torch.distributed, with gloo or NCCL; made by `connect`.
 
     What flows to higher ranks and what flows to lower ones each has a process group, and with NCCL a stream, of its
-    own; so have plain data, on the CPU, and announcements of them.
+    own; so have plain data, on the CPU, and announcements, which go to all pipelines.
     """
 
-    def __init__(self, ranks: Sequence[int], stages: int, store: Store | None, limit: timedelta) -> None:
-        self.ranks, self._stages, self._store = list(ranks), stages, store
+    def __init__(
+        self,
+        pipelines: Sequence[Sequence[int]],
+        number: int,
+        news: dist.ProcessGroup,
+        stages: int,
+        store: Store | None,
+        limit: timedelta,
+    ) -> None:
+        self.ranks, self._stages, self._store = list(pipelines[number]), stages, store
         self._up, self._down = (dist.new_group(self.ranks, timeout=limit) for _ in range(2))
-        self._all, self._news = (dist.new_group(self.ranks, timeout=limit, backend="gloo") for _ in range(2))
-        self._announced: SimpleQueue[tuple[Future[list[Any]], Any] | None] = SimpleQueue()
+        self._all = dist.new_group(self.ranks, timeout=limit, backend="gloo")
+        self._pipelines, self._news = pipelines, news
+        self._announced: SimpleQueue[tuple[Future[list[list[Any]]], Any] | None] = SimpleQueue()
         self.device, self.devices = dist.get_group_rank(self._all, dist.get_rank()), len(self.ranks)
         self._sent: SimpleQueue[tuple[Any, Tensor] | None] = SimpleQueue()
         # Daemons: a rank that fails must not stay, at its end, for what its peers will never send.
@@ -215,7 +230,7 @@ class Distributed:
         pipelines: Sequence[Sequence[int]] | None = None,
         *,
         store: Store | None = None,
-        timeout_s: float = 600.0,
+        timeout_s: float = TIMEOUT_S,
     ) -> Distributed | None:
         """Every rank of the job calls this together; gives its end, or None if it is in none of the pipelines.
 
@@ -227,18 +242,24 @@ class Distributed:
             timeout_s: the longest that a transfer may take.
         """
         limit, found = timedelta(seconds=timeout_s), None
-        for ranks in pipelines or [range(dist.get_world_size())]:
+        pipelines = pipelines or [range(dist.get_world_size())]
+        news = dist.new_group(sorted(chain(*pipelines)), timeout=limit, backend="gloo")
+        for number, ranks in enumerate(pipelines):
             if dist.get_rank() in ranks:
-                found = cls(ranks, stages, store, limit)
+                found = cls(pipelines, number, news, stages, store, limit)
             else:
-                for backend in (None, None, "gloo", "gloo"):  # making a group is a matter for all ranks
+                for backend in (None, None, "gloo"):  # making a group is a matter for all ranks
                     dist.new_group(list(ranks), timeout=limit, backend=backend)
         return found
 
     def send(self, tensor: Tensor, to: int, action: Action) -> None:
         group = self._up if to > self.device else self._down
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, self.ranks[to], group=group, tag=self._tag(counterpart(action)))
+        try:
+            work = dist.isend(tensor, self.ranks[to], group=group, tag=self._tag(counterpart(action)))
+        except RuntimeError as error:
+            what = f"device {self.device}, {action} (microbatch {action.microbatch}) to device {to}"
+            raise PipelineError(f"pipeline: {what} stopped: {self._reason(error)}") from error
         # gloo tells that a send is done only to who waits for it, and until then the tensor must live.
         self._sent.put((work, tensor))
 
@@ -254,8 +275,8 @@ class Distributed:
     def gather(self, value: Any) -> list[Any]:
         return self._gather(value, self._all)
 
-    def announce(self, value: Any) -> Callable[[], list[Any]]:
-        future: Future[list[Any]] = Future()
+    def announce(self, value: Any) -> Callable[[], list[list[Any]]]:
+        future: Future[list[list[Any]]] = Future()
         self._announced.put((future, value))
         return future.result
 
@@ -263,12 +284,13 @@ class Distributed:
         while (item := self._announced.get()) is not None:
             future, value = item
             try:
-                future.set_result(self._gather(value, self._news))
+                found = dict(self._gather((dist.get_rank(), value), self._news))
+                future.set_result([[found[rank] for rank in ranks] for ranks in self._pipelines])
             except PipelineError as error:
                 future.set_exception(error)
 
     def _gather(self, value: Any, group: Any) -> list[Any]:
-        found: list[Any] = [None] * self.devices
+        found: list[Any] = [None] * dist.get_world_size(group)
         self._together("gathering", lambda: dist.all_gather_object(found, value, group=group))
         return found
 
@@ -281,7 +303,8 @@ class Distributed:
     def fail(self, error: BaseException | None) -> None:
         if self._store is not None:
             # The first one's word stays: what others say follows from it.
-            self._store.compare_set("failure", "", f"device {self.device} failed: {error}")
+            who = f"device {self.device} (rank {dist.get_rank()})"
+            self._store.compare_set("failure", "", f"{who} failed: {error}")
 
     def close(self) -> None:
         """Waits until all that was sent has arrived."""

@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 
 from longcat_model.pipeline.transport import Transport
 
+Norms = Sequence[Sequence[Mapping[str, Tensor]]]  # by pipeline, device and parameter
+
 
 class Snapshot:
     """What a step overwrites: parameters, the optimizer's state of them, and other tensors."""
@@ -68,7 +70,7 @@ class PostValidation:
         optimizer: of this rank's `parameters`, and perhaps of others that have no gradient here.
         parameters: by name.
         others: what else a step changes.
-        total: all ranks' norms by name -> the norm; the same function of the same values on every rank.
+        total: norms by name, of every device of every pipeline -> the norm; the same function on every rank.
     """
 
     def __init__(
@@ -77,12 +79,12 @@ class PostValidation:
         optimizer: Optimizer,
         parameters: Mapping[str, nn.Parameter],
         others: Sequence[Tensor],
-        total: Callable[[Mapping[str, Tensor]], Tensor],
+        total: Callable[[Norms], Tensor],
     ) -> None:
         self._transport, self._optimizer, self._parameters = transport, optimizer, parameters
         self._total, self._most = total, 0.0
         self._snapshot = Snapshot(optimizer, list(parameters.values()), others)
-        self._announced: Callable[[], list[Any]] | None = None
+        self._announced: Callable[[], list[list[Any]]] | None = None
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._options: list[dict[str, Any]] = []
 
@@ -103,7 +105,7 @@ class PostValidation:
         self._options = _options(self._optimizer)
         self._snapshot.take()
 
-    def settle(self, also: Callable[[], None] = lambda: None) -> tuple[Tensor, bool, list[Any]]:
+    def settle(self, also: Callable[[], None] = lambda: None) -> tuple[Tensor, bool, list[list[Any]]]:
         """Waits for all ranks' norms; where the step was wrong, takes it back and does it as it should be.
 
         What the next step's forwards have added to gradients is then dropped.
@@ -112,11 +114,11 @@ class PostValidation:
             also: what belongs to a step besides the optimizer's; called where the step is done again.
 
         Returns:
-            the norm; whether the step stands as it was; the news of all ranks.
+            the norm; whether the step stands as it was; the news of every device of every pipeline.
         """
         assert self._announced is not None, "settle: a step must have begun"
         everyone = self._announced()
-        norm = self._total({name: value for norms, _ in everyone for name, value in norms.items()})
+        norm = self._total([[norms for norms, _ in devices] for devices in everyone])
         stands = bool(self._most / (norm + 1e-6) >= 1)  # as clip_grads_with_norm_ scales
         if not stands:
             self._snapshot.restore()
@@ -125,7 +127,7 @@ class PostValidation:
             for weight in self._parameters.values():
                 weight.grad = None
         self._announced, self._grads = None, {}
-        return norm, stands, [news for _, news in everyone]
+        return norm, stands, [[news for _, news in devices] for devices in everyone]
 
     def _redo(self, norm: Tensor, also: Callable[[], None]) -> None:
         groups = self._optimizer.param_groups

@@ -44,6 +44,11 @@ class ReleasedAudioTokenizer(AudioTokenizer):
         self.prenet = Prenet(audio.decoder.width, flow, quirks=quirks)
         self.refiner = Estimator(flow)  # type: ignore[assignment]
         self.longest = flow.decoder_positions // STRIDE
+        self._output_rate = sizes.vocoder.sample_rate
+
+    @property
+    def output_rate(self) -> int:
+        return self._output_rate
 
     @torch.no_grad()
     def decode_mel(

@@ -151,8 +151,12 @@ def write(
         shard_bytes: of tensors in one shard at most, unless a single one is larger.
 
     Raises:
-        ValueError: `directory` exists and is not empty, or a tensor has another shape or type than the sizes say.
+        ValueError: `directory` exists and is not empty or is the current one, or a tensor has another shape or type
+            than the sizes say.
     """
+    directory = directory.resolve()  # `.` has no name
+    if directory == Path.cwd():
+        raise ValueError(f"released: output must be another directory than the current one, got {directory}")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"released: output must be a new or empty directory, got {directory}")
     table = entries(sizes)

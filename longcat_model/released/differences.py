@@ -18,6 +18,8 @@ column can be chosen. `TRANSFORMERS` and `SERVING` are each runtime's choices to
     repetition penalty     codes written at this level     and code 0, and stale rows  codes written at this level
                                                            of earlier requests
     its history            whole                           last 2048 frames            whole
+    end of a transcript    a pad is drawn                  likewise                    a pad or TE, the report's end of
+                                                                                       text, which is trained here
     end of an image        counted                         max_new_tokens: the test    counted
                                                            for an end cannot be true
     after an image         forced end of text              nothing                     Settings.media: the answer ends,

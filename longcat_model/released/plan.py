@@ -69,6 +69,11 @@ class Plan:
     def used(self, place: str) -> int:
         return sum(part.bytes for part in self.parts if part.place == place)
 
+    def together(self, *names: str) -> str:
+        """The place of these parts if it is one, else the host."""
+        places = {part.place for part in self.parts if part.name in names}
+        return places.pop() if len(places) == 1 else HOST
+
     def lacking(self) -> dict[str, int]:
         """GPUs that are too small, and by how many bytes."""
         return {gpu: self.used(gpu) - size for gpu, size in self.memory.items() if self.used(gpu) > size}

@@ -1,6 +1,6 @@
 """Text to ids and back: bytes for small models, the released tokenizer's files for the released model.
 
-Both classes have what the rest of the package asks of a text tokenizer: `size`, `encode`, `decode`.
+Both are what the rest of the package asks of a text tokenizer: a `TextTokenizer`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from longcat_model.vocabulary import PAD
 
@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIRST_BYTE = PAD + 1  # ids 0..3 are null, begin, end, padding
+
+
+class TextTokenizer(Protocol):
+    @property
+    def size(self) -> int:
+        """Ids that are text."""
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Checkpoints:
     ) -> None:
         self.directory, self.group, self.leads, self.spread = directory, group, leads, spread
         self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._failure: str | None = None
         if leads:
             for left in directory.glob(f"*{PARTIAL}"):
                 shutil.rmtree(left)
@@ -69,7 +69,7 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self._join()
         if exception[0] is None:
-            self._raise()
+            self.check()
 
     def latest(self) -> int | None:
         """The step after which the last complete checkpoint was written."""
@@ -89,7 +89,7 @@ class Checkpoints:
         if self.group is None and not self.leads:
             return
         self._join()
-        self._raise()
+        self.check()
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._thread = threading.Thread(target=self._write, args=(step, self.spread(copies)), daemon=True)
         self._thread.start()
@@ -104,17 +104,27 @@ class Checkpoints:
             if self.leads:
                 _finish(partial, complete)
         except _UNWRITABLE as error:
-            self._failure = error
+            self._failure = f"checkpoint: {partial} could not be written{self._told(error)}; the one before it stays"
+
+    def _told(self, error: BaseException) -> str:
+        """By whom, and why."""
+        ranks = {} if self.group is None else {dist.get_rank(): error}
+        if isinstance(error, CheckpointException):  # of all ranks, told to all
+            ranks = {rank: failure[0] for rank, failure in error.failures.items()}
+        if self.group is None:
+            return f": {_line(next(iter(ranks.values()), error))}"
+        return " by " + ", ".join(f"rank {rank}: {_line(one)}" for rank, one in sorted(ranks.items()))
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _raise(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError if a checkpoint could not be written; costs nothing, so that every step may ask."""
         if self._failure is not None:
-            error, self._failure = self._failure, None
-            raise ValueError(f"checkpoint: {self.directory} must be writable, got: {_line(error)}") from error
+            message, self._failure = self._failure, None
+            raise ValueError(message)
 
     def reader(self, step: int) -> Reader:
         return Reader(self.directory / str(step), self.spread)

@@ -18,7 +18,7 @@ from longcat_model import config
 from longcat_model.data import rows, tokenize
 from longcat_model.data.batches import Ahead, Batches
 from longcat_model.data.shards import Shards
-from longcat_model.files import locked, read_json, write_json
+from longcat_model.files import locked, read_object, write_json
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.launch import check_ranks, is_torchruns
 from longcat_model.pipeline.parts import Saved
@@ -27,7 +27,9 @@ from longcat_model.system import System, read_sizes
 from longcat_model.training.loop import Stage, train
 from longcat_model.training.mesh import Mesh
 from longcat_model.training.model_stages import joint
-from longcat_model.training.pipelined import train_pipelined
+from longcat_model.training.pipelined import Pipelined, train_pipelined
+from longcat_model.training.plan import Piping
+from longcat_model.training.post_validated import PostValidated
 
 SAVE_EVERY = 50  # steps
 
@@ -43,13 +45,26 @@ class Settings:
     seed: int  # of the order of the documents
 
 
-def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh: Mesh, *, workers: int = 0) -> None:
+def run(
+    data: Path,
+    system_directory: Path,
+    out: Path,
+    settings: Settings,
+    mesh: Mesh,
+    piping: Piping | None = None,
+    *,
+    workers: int = 0,
+    post_validation: bool = False,
+) -> None:
     """Trains and writes the new system to `out`, with checkpoints and metrics beside it; a rerun goes on.
 
     Args:
         data: shards that `tokenize` wrote, or JSON lines, which are tokenized into `out/data` first.
         mesh: processes that train together; a rerun may have more or fewer.
+        piping: how their pipelines work, which a rerun may change too; one process trains through a pipeline of its own
+            where this says anything.
         workers: processes that tokenize, and that prepare batches in every rank; 0: none but those that train.
+        post_validation: processes do not wait for the gradient's norm (`PostValidated`): the same weights.
 
     Raises:
         ValueError: no system, documents that cannot be used (the message names file and line), an `out` that holds
@@ -61,6 +76,8 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh:
             f"train: steps, rows, row_length and learning_rate must be positive, got {settings}; workers at least 0, "
             f"got {workers}"
         )
+    if post_validation and mesh.ranks == 1:
+        raise ValueError("train: post-validation must have several processes (--pipeline), got 1")
     check_ranks(mesh.ranks)
     sizes = read_sizes(system_directory)
     shards = _shards(data, system_directory, out, settings, workers)
@@ -68,9 +85,12 @@ def run(data: Path, system_directory: Path, out: Path, settings: Settings, mesh:
         batches = Ahead(_batches(shards, out, sizes, settings), settings.steps, workers)
         torch.manual_seed(settings.seed)
         make = partial(_stage, batches=batches, settings=settings)
-        if mesh.ranks > 1:
+        if mesh.ranks > 1 or piping not in (None, Piping()):
             saved = Saved(sizes, system_directory / "model.safetensors")
-            if not train_pipelined(make, saved, out, mesh, seed=settings.seed, save_every=SAVE_EVERY):
+            engine, said = PostValidated if post_validation else Pipelined, asdict(piping or Piping())
+            if not train_pipelined(
+                make, saved, out, mesh, **said, seed=settings.seed, save_every=SAVE_EVERY, engine=engine
+            ):
                 return
         system = System.load(system_directory)
         metrics = train(make(system.model), out, seed=settings.seed, save_every=SAVE_EVERY)
@@ -94,7 +114,7 @@ def _shards(data: Path, system_directory: Path, out: Path, settings: Settings, w
     training = asdict(settings) | {"system": _digest_file(system_directory)}
     if data.is_dir():
         shards = Shards(data)
-        if shards.index.made_from["tokenizers"] != tokenize.tokenizers_digest(system_directory):
+        if shards.index.made_from.get("tokenizers") != tokenize.tokenizers_digest(system_directory):
             raise ValueError(
                 f"train: {data} must be made by the tokenizers of {system_directory}; run longcat tokenize"
             )
@@ -133,7 +153,7 @@ def _claim(out: Path, training: dict[str, Any]) -> None:
 def _refuse_another(out: Path, training: dict[str, Any]) -> None:
     path = out / "finetune.json"
     if path.exists() or path.with_suffix("").exists():
-        found = read_json(path) if path.exists() else {}
+        found = read_object(path) if path.exists() else {}
         if changed := sorted(name for name, value in training.items() if found.get(name) != value):
             raise ValueError(
                 f"train: {out} holds a training with other {', '.join(changed)}; choose another directory with --out"

@@ -149,7 +149,7 @@ def train(
         The rows of `<name>.jsonl`, from the first step on.
 
     Raises:
-        ValueError: the checkpoint does not fit the module, is damaged or cannot be written.
+        ValueError: the checkpoint does not fit the module, is damaged or cannot be written, which the next step tells.
         FloatingPointError: the loss is not finite; the last checkpoint is left as it was.
     """
     engine = InOneProcess(stage) if engine is None else engine
@@ -164,6 +164,7 @@ def train(
         bar = tqdm(total=stage.steps, initial=start, desc=stage.name, unit="step", mininterval=interval, disable=hidden)
         with bar:
             for step in range(start, stage.steps):
+                checkpoints.check()
                 row = _step(stage, engine, optimizer, step, seed)
                 rows.append(row)
                 bar.set_postfix(shown(row), refresh=False)
@@ -249,9 +250,16 @@ def _read_rows(path: Path, before: int) -> list[Row]:
         return []
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"metrics: {path} must be lines of JSON, got: {error}; remove it to go on") from error
+    for number, row in enumerate(rows, 1):
+        files.require(path, f"line {number}", _is_row(row), "an object of numbers with step and loss", row)
     return [row for row in rows if row["step"] < before]
+
+
+def _is_row(row: object) -> bool:
+    numbers = isinstance(row, dict) and all(type(value) in (int, float) for value in row.values())
+    return numbers and {"step", "loss"} <= row.keys()  # type: ignore[attr-defined]
 
 
 def _write_rows(path: Path, rows: list[Row]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,18 @@ def cut(batch: Batch, most: int) -> list[Batch]:
     rows = len(batch.inputs.documents)
     count = min(most, rows)
     return [_rows(batch, slice(rows * i // count, rows * (i + 1) // count)) for i in range(count)]
+
+
+class Size(NamedTuple):
+    """What a microbatch costs."""
+
+    positions: int  # padding too: what the backbone and the text head compute on
+    labels: int  # positions with a label of images or speech, which the depth heads compute on
+
+
+def size(part: Batch) -> Size:
+    labelled = (part.targets.visual[..., 0] != IGNORE) | (part.targets.audio[..., 0] != IGNORE)
+    return Size(part.inputs.text.numel(), int(labelled.sum()))
 
 
 def padding(like: Batch) -> Batch:

@@ -7,9 +7,10 @@ checkpoint holds does not depend on how many ranks wrote it, so a run may go on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +22,20 @@ from longcat_model.model import LongcatNext
 from longcat_model.pipeline import profile
 from longcat_model.pipeline.experts import is_expert
 from longcat_model.pipeline.launch import Rank, launch
+from longcat_model.pipeline.measure import measure_links, transfer_sizes
 from longcat_model.pipeline.parts import Parts, Saved
+from longcat_model.pipeline.profile import Profile
 from longcat_model.pipeline.runtime import Runtime, StepResult
 from longcat_model.pipeline.split import Microbatch, ModelStage, Report, split, tied
 from longcat_model.pipeline.transport import Distributed, Transport
-from longcat_model.pipeline.validation import gradient_norms
+from longcat_model.pipeline.validation import Norms, gradient_norms
 from longcat_model.sequence import Batch
 from longcat_model.training.checkpoint import Checkpoints, Spread
 from longcat_model.training.loop import Row, Stage, prefixed, train
 from longcat_model.training.loss import LossWeights, Terms, Totals, join, means, merge, regularizer_metrics
 from longcat_model.training.mesh import Mesh
 from longcat_model.training.microbatches import cut
-from longcat_model.training.plan import Order, Plan, measured_plan
+from longcat_model.training.plan import SAMPLE, Order, Piping, Plan, Sample, measured, planned
 from longcat_model.training.rates import memory_bytes
 from longcat_model.training.replicas import Groups
 
@@ -114,19 +117,25 @@ class Pipelined:
         return self.own
 
     def backward(self, batch: Batch) -> Row:
-        parts = cut(batch.to(self._device), self.plan.microbatches * self.replicas.count)
+        parts = self._parts(batch)
         used = None if self.balancer is None else self.balancer.use()
-        totals, own = Totals.of(parts), self.replicas.share(parts)
+        totals, own = Totals.of(parts), self.plan.arranged(self.replicas.share(parts))
         runtime, order = self._runtime(len(own))
         result = runtime.step([Microbatch(part, totals, used) for part in own])
-        runtime.share_tied(len(own))
-        self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
-        everyone = self._gathered(told(result, memory_bytes(self._device)))
-        self._count(everyone)
+        self._share_tied(runtime, len(own))
+        everyone: list[list[Told]] = self._gathered(told(result, memory_bytes(self._device)))
+        self._count([replica[self.transport.device] for replica in everyone])
         row = self._row(everyone, totals)
-        for replicas in (self.replicas, self.groups.same):
-            replicas.finish()
+        self._finish_adding_up()
         return row | {"planned_bubble": order.bubble, "planned_s": order.makespan_s}
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        return cut(batch.to(self._device), self.plan.microbatches * self.replicas.count)
+
+    def _share_tied(self, runtime: Runtime, number: int) -> None:
+        """See `Runtime.share_tied`; replicas add up the sums."""
+        runtime.share_tied(number)
+        self.replicas.start(weight for weight in self.own.values() if self._is_tied(weight))
 
     def _runtime(self, microbatches: int) -> tuple[Runtime, Order]:
         if microbatches not in self._runtimes:
@@ -150,10 +159,13 @@ class Pipelined:
     def _is_tied(self, weight: Tensor) -> bool:
         return any(weight is one for one in self._tied.parameters)
 
-    def _gathered(self, mine: Told) -> list[list[Told]]:
-        """What every device of every replica has to tell."""
-        found: list[list[Told]] = self.replicas.gather(self.transport.gather(mine))
-        return found
+    def _finish_adding_up(self) -> None:
+        for replicas in (self.replicas, self.groups.same):
+            replicas.finish()
+
+    def _gathered(self, value: Any) -> list[list[Any]]:
+        """Every device's value of every replica."""
+        return self.replicas.gather(self.transport.gather(value))
 
     def _row(self, everyone: list[list[Told]], totals: Totals) -> Row:
         """Loss and metrics of the global batch, as `loss` has them."""
@@ -170,33 +182,38 @@ class Pipelined:
         bubble = 1 - sum(one.busy_s for one in ranks) / len(ranks) / max(one.step_s for one in ranks)
         return row | {"bubble": bubble, "memory_bytes": max(one.memory_bytes for one in ranks)}
 
-    def _count(self, everyone: list[list[Told]]) -> None:
-        """Choices of all replicas go to the balancer, for the layers of this device."""
+    def _count(self, replicas: Sequence[Told]) -> None:
+        """Choices on this device of all replicas go to the balancer."""
         if self.balancer is not None:
-            for replica in everyone:
-                for report in replica[self.transport.device].reports.values():
+            for one in replicas:
+                for report in one.reports.values():
                     for layer, counts in report.choices.items():
                         self.balancer.add(layer, counts)
 
     def clip(self, most: float, optimizer: torch.optim.Optimizer) -> float:
-        norms = gradient_norms(self.own)
-        norms |= self._over_shards({name: norm for name, norm in norms.items() if self._is_shared(name)})
-        norm = self._norm({name: norm for found in self.transport.gather(norms) for name, norm in found.items()})
+        norm = self._norm(self._gathered(gradient_norms(self.own)))
         torch.nn.utils.clip_grads_with_norm_(self.own.values(), most, norm)
         return float(norm)
 
-    def _norm(self, everyone: Mapping[str, Tensor]) -> Tensor:
-        """Of all gradients together, from the norm of each: the very sum that one process makes."""
-        names = {weight: name for name, weight in self.model.named_parameters()}
-        ordered = [everyone[names[weight]] for weight in self.learning if names[weight] in everyone]
-        return torch.linalg.vector_norm(torch.stack(ordered))
+    def _norm(self, everyone: Norms) -> Tensor:
+        """Of all gradients together, from the norm of each on every device: the very sum that one process makes.
 
-    def _over_shards(self, norms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Norms of this rank's experts as those of all experts."""
-        if self.groups.experts.count == 1:
-            return {}
-        everyone = self.groups.experts.gather(norms)
-        return {name: torch.linalg.vector_norm(torch.stack([found[name] for found in everyone])) for name in norms}
+        Every rank computes it from the same values, of all replicas, so that all agree to the bit, and a gradient that
+        is not finite on one rank alone is so for all.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for norms in chain(*everyone):
+            for name, norm in norms.items():
+                found.setdefault(name, []).append(norm)
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        learning = [names[weight] for weight in self.learning if names[weight] in found]
+        return torch.linalg.vector_norm(torch.stack([self._over_replicas(name, found[name]) for name in learning]))
+
+    def _over_replicas(self, name: str, norms: list[Tensor]) -> Tensor:
+        """The norm of a gradient that all replicas have, or each its part of; not finite where one of them is not."""
+        shards = self.groups.experts.count if self._is_shared(name) else 1
+        most = torch.stack(norms).view(-1, shards).amax(0)  # those with the same part have the same norm
+        return torch.linalg.vector_norm(most) if shards > 1 else most[0]
 
     def after_step(self, step: int) -> None:
         if self.balancer is not None:
@@ -219,6 +236,10 @@ def train_pipelined(
     mesh: Mesh,
     *,
     microbatches: int | None = None,
+    memory: int | None = None,
+    recompute: bool = False,
+    any_order: bool = False,
+    timeout_s: float = Piping.timeout_s,
     weights: LossWeights | None = None,
     seed: int = 0,
     save_every: int = 200,
@@ -232,10 +253,16 @@ def train_pipelined(
     `planned_s`, what the simulator expects of that and of the step's time; `memory_bytes` is the largest rank's. What
     was measured is in `profile.json`, for `longcat schedule --profile`.
 
+    Gradients are added up microbatch after microbatch: in float32 the bits are those of one process that adds them up
+    in the same order. With `any_order` that is the schedule's order, stage by stage, and losses are those of another
+    one to 1e-6. A run that goes on keeps to the durations in `profile.json` then, so that with as many devices and
+    microbatches its schedule, and every bit, is the same.
+
     Args:
         make: gives the stage that trains a model, on every rank alike; picklable.
         saved: the model before training.
-        microbatches: of a pipeline and a step, at most; None: four a rank.
+        microbatches, memory, recompute, any_order, timeout_s: see `Piping`. What a rank that waits too long says names
+            the action, the other device and the microbatch.
         weights: those of the stage's loss.
         engine: `PostValidated` for ranks that do not wait for the gradient's norm.
 
@@ -243,13 +270,16 @@ def train_pipelined(
         Whether this process should go on with what is done once: False on torchrun's ranks other than 0.
 
     Raises:
-        ValueError: the mesh does not divide the model's experts.
+        ValueError: the mesh does not divide the model's experts, or an argument is out of range.
+        ChildProcessError: a rank failed: no schedule fits the memory, a rank was lost or hangs, or what `train` raises.
     """
+    piping = Piping(
+        microbatches=microbatches, memory=memory, recompute=recompute, any_order=any_order, timeout_s=timeout_s
+    )
     if saved.sizes.backbone.experts.real % mesh.experts:
         experts = saved.sizes.backbone.experts.real
         raise ValueError(f"train: expert-parallel must divide the {experts} experts of a layer, got {mesh.experts}")
-    most = 4 * mesh.pipeline if microbatches is None else microbatches
-    return launch(mesh.ranks, _Training(make, saved, directory, mesh, most, weights, seed, save_every, engine))
+    return launch(mesh.ranks, _Training(make, saved, directory, mesh, piping, weights, seed, save_every, engine))
 
 
 @dataclass(frozen=True)
@@ -260,39 +290,65 @@ class _Training:
     saved: Saved
     directory: Path
     mesh: Mesh
-    microbatches: int
+    piping: Piping
     weights: LossWeights | None
     seed: int
     save_every: int
     engine: type[Pipelined]
 
     def __call__(self, rank: Rank) -> None:
-        transport = Distributed.connect(2 * self.mesh.pipeline, self.mesh.pipelines(), store=rank.store)
+        transport = Distributed.connect(
+            2 * self.mesh.pipeline, self.mesh.pipelines(), store=rank.store, timeout_s=self.piping.timeout_s
+        )
         assert transport is not None  # every rank is in a pipeline
         groups, shards = self.mesh.connect(rank.device, self.saved.sizes.backbone.experts.real)
         parts, group = Parts(self.saved, rank.device, shards), dist.new_group(backend="gloo")
-        plan = self._plan(rank, group)
+        plan = self._plan(rank, transport, group)
         for stage in own_stages(parts.model, plan, transport.device).values():
             parts.bring(stage)
         trained = self.make(parts.model)
         spread = dict if shards is None else shards.spread
         engine = self.engine(trained, plan, transport, self.weights, groups, group, spread)
-        train(trained, self.directory, seed=self.seed, save_every=self.save_every, engine=engine)
+        try:
+            train(trained, self.directory, seed=self.seed, save_every=self.save_every, engine=engine)
+        except (ValueError, OSError, FloatingPointError) as error:
+            transport.fail(error)
+            raise
         transport.close()
 
-    def _plan(self, rank: Rank, group: Any) -> Plan:
-        """Times differ from rank to rank: the first one's are everybody's."""
-        plans: list[Plan | None] = [None]
-        if rank.rank == 0:
-            whole = Parts(self.saved, rank.device)
-            batch = self.make(whole.model).batch(0).to(rank.device)
-            plan, found = measured_plan(whole.model, self.mesh.pipeline, batch, self.microbatches, lend=whole.lend)
+    def _plan(self, rank: Rank, transport: Transport, group: dist.ProcessGroup) -> Plan:
+        """Times differ from rank to rank: the first one's are everybody's, and those of its pipeline's links."""
+        first, path = rank.rank == 0, self.directory / "profile.json"
+        sample, found = self._measured(rank.device, path) if first else (None, None)
+        found = _shared(found, group)
+        if not found.links:
+            found = replace(found, links=measure_links(transport, transfer_sizes(found), rank.device))
+        plan = None
+        if sample is not None:
+            plan, found = planned(found, sample, self.mesh.pipeline, self.piping)
             self.directory.mkdir(parents=True, exist_ok=True)
-            profile.save(found, self.directory / "profile.json")
-            plans = [plan]
-        dist.broadcast_object_list(plans, 0, group=group)
-        assert plans[0] is not None  # the first rank's
-        return plans[0]
+            profile.save(found, path)
+        return _shared(plan, group)
+
+    def _measured(self, device: torch.device, path: Path) -> tuple[Sample, Profile]:
+        """What steps are like, and what they cost: measured, or as it was when this training began."""
+        whole = Parts(self.saved, device)
+        stage, free = self.make(whole.model), self.piping.any_order
+        steps = reversed(range(min(SAMPLE, stage.steps) if free else 1))  # downwards: no worker prepares what follows
+        batches = [stage.batch(step).to(device) for step in steps]
+        sample = Sample.of(batches, self.piping.most(self.mesh.pipeline), self.mesh.data)
+        if free and path.exists():
+            found = profile.load(path)
+            if (len(found.layers), len(found.links)) == (len(whole.model.backbone.layers), self.mesh.pipeline - 1):
+                return sample, found
+        return sample, measured(whole.model, sample, whole.lend)
+
+
+def _shared(value: Any, group: dist.ProcessGroup) -> Any:
+    """The first rank's."""
+    values = [value]
+    dist.broadcast_object_list(values, 0, group=group)
+    return values[0]
 
 
 def own_stages(

@@ -12,7 +12,6 @@ from longcat_model.pipeline.validation import PostValidation
 from longcat_model.sequence import Batch
 from longcat_model.training.loop import Row
 from longcat_model.training.loss import Totals
-from longcat_model.training.microbatches import cut
 from longcat_model.training.pipelined import Pipelined, told
 from longcat_model.training.plan import Order
 from longcat_model.training.rates import memory_bytes
@@ -27,17 +26,15 @@ class _Open(NamedTuple):
 
 
 class PostValidated(Pipelined):
-    """The `Engine` of one rank of one pipeline: weights, losses and norms are those of `Pipelined`, bit for bit.
+    """The `Engine` of one rank: weights, losses and norms are those of `Pipelined`, bit for bit.
 
     A step's loss and norm are known in the step after: until then `backward` gives those of the last settled step, and
-    `clip` gives zero, so that the loop goes on. Forwards must change nothing but gradients. Raises ValueError where
-    there are data-parallel replicas or shared experts.
+    `clip` gives zero, so that the loop goes on. Forwards must change nothing but gradients. Ranks with the same stages
+    wait for each other's gradients, but not for those of the other devices.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        if self.replicas.count > 1 or self.groups.experts.count > 1:
-            raise ValueError("PostValidated: the mesh must be one pipeline, without replicas and shared experts")
         self._steps: PostValidation | None = None
         self._open: _Open | None = None
         self._news: Any = None
@@ -45,13 +42,13 @@ class PostValidated(Pipelined):
         self._known: dict[int, Row] = {}
 
     def backward(self, batch: Batch) -> Row:
-        random, parts = torch.get_rng_state(), cut(batch.to(self._device), self.plan.microbatches)
-        totals = Totals.of(parts)
-        runtime, order = self._runtime(len(parts))
+        random, parts = torch.get_rng_state(), self._parts(batch)
+        totals, share = Totals.of(parts), self.plan.arranged(self.replicas.share(parts))
+        runtime, order = self._runtime(len(share))
 
         def microbatches() -> list[Microbatch]:
             used = None if self.balancer is None else self.balancer.use()
-            return [Microbatch(part, totals, used) for part in parts]
+            return [Microbatch(part, totals, used) for part in share]
 
         own = microbatches()
 
@@ -63,10 +60,10 @@ class PostValidated(Pipelined):
             return False
 
         result = runtime.step(own, stands)
-        runtime.share_tied(len(own))
+        self._share_tied(runtime, len(own))
         self._news = told(result, memory_bytes(self._device))
-        everyone = [self._news if d == self.transport.device else None for d in range(self.transport.devices)]
-        self._count([everyone])  # type: ignore[list-item]  # only this device's own are looked at
+        self._count(self.replicas.gather(self._news))
+        self._finish_adding_up()
         self._open = _Open(totals, order)
         return dict(self._last)
 
@@ -92,7 +89,7 @@ class PostValidated(Pipelined):
         assert self._steps is not None
         norm, stands, news = self._steps.settle(lambda: Pipelined.after_step(self, last.step))
         self._open = None
-        row = self._row([news], last.totals)
+        row = self._row(news, last.totals)
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(f"loss must be finite, got {row['loss']} at step {last.step}")
         self._last = row | {"planned_bubble": last.order.bubble, "planned_s": last.order.makespan_s}

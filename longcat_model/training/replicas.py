@@ -9,15 +9,17 @@ The losses of microbatches are shares of the global batch's loss, so gradients a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from longcat_model.pipeline.transport import PipelineError
+from longcat_model.pipeline.transport import TIMEOUT_S, PipelineError
 from longcat_model.sequence import Batch
 from longcat_model.training.microbatches import padding
 
@@ -27,10 +29,12 @@ BUCKET = 1 << 24  # numbers that travel together, at most, but for a larger para
 class Replicas:
     """The ranks of a group that have the same stages; without a group, this one alone."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout_s: float = TIMEOUT_S) -> None:
         self.group = group
         self.number = 0 if group is None else dist.get_rank(group)
         self.count = 1 if group is None else dist.get_world_size(group)
+        if group is not None:  # a mesh makes its groups with the half hour that is torch's
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)
         self._sums: list[_Sum] = []
 
     def share(self, parts: Sequence[Batch]) -> list[Batch]:
@@ -43,7 +47,7 @@ class Replicas:
         """Every replica's value: plain data and tensors on the CPU."""
         found: list[Any] = [value] * self.count
         if self.count > 1:
-            _told("gathering", lambda: dist.all_gather_object(found, value, group=self.group))
+            _told("gathering", self.group, lambda: dist.all_gather_object(found, value, group=self.group))
         return found
 
     def start(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -74,6 +78,7 @@ class _Sum(NamedTuple):
     parameters: list[nn.Parameter]
     flat: Tensor
     work: Any
+    group: dist.ProcessGroup
 
     @classmethod
     def of(cls, parameters: list[nn.Parameter], group: dist.ProcessGroup) -> _Sum:
@@ -81,10 +86,11 @@ class _Sum(NamedTuple):
         numbers = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
         there = numbers[0].new_tensor([g is not None for g in grads])
         flat = torch.cat([*(x.flatten() for x in numbers), there])
-        return cls(parameters, flat, _told("adding up", lambda: dist.all_reduce(flat, group=group, async_op=True)))
+        work = _told("adding up", group, lambda: dist.all_reduce(flat, group=group, async_op=True))
+        return cls(parameters, flat, work, group)
 
     def finish(self) -> None:
-        _told("adding up", self.work.wait)
+        _told("adding up", self.group, self.work.wait)
         numbers = self.flat[: -len(self.parameters)].split([p.numel() for p in self.parameters])
         there = self.flat[-len(self.parameters) :].tolist()
         for parameter, grad, count in zip(self.parameters, numbers, there, strict=True):
@@ -105,9 +111,12 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-def _told(what: str, collective: Any) -> Any:
+def _told(what: str, group: dist.ProcessGroup | None, collective: Callable[[], Any]) -> Any:
     try:
         return collective()
     except RuntimeError as error:
-        reason = str(error).split("\n")[0]
-        raise PipelineError(f"pipeline: {what} over data-parallel replicas stopped: {reason}") from error
+        own, reason = dist.get_rank(), str(error).split("\n")[0]
+        others = [rank for rank in dist.get_process_group_ranks(group) if rank != own]
+        raise PipelineError(
+            f"pipeline: rank {own}, {what} with its data-parallel replicas, ranks {others}, stopped: {reason}"
+        ) from error

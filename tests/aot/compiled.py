@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel as its launcher would, without a driver: what the tests of this folder look at."""
+"""Compiles Triton kernels as their launchers do, without a driver: what the tests of this folder look at."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 import os
 import re
 import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -61,12 +65,17 @@ def build(kernel: Kernel, arch: int, folder: Path) -> Built:
     constants = {name: value for name, value in kernel.constants.items() if name in names}
     assert len(types) + len(constants) == len(names), f"{kernel.name}: arguments have changed"
     source = ASTSource(function, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options)
+    return look_at(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=kernel.options), folder)
+
+
+def look_at(compiled: Any, folder: Path, sass: bool = True) -> Built:
+    """What the compiler gave, by way of a folder for temporary files; to disassemble takes as long as to compile."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", cubin))
     assert found
-    return Built(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], _tool("nvdisasm", cubin))
+    code = _tool("nvdisasm", "--no-dataflow", "--print-code", cubin) if sass else ""
+    return Built(int(found[1]), int(found[2]), compiled.metadata.shared, compiled.asm["ptx"], code)
 
 
 def _tool(name: str, *arguments: Any) -> str:
@@ -81,7 +90,65 @@ ERF = frozenset({"abs.ftz.f32", "fma.rn.ftz.f32", "ex2.approx.ftz.f32"})
 
 def check(kernel: Kernel, arch: int, folder: Path, flushes: frozenset[str] = frozenset()) -> Built:
     built = build(kernel, arch, folder)
-    print(f"{kernel.name} sm_{arch} {kernel.constants}: {built.registers} registers, {built.shared} bytes shared")
+    sound(built, f"{kernel.name} sm_{arch} {kernel.constants}", flushes)
+    return built
+
+
+def sound(built: Built, what: str, flushes: frozenset[str] = frozenset()) -> None:
+    """Asserts that nothing spills, and that nothing is flushed to zero but where it may be."""
+    print(f"{what}: {built.registers} registers, {built.shared} bytes shared")
     assert built.stack == 0 and not re.search(r"\b(LDL|STL)\b", built.sass), f"{built.stack} bytes of stack"
     assert set(re.findall(r"\S*\.ftz\S*", built.ptx)) <= flushes
-    return built
+
+
+class Device:
+    """What Triton asks of a driver before it compiles; each architecture has a number, for caches are by number."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that a launcher wanted, not yet compiled."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # keywords: constants, warps and stages
+    arch: int
+
+    @property
+    def name(self) -> str:
+        return str(self.function.__name__)
+
+    def compile(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(driver, "_active", Device(self.arch))
+            return self.function.warmup(*self.arguments, grid=(1,), **self.options)
+
+
+def launches(arch: int, monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[Launch]:
+    """What `run`, given tensors on the CPU, would launch on a GPU of this architecture."""
+    found: list[Launch] = []
+
+    def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        found.append(Launch(self, arguments, options, arch))
+
+    modules = [module for name, module in sys.modules.items() if name.startswith("longcat_kernels.triton.")]
+    with monkeypatch.context() as patch:
+        for module in modules:
+            for name, answer in (("shared_bytes", SHARED_BYTES[arch]), ("has_descriptors", arch >= 90)):
+                if hasattr(module, name):
+                    patch.setattr(module, name, lambda device, answer=answer: answer)
+        patch.setattr(JITFunction, "run", record)
+        run()
+    return found

@@ -1,214 +1,189 @@
-"""Every Triton kernel of the mixture of experts and of the n-gram embedding, compiled for LongCat-Flash-Lite's shape.
+"""What the launchers of the mixture of experts and of the n-gram embedding launch, compiled instead of run.
 
-What it promises: each tile that a launcher can choose multiplies on tensor cores, nothing spills, and shared memory
-suffices. H 3072, F 1024, 256 experts, 12 slots; and sides that tiles do not divide, if 16 does. Where it does not,
-copies are element by element, and products may spill.
+What it promises for every tile that can be chosen, whether 16 divides the sides or not: products are on tensor cores,
+nothing spills, and shared memory suffices. H 3072, F 1024, 12 slots, and sides beside those; rows an expert choose the
+tile, so four experts stand for 256.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 import torch
-import triton.language as tl
-from compiled import SHARED_BYTES, TENSOR_CORES, Kernel, check, options
+from compiled import SHARED_BYTES, TENSOR_CORES, Launch, launches, look_at, sound
+from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-from longcat_kernels.triton._gemm import Tile, tile_of
+from longcat_kernels.triton import (
+    _gemm,
+    _moe,
+    fused_moe,
+    fused_moe_hidden,
+    fused_moe_input_grad,
+    fused_moe_weight_grad,
+    grouped_mm,
+    moe_plan,
+    moe_route,
+    moe_route_backward,
+    ngram_embedding,
+    ngram_embedding_weight_grad,
+)
+from longcat_kernels.triton._gemm import Tile, in_vectors, tile_of
 
-ROWS = {"decode": 16 * 12, "mid": 4096 * 12, "large": 32768 * 12}
-EXPERTS = 256
-OUT = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+MODULES = (_gemm, _moe, fused_moe_input_grad, fused_moe_weight_grad, grouped_mm, moe_plan, moe_route)
+MODULES += (moe_route_backward, ngram_embedding, ngram_embedding_weight_grad)
 
-
-def tile_for(size: str, arch: int, dtype: torch.dtype, **how: int) -> Tile:
-    return tile_of(ROWS[size], EXPERTS, dtype, SHARED_BYTES[arch], **how)
-
-
-def weights(tile: Tile, arch: int, dtype: torch.dtype, inner: bool, even: bool = True) -> tuple[str, dict[str, Any]]:
-    """The type of the weights' argument, and constants, as `weights_of` has them there."""
-    name, described = NAMES[dtype], arch >= 90
-    block = f"{tile.columns},{tile.depth}" if inner else f"{tile.depth},{tile.columns}"
-    constants = {"DESCRIBED": described, "K_INNER": described and inner, "EVEN": even, "b_k" if inner else "b_n": 1}
-    return f"tensordesc<{name}[1,{block}]>" if described else f"*{name}", constants
-
-
-def launched(tile: Tile) -> tuple[dict[str, int], dict[str, int]]:
-    return {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}, options(tile.warps, tile.stages)
-
-
-def up(size: str, arch: int, dtype: torch.dtype, even: bool = True) -> Kernel:
-    tile = tile_for(size, arch, dtype, wide=256 if arch >= 90 else 128, parts=2)
-    cut, how = launched(tile)
-    kind, constants = weights(tile, arch, dtype, True, even)
-    constants = {k.replace("b_", "w_"): v for k, v in constants.items()}
-    types = f"*x {kind} *x *x *i32 *i32 *i32 i32*16 i32*16 i32*16 i32*16 i32*16".replace("*x", f"*{NAMES[dtype]}")
-    flags = {"SAVE": True, "ACT": True, "OUT": OUT[dtype], "x_column": 1}
-    return Kernel("_moe", "up_kernel", types, {**cut, **constants, **flags}, how)
+EXPERTS, SLOTS, FORMS = 4, 12, ("2x3", "3x2", "2x2")
+TOKENS = {"decode": 8, "mid": 64, "large": 2048}  # as 16, 4096 and 32768 with 256 experts: rows an expert choose tiles
+WHOLE, RAGGED, ODD = (3072, 1024), (3088, 1040), (3073, 1025)  # tiles divide the sides, 16 does, nothing does
+PRODUCTS = {"up_kernel", "rows_kernel", "act_grad_kernel", "sums_kernel", "project_kernel"}
 
 
-def rows(size: str, arch: int, dtype: torch.dtype, even: bool = True, inner: bool = True) -> Kernel:
-    tile = tile_for(size, arch, dtype)
-    cut, how = launched(tile)
-    kind, constants = weights(tile, arch, dtype, inner, even)
-    a = f"tensordesc<{NAMES[dtype]}[{tile.rows},{tile.depth}]>" if arch >= 90 else f"*{NAMES[dtype]}"
-    types = f"{a} {kind} *{NAMES[dtype]} *i32 *i32 i32 i32*16 i32*16 i32*16 i32*16 i32*16 i32*16"
-    flags = {"A_DESCRIBED": arch >= 90, "OUT": OUT[dtype], "a_column": 1, "out_column": 1}
-    return Kernel("grouped_mm", "rows_kernel", types, {**cut, **constants, **flags}, how)
+def empty(*sides: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Memory that nobody touches."""
+    return torch.empty(sides, dtype=dtype)
 
 
-def x_grad(size: str, arch: int, dtype: torch.dtype, even: bool = True) -> Kernel:
-    return rows(size, arch, dtype, even, inner=False)
+def mixture(tokens: int, sides: tuple[int, int], dtype: torch.dtype = torch.bfloat16, lie: str = "rows") -> None:
+    """The passes of `fused_moe`; `lie` says how matrices lie in memory."""
+    (dim, width), slots = sides, tokens * SLOTS
+    x, grad, out, grad_x = (empty(tokens, dim, dtype=dtype) for _ in range(4))
+    gate_up, down = empty(EXPERTS, 2 * width, dim, dtype=dtype), empty(EXPERTS, dim, width, dtype=dtype)
+    if lie in ("columns", "columns of weights"):
+        gate_up, down = empty(EXPERTS, dim, 2 * width, dtype=dtype).mT, empty(EXPERTS, width, dim, dtype=dtype).mT
+    if lie == "columns":
+        x = empty(dim, tokens, dtype=dtype).T
+    if lie == "expanded":
+        grad = grad[:1, :1].expand(tokens, dim)
+    ids, weights = torch.zeros(tokens, SLOTS, dtype=torch.int64), empty(tokens, SLOTS, dtype=torch.float32)
+    hidden, grad_hidden = (empty(slots, 2 * width, dtype=dtype) for _ in range(2))
+    fused_moe.run(x, gate_up, down, ids, weights, grad, None, None, [], slots, False, out, hidden)
+    grads = (grad_x, torch.empty_like(weights), grad_hidden)
+    fused_moe_input_grad.run(grad, x, gate_up, down, ids, weights, hidden, *grads)
+    weight_grads = (torch.empty_like(gate_up), torch.empty_like(down))
+    fused_moe_weight_grad.run(grad, x, ids, weights, hidden, grad_hidden, False, *weight_grads)
 
 
-def act_grad(size: str, arch: int, dtype: torch.dtype, even: bool = True) -> Kernel:
-    tile = tile_for(size, arch, dtype)
-    cut, how = launched(tile)
-    kind, constants = weights(tile, arch, dtype, False, even)
-    constants = {k.replace("b_", "w_"): v for k, v in constants.items()}
-    x = f"*{NAMES[dtype]}"
-    types = f"{x} {kind} {x} *fp32 {x} *fp32 *i32 *i32 *i32 *i32 i32*16 i32*16 i32*16 i32*16 i32*16"
-    flags = {"OUT": OUT[dtype], "grad_column": 1}
-    return Kernel("fused_moe_input_grad", "act_grad_kernel", types, {**cut, **constants, **flags}, how)
+def variants(tokens: int, sides: tuple[int, int]) -> None:
+    """What else `fused_moe` does: inference, recomputation, and gradients that are added to float32."""
+    (dim, width), slots = sides, tokens * SLOTS
+    x, out = empty(tokens, dim), empty(tokens, dim)
+    gate_up, down = empty(EXPERTS, 2 * width, dim), empty(EXPERTS, dim, width)
+    ids, weights = torch.zeros(tokens, SLOTS, dtype=torch.int64), empty(tokens, SLOTS, dtype=torch.float32)
+    hidden = empty(slots, 2 * width)
+    fused_moe.run(x, gate_up, down, ids, weights, None, None, None, [], 0, False, out, hidden[:0])
+    fused_moe_hidden.run(x, gate_up, down, ids, slots, hidden)
+    main_grads = (torch.empty_like(t, dtype=torch.float32) for t in (gate_up, down))
+    fused_moe_weight_grad.run(out, x, ids, weights, hidden, hidden, True, *main_grads)
 
 
-def sums(arch: int, dtype: torch.dtype, gathered: str, add: bool) -> Kernel:
-    from longcat_kernels.triton.grouped_mm import sums_tile
-
-    cut, how = launched(sums_tile(dtype, gathered != ""))
-    x = f"*{NAMES[dtype]}"
-    types = f"{x} {x} {'*fp32' if add else x} *i32 *i32 *i32 i32 i32*16 i32*16 i32*16 i32*16 i32*16 i32*16"
-    indirect = {"A_INDIRECT": gathered == "a", "B_INDIRECT": gathered == "b"}
-    ones = {"a_column": 1, "b_column": 1, "out_column": 1}
-    flags = {"EVEN": True, "ADD": add, "OUT": tl.float32 if add else OUT[dtype], **indirect, **ones}
-    return Kernel("grouped_mm", "sums_kernel", types, {**cut, **flags}, how)
-
-
-def products(kernel: Kernel, arch: int, folder: Path) -> None:
-    """Tensor cores, pipelined copies, and what shared memory there is."""
-    built = check(kernel, arch, folder)
-    wanted = TENSOR_CORES[arch] if kernel.constants["ROWS"] >= 64 else "HMMA"  # below, no wider instruction fits
-    assert wanted in built.sass and ("LDGSTS" in built.sass or "UTMALDG" in built.sass)
-    assert ("UTMALDG" in built.sass) == kernel.constants.get("DESCRIBED", False)
-    assert built.shared <= SHARED_BYTES[arch]
+def groups(form: str, tokens: int, sides: tuple[int, int], turned: bool) -> None:
+    """`grouped_mm` of as many rows as `mixture` has, with a and b by rows or, turned, by columns."""
+    (p, q), rows = sides, tokens * SLOTS
+    shapes = {
+        "2x3": ((rows, p), (EXPERTS, p, q), (rows, q)),
+        "3x2": ((EXPERTS, p, q), (q, rows), (p, rows)),
+        "2x2": ((p, rows), (rows, q), (EXPERTS, p, q)),
+    }
+    a, b, out = (empty(*shape) for shape in shapes[form])
+    if turned:
+        a, b = (empty(*t.mT.shape).mT for t in (a, b))
+    grouped_mm.run(a, b, torch.zeros(EXPERTS, dtype=torch.int32), out)
 
 
-@pytest.mark.parametrize("arch", TENSOR_CORES)
-@pytest.mark.parametrize("size", ROWS)
-@pytest.mark.parametrize("kernel", [up, rows, act_grad, x_grad], ids=lambda kernel: kernel.__name__)
-def test_products_of_rows(kernel: Any, size: str, arch: int, tmp_path: Path) -> None:
-    products(kernel(size, arch, torch.bfloat16), arch, tmp_path)
+def ngrams(positions: int, dim: int, table: int) -> None:
+    """Forward and weight pass of `ngram_embedding` with four tables."""
+    numbers = [100, 3, 2, 90, 95, 2]
+    ids, hashes = torch.zeros(1, positions, dtype=torch.int64), torch.zeros(1, positions, 4, dtype=torch.int64)
+    word, tables = empty(100, dim), [empty(200, table) for _ in range(4)]
+    projections = [empty(dim, table) for _ in tables]
+    out, history = empty(1, positions, dim), torch.zeros(1, 2, dtype=torch.int64)
+    ngram_embedding.run(ids, word, tables, projections, ids, history, numbers, False, out, hashes)
+    grads = [torch.empty_like(t) for t in (*tables, *projections)]
+    ngram_embedding_weight_grad.run(
+        *(out, ids, hashes, hashes, [200] * 4, tables, projections, numbers, 100, True, torch.empty_like(word)), *grads
+    )
 
 
-@pytest.mark.parametrize("arch", TENSOR_CORES)
-@pytest.mark.parametrize("kernel", [up, rows, act_grad], ids=lambda kernel: kernel.__name__)
-def test_products_of_sides_that_tiles_do_not_divide(kernel: Any, arch: int, tmp_path: Path) -> None:
-    products(kernel("large", arch, torch.bfloat16, even=False), arch, tmp_path)
+def routes(tokens: int, dtype: torch.dtype) -> None:
+    """A router of 256 real and 128 identity experts, and of 125, which nothing divides."""
+    weights, ids = empty(tokens, SLOTS, dtype=torch.float32), torch.zeros(tokens, SLOTS, dtype=torch.int64)
+    for experts, score, renorm in ((384, "softmax", False), (381, "sigmoid", True)):
+        logits, bias = empty(tokens, experts, dtype=dtype), empty(experts, dtype=torch.float32)
+        moe_route.run(logits, SLOTS, 256, bias, score, renorm, 6.0, weights, ids)
+        moe_route_backward.run(weights, logits, ids, score, renorm, 6.0, torch.empty_like(logits))
 
 
-@pytest.mark.parametrize("arch", TENSOR_CORES)
-@pytest.mark.parametrize(("gathered", "add"), [("a", False), ("b", True)])
-def test_sums_over_rows(gathered: str, add: bool, arch: int, tmp_path: Path) -> None:
-    products(sums(arch, torch.bfloat16, gathered, add), arch, tmp_path)
+CALLS: dict[str, Callable[[], None]] = {
+    **{f"{size}, whole": partial(mixture, tokens, WHOLE) for size, tokens in TOKENS.items()},
+    "large, ragged": partial(mixture, TOKENS["large"], RAGGED),
+    "large, columns of weights": partial(mixture, TOKENS["large"], WHOLE, lie="columns of weights"),
+    **{f"{size}, odd": partial(mixture, TOKENS[size], ODD) for size in ("decode", "mid")},
+    **{f"mid, {lie}": partial(mixture, TOKENS["mid"], WHOLE, lie=lie) for lie in ("columns", "expanded")},
+    "variants": partial(variants, TOKENS["large"], WHOLE),
+    "variants, odd": partial(variants, TOKENS["mid"], ODD),
+    **{f"{size}, whole, float32": partial(mixture, TOKENS[size], WHOLE, torch.float32) for size in ("decode", "mid")},
+    **{f"{size}, odd, float32": partial(mixture, TOKENS[size], ODD, torch.float32) for size in ("decode", "mid")},
+    **{f"{form}, whole": partial(groups, form, TOKENS["large"], WHOLE, form == "3x2") for form in FORMS},
+    **{f"{form}, odd": partial(groups, form, TOKENS["mid"], ODD, form != "3x2") for form in FORMS},
+    "n-grams": partial(ngrams, 4096, 3072, 128),
+    "n-grams, odd": partial(ngrams, 4095, 3073, 129),
+    "routes": partial(routes, 512, torch.bfloat16),
+}
+
+WITH_OTHERS = {"decode, odd", "mid, odd", "large, whole", "3x2, odd", "n-grams", "n-grams, odd", "routes"}
+BY_ELEMENTS = {name for name in CALLS if {"odd", "columns", "expanded"} & set(name.split(", "))} | {"2x2, whole"}
 
 
-@pytest.mark.parametrize("size", ["decode", "large"])
-@pytest.mark.parametrize("arch", [80, 90])
-def test_float32_is_multiplied_in_three_parts(size: str, arch: int, tmp_path: Path) -> None:
-    for kernel in (up(size, arch, torch.float32), act_grad(size, arch, torch.float32)):
-        products(kernel, arch, tmp_path)
-
-
-def others() -> list[Kernel]:
-    plan = {"BINS": 512, "BLOCK": 512}
-    place = {**plan, "TILE": 128, "STEP": 32, "LANES": 64}
-    pointers = "*i64 *i32 *i32 *i32 *i32 *i32 *i32 *i32 *i32 i32*16 i32*16 i32 i32 i32"
-    whole = {"ROWS": 2, "WIDTH": 1024}
-    route = {"ROWS": 4, "WIDTH": 512, "SOFTMAX": True, "RENORM": True, "column_stride": 1}
-    combine = {**whole, "WEIGHTED": True, "RESIDUAL": True, "OUT": tl.bfloat16, "x_column": 1, "residual_column": 1}
-    lookup = "*i64 *i64 *i64 *bf16 *i64 *bf16 i32*16 i32 i32 i32*16 i32*16 i64 i32 i32 i32 i32 i32 i32*16"
-    looking = {"ORDER": 4, "DOCUMENTS": True, "HISTORY": True, "LOOK_UP": True, "ROWS": 4, "WIDTH": 256}
-    return [
-        Kernel("moe_plan", "count_kernel", "*i64 *i32 i32*16 i32*16", plan, options(4)),
-        Kernel("moe_plan", "scan_kernel", "*i32 *i32 i32", {"BINS": 512, "HEIGHT": 64, "WIDTH": 16}, options(4)),
-        Kernel("moe_plan", "place_kernel", pointers, {**place, "ALONE": False}, options(8)),
-        Kernel("moe_plan", "place_kernel", pointers, {**place, "ALONE": True}, options(8)),
-        Kernel("moe_plan", "cut_kernel", "*i32 *i32 i32*16 i32*16 i32", {k: place[k] for k in place}, options(4)),
-        Kernel(
-            "_gemm",
-            "zero_kernel",
-            "*bf16 *i32 i32 i32*16 i32*16",
-            {"ROWS": 64, "COLUMNS": 128, "column_stride": 1},
-            options(4),
-        ),
-        Kernel(
-            "_moe",
-            "combine_kernel",
-            "*bf16 *bf16 *bf16 *i64 *i32 *fp32 *bf16 i32 i32*16 i32 i32*16 i32*16 i32*16",
-            combine,
-            options(4),
-        ),
-        Kernel(
-            "fused_moe_input_grad",
-            "weights_grad_kernel",
-            "*bf16 *bf16 *fp32 *i64 *i32 *fp32 i32 i32*16 i32 i32 i32*16 i32*16 i32*16",
-            {**whole, "PARTS": 8, "OUT": tl.float32, "grad_column": 1, "x_column": 1},
-            options(4),
-        ),
-        Kernel(
-            "fused_moe_weight_grad",
-            "act_kernel",
-            "*bf16 *fp32 *i32 *i32 *bf16 i32*16",
-            {**whole, "OUT": tl.bfloat16},
-            options(4),
-        ),
-        Kernel(
-            "moe_route",
-            "route_kernel",
-            "*fp32 *fp32 *fp32 *i64 i32 i32*16 i32 i32*16 fp32",
-            {**route, "BIASED": True},
-            options(4),
-        ),
-        Kernel(
-            "moe_route_backward",
-            "route_backward_kernel",
-            "*fp32 *fp32 *i64 *fp32 i32 i32*16 i32 i32*16 fp32",
-            {**route, "OUT": tl.float32},
-            options(4),
-        ),
-        Kernel("ngram_embedding", "lookup_kernel", lookup, {**looking, "table_column": 1}, options(4)),
-        Kernel(
-            "ngram_embedding_weight_grad",
-            "rows_grad_kernel",
-            "*fp32 *i64 *i64 *bf16 i32 i32*16 i32*16 fp32 i32 i32",
-            {"ROWS": 1, "WIDTH": 256, "OUT": tl.bfloat16, "column_stride": 1},
-            options(4),
-        ),
-    ]
-
-
-def project(rows_: int, arch: int) -> Kernel:
-    tile = tile_of(rows_, 1, torch.bfloat16, SHARED_BYTES[arch])
-    cut, how = launched(tile)
-    kind, constants = weights(tile, arch, torch.bfloat16, inner=True)
-    a = f"tensordesc<bf16[{tile.rows},{tile.depth}]>" if arch >= 90 else "*bf16"
-    types = f"{a} {kind} *bf16 *i64 *bf16 i32 i32 i32*16 i32*16 fp32 i32 i32 i32*16 i32*16 i32*16"
-    flags = {"A_DESCRIBED": arch >= 90, "OUT": tl.bfloat16, "word_column": 1}
-    return Kernel("ngram_embedding", "project_kernel", types, {**cut, **constants, **flags}, how)
+def launches_of(call: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """Of those that are no products, which other calls share, only those of some calls."""
+    found = launches(arch, monkeypatch, CALLS[call])
+    return [launch for launch in found if launch.name in PRODUCTS or call in WITH_OTHERS]
 
 
 @pytest.mark.parametrize("arch", TENSOR_CORES)
-@pytest.mark.parametrize("positions", [16, 4096])
-def test_projections_of_looked_up_rows(positions: int, arch: int, tmp_path: Path) -> None:
-    products(project(positions, arch), arch, tmp_path)
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_spills_and_products_are_on_tensor_cores(
+    call: str, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for launch in launches_of(call, arch, monkeypatch):
+        is_product = launch.name in PRODUCTS
+        built = look_at(launch.compile(monkeypatch), tmp_path, sass=is_product)
+        sound(built, f"{launch.name} sm_{arch} {launch.options}")
+        assert built.shared <= SHARED_BYTES[arch]
+        if is_product:
+            wanted = TENSOR_CORES[arch] if launch.options["ROWS"] >= 64 else "HMMA"  # below, no wider instruction fits
+            assert wanted in built.sass
+            assert ("UTMALDG" in built.sass) == launch.options.get("DESCRIBED", False)
+            assert call in BY_ELEMENTS or any(copy in built.sass for copy in ("LDGSTS", "UTMALDG"))
+
+
+def test_every_kernel_is_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {launch.name for call in CALLS for launch in launches_of(call, 90, monkeypatch)}
+    there = {name for module in MODULES for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    assert {name for name in there if name.endswith("_kernel")} == found
 
 
 @pytest.mark.parametrize("arch", TENSOR_CORES)
-@pytest.mark.parametrize("number", range(13))
-def test_other_kernels_do_not_spill(number: int, arch: int, tmp_path: Path) -> None:
-    check(others()[number], arch, tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vectors", [True, False])
+@pytest.mark.parametrize(("wide", "parts"), [(128, 1), (128, 2), (256, 2)])
+def test_no_other_tiles_are_chosen(arch: int, dtype: torch.dtype, vectors: bool, wide: int, parts: int) -> None:
+    def tile(rows: int) -> Tile:
+        return tile_of(rows, EXPERTS, dtype, SHARED_BYTES[arch], vectors=vectors, wide=wide, parts=parts)
+
+    assert {tile(rows) for rows in range(8 * EXPERTS * 256)} == {tile(tokens * SLOTS) for tokens in TOKENS.values()}
+
+
+def test_copies_are_in_vectors_where_the_compiler_knows_that_16_divides_all() -> None:
+    matrix, stack = empty(32, 64), empty(3, 32, 64)
+    assert in_vectors(matrix, stack, stack.mT, matrix[:5], matrix[16:, 16:32])
+    assert in_vectors(matrix[:5]) and not in_vectors(matrix.T)
+    for tensor in (matrix[:, :40], matrix[:, 4:20], matrix[:, ::2], matrix[:1, :1].expand(32, 64), stack[:, :24]):
+        assert not in_vectors(matrix, tensor)

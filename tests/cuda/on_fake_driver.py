@@ -28,7 +28,7 @@ compiled = native.module
 @functools.cache
 def driver() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    library.fake_log.restype = ctypes.c_char_p
+    library.fake_log.restype = library.fake_calls.restype = ctypes.c_char_p
     return library
 
 
@@ -160,6 +160,26 @@ def many_rows_take_tensor_cores_and_one_workspace() -> None:
     assert len(sizes) == 3 and len(set(sizes)) == 1
 
 
+def a_call_only_enqueues() -> None:
+    """Once its kernels are loaded: no waiting, no allocation, no copy, nothing on another stream."""
+    cases = [replace(DEPTH.spec.EDGE[3], tokens=8), replace(DEPTH.spec.EDGE[10], tokens=12, dtype=torch.bfloat16)]
+    for case in cases:
+        driver().fake_device(4, 9)
+        kernels = compiled().CudaModule("depth_decode", b"cubin", 0)
+        recorded = record(DEPTH, DEPTH.spec.inputs(case))
+        inputs, outputs = list(recorded.arguments[:-1]), recorded.run("reference")
+        del inputs[2]
+        for _ in range(2):
+            before = driver().fake_calls()
+            call("depth_decode_cuda", kernels, *inputs, *outputs)
+        assert driver().fake_calls()[len(before) :].decode().splitlines() == [
+            "cuCtxPushCurrent_v2",
+            f"cuMemsetD8Async on {STREAM}",
+            f"cuLaunchKernelEx on {STREAM}",
+            "cuCtxPopCurrent_v2",
+        ]
+
+
 def each_device_gets_its_screen() -> None:
     """300 rows are three tiles of 128 or two clusters of 256, 9000 codewords 36 tiles: a tile or two to each block."""
     x, books = torch.randn(300, 100), [torch.randn(9000, 100)]
@@ -226,6 +246,7 @@ if __name__ == "__main__":
     the_ops_are_the_definitions()
     one_launch_decodes_all_levels()
     many_rows_take_tensor_cores_and_one_workspace()
+    a_call_only_enqueues()
     each_device_gets_its_screen()
     nothing_is_launched_for_no_rows()
     errors_become_exceptions()

@@ -66,7 +66,7 @@ def instructions(op: str, arch: str, kernel: str, folder: Path) -> tuple[str, ..
 
 @pytest.mark.parametrize("arch", jit.ARCHES)
 @pytest.mark.parametrize("op", OPS)
-def test_no_kernel_spills(op: str, arch: str, folder: Path, record_property: object) -> None:
+def test_no_kernel_spills(op: str, arch: str, folder: Path) -> None:
     found = resources(op, arch, folder)
     source = (ROOT / "csrc/cuda" / f"{op}.cuh").read_text()
     assert set(re.findall(r"LC_KERNEL\(.*?\) (\w+)\(", source)) <= set(found)

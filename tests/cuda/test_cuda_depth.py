@@ -14,11 +14,13 @@ from longcat_kernels.ops import OPS
 from longcat_kernels.reference import depth_decode as spec
 from longcat_kernels.reference.depth_sampling import DepthSampling
 from longcat_kernels.reference.depth_weights import DepthConfig, DepthWeights
-from longcat_kernels.testing import assert_close, record
+from longcat_kernels.testing import CLOSE_DRAWS, assert_close, record
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="CUDA emulation: no C++ compiler")
 (OP,) = (op for op in OPS if op.name == "depth_decode")
-SMALL = [case for case in spec.EDGE if 0 < case.tokens <= 8]  # all that the kernel for few rows takes
+# "end" is drawn, and the last level has no table.
+ENDS = spec.Case(8, replace(spec.EDGE[0].config, classes=(2, 2)), "moshi", DepthSampling(end="allow"))
+SMALL = [*(case for case in spec.EDGE if 0 < case.tokens <= 8), ENDS]  # all that the kernel for few rows takes
 
 
 def arguments(case: Any, seed: int = 0) -> list[Any]:
@@ -69,6 +71,15 @@ def test_draws_what_the_definition_draws(numbers: DepthSampling, classes: int) -
     assert classes == 2 or codes_TL.unique().numel() > 8
 
 
+def test_draws_are_decided_in_float64() -> None:
+    for seeds in (CLOSE_DRAWS[:8], CLOSE_DRAWS[1:]):
+        inputs = arguments(sampler(4, DepthSampling()))
+        inputs[1][-2].zero_()  # the head
+        inputs[1][-1].zero_()  # its bias
+        inputs[4], inputs[5] = torch.tensor(seeds), torch.zeros(8, dtype=torch.int64)
+        assert_same_codes(inputs)
+
+
 @pytest.mark.parametrize(
     "numbers",
     [DepthSampling(1.0, top_k=200), DepthSampling(1.0, top_p=0.5), DepthSampling(1.0, 333, 0.7), DepthSampling(0.0)],
@@ -91,6 +102,15 @@ def test_rows_that_are_not_finite_are_lost_alone() -> None:
     inputs = arguments(next(case for case in SMALL if case.like == "moshi"))
     inputs[0][1, 3] = torch.nan
     assert_same_codes(inputs)
+
+
+def test_where_only_the_end_is_possible_and_barred_nothing_is_drawn() -> None:
+    inputs = arguments(
+        spec.Case(4, DepthConfig((5, 3), 8, 8, 0, 1, 1, 8, 8, ends=True), sampling=DepthSampling(0.7, 2))
+    )
+    for bias in inputs[1][-2:]:
+        bias[:-1] = -torch.inf
+    assert not assert_same_codes(inputs).any()
 
 
 @pytest.mark.parametrize("case", [next(case for case in SMALL if case.like == like) for like in ("moshi", "csm")])

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CUDA device beyond the contract: sizes that fill tiles, graph capture, no waiting."""
+"""Kernels on a CUDA device beyond the contract: sizes that fill tiles, graph capture, no waiting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from longcat_kernels import PreparedCodebook, ema_update, rvq_decode, rvq_encode
+from longcat_kernels import (
+    DepthDecoding,
+    DepthSampling,
+    PreparedCodebook,
+    Workspace,
+    depth_decode,
+    ema_update,
+    rvq_decode,
+    rvq_encode,
+)
+from longcat_kernels.reference import depth_decode as depth
 from longcat_kernels.reference import rvq_encode as spec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA kernels: no CUDA device")
@@ -83,3 +93,36 @@ def test_no_call_waits_for_the_device() -> None:
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert spec.nearest(x.detach()[:4].cpu(), books[0].cpu()).tolist() == encoding.codes[:4, 0].tolist()
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_graph_decodes_what_is_written_to_its_arguments(backend: str) -> None:
+    """With sampling on: the states, numbers, seeds and steps of later calls, drawn as without a graph."""
+    case, rows = depth.EDGE[3], 8
+    weights, hidden = depth.inputs(case, "cuda")["weights"], torch.randn(rows, case.config.hidden).cuda()
+    sampling = DepthSampling(0.9, 5, 0.95).table(rows, case.config, "cuda").contiguous()
+    seeds, steps, workspace = torch.arange(rows).cuda(), torch.zeros(rows).long().cuda(), Workspace()
+
+    def decode(workspace: Workspace | None) -> DepthDecoding:
+        return depth_decode(
+            hidden, weights, sampling, seed=seeds, step=steps, workspace=workspace, logits=True, backend=backend
+        )
+
+    decode(workspace)  # loads the kernels
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode(workspace)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    memory, graph = workspace.bytes, torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode(workspace)
+    drawn = []
+    for turn in range(3):
+        hidden.normal_(), seeds.add_(7), steps.add_(1), sampling[..., 0].fill_(0.5 + turn)
+        graph.replay()
+        for got, want in zip(captured, decode(None), strict=True):
+            assert torch.equal(got, want)
+        drawn.append(captured.codes.tolist())
+    assert drawn[0] != drawn[1] != drawn[2] and workspace.bytes == memory

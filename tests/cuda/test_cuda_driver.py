@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,14 @@ def test_on_the_cpu_the_reason_is_the_device() -> None:
             arguments = op.spec.inputs(op.spec.EDGE[-1])
             with pytest.raises(ValueError, match="cuda: takes tensors on a CUDA device, got cpu"):
                 op.run(**arguments, backend="cuda")
+
+
+def test_the_compiled_module_has_nothing_to_wait_or_to_allocate_with() -> None:
+    """All that it can call of the driver: once at loading, and for each call what a CUDA graph can capture."""
+    loading = "cuInit cuDeviceGetCount cuDeviceGet cuDeviceGetAttribute cuDevicePrimaryCtxRetain cuModuleLoadData"
+    loading += " cuModuleUnload cuModuleGetFunction cuFuncSetAttribute cuGetErrorName cuGetErrorString"
+    calling = "cuCtxPushCurrent_v2 cuCtxPopCurrent_v2 cuLaunchKernelEx cuMemsetD8Async cuTensorMapEncodeTiled"
+    table = (emulated.ROOT / "csrc/cuda/driver_api.h").read_text()
+    assert set(re.findall(r"\(\*(\w+)\)", table)) == {*loading.split(), *calling.split()}
+    sources = [file for folder in ("cpp", "h", "cuh") for file in (emulated.ROOT / "csrc").rglob(f"*.{folder}")]
+    assert [file.name for file in sources if re.search(r"\bdl(open|sym)\b", file.read_text())] == ["driver.cpp"]

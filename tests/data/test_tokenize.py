@@ -80,7 +80,7 @@ def test_workers_and_interruptions_change_nothing(
 
 
 def test_a_killed_run_goes_on(data: Path, system: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "longcat_model.cli", "tokenize", str(data), "--run", str(system)]
+    command = [sys.executable, "-m", "longcat_model", "tokenize", str(data), "--run", str(system)]
     command += ["--shard-documents", "1", "--out"]
     with subprocess.Popen([*command, str(tmp_path / "killed")], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60

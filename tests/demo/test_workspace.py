@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from longcat_model.cli import main
 from longcat_model.demo.workspace import Workspace
+from longcat_model.files import locked
 
 
 def test_finished_steps_are_not_done_again(tmp_path: Path) -> None:
@@ -47,6 +49,18 @@ def test_fresh_starts_over(tmp_path: Path) -> None:
     Workspace(tmp_path / "run", {"steps": 1}).once("tokens", lambda: {"n": 1})
     workspace = Workspace(tmp_path / "run", {"steps": 2}, fresh=True)
     assert workspace.once("tokens", lambda: {"n": 2}) == {"n": 2}
+
+
+def test_two_demos_in_one_directory_are_one_too_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor does the second one, begun afresh, delete what the first one made."""
+    Workspace(tmp_path, {"steps": 1}).once("tokens", lambda: {"n": 1})
+    with locked(tmp_path / "lock"):
+        for option in ("--smoke", "--fresh"):
+            assert main(["demo", "--out", str(tmp_path), option]) == 2
+            assert f"{tmp_path} is in use by another process" in capsys.readouterr().err
+        assert (tmp_path / "tokens.pt").exists()
+        Workspace(tmp_path, {"steps": 2}, fresh=True)
+        assert {path.name for path in tmp_path.iterdir()} == {"lock", "settings.json", "commits.json"}
 
 
 def test_fresh_deletes_no_foreign_directory(tmp_path: Path) -> None:

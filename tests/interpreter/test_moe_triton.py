@@ -1,6 +1,7 @@
 """Routing, grouped products and mixture of experts in Triton's interpreter: every tile, every way to read weights.
 
-Rows a group choose the tile (`_gemm.tile_of`): up to 32 the one of 16 rows, up to 256 that of 64, beyond that of 128.
+Rows a group choose the tile (`_gemm.tile_of`): up to 32 the one of 16 rows, up to 256 that of 64, beyond that of 128,
+which is one for sides that 16 divides.
 """
 
 from __future__ import annotations
@@ -79,7 +80,12 @@ def assert_near(arguments: dict[str, Tensor]) -> None:
     ("tokens", "dtype"), [(40, torch.float32), (40, torch.float16), (90, torch.float16), (300, torch.float16)]
 )
 def test_every_tile_equals_the_truth(tokens: int, dtype: torch.dtype, access: str, poisoned: None) -> None:
-    assert_near(moe(tokens, 72, 40, 2, 2, dtype))
+    assert_near(moe(tokens, 80, 48, 2, 2, dtype))
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(20, torch.float16), (40, torch.float32), (90, torch.float16)])
+def test_tiles_of_sides_that_nothing_divides_equal_the_truth(tokens: int, dtype: torch.dtype, poisoned: None) -> None:
+    assert_near(moe(tokens, 73, 41, 2, 2, dtype))
 
 
 def test_sizes_that_tiles_divide_and_weights_that_are_transposed(access: str, poisoned: None) -> None:
@@ -96,7 +102,7 @@ def test_one_sided_ids(ids: tuple[int, int], poisoned: None) -> None:
 def test_descriptors_and_pointers_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     from longcat_kernels.triton import _gemm
 
-    arguments = moe(30, 72, 40, 3, 2)
+    arguments = moe(30, 80, 48, 3, 2)
     first = passes(arguments, "triton")
     monkeypatch.setattr(_gemm, "has_descriptors", lambda device: False)
     assert all(torch.equal(a, b) for a, b in zip(first, passes(arguments, "triton"), strict=True))
@@ -149,20 +155,27 @@ def test_main_gradients_are_added_to_and_those_of_idle_experts_left() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("ends", "tail"), [((20, 20, 50), 3), ((0, 280, 281), 0)])
+@pytest.mark.parametrize(("ends", "tail"), [((20, 20, 50), 14), ((0, 280, 281), 0)])
 def test_grouped_products(form: str, ends: tuple[int, ...], tail: int, access: str, poisoned: None) -> None:
     g = torch.Generator().manual_seed(1)
     extent, groups = ends[-1] + tail, len(ends)
     shapes = {
-        "2x3": ((extent, 72), (groups, 72, 88)),
-        "3x2": ((groups, 72, 40), (40, extent)),
-        "2x2": ((72, extent), (extent, 88)),
+        "2x3": ((extent, 80), (groups, 80, 96)),
+        "3x2": ((groups, 80, 48), (48, extent)),
+        "2x2": ((80, extent), (extent, 96)),
     }[form]
     a, b = (torch.randn(shape, generator=g).half() for shape in shapes)
     offs = torch.tensor(ends)
     for a_, b_ in ((a, b), (a.mT.contiguous().mT, b.mT.contiguous().mT)):
         want = grouped_mm(a_.double(), b_.double(), offs, backend="reference")
         assert_close(grouped_mm(a_, b_, offs, backend="triton"), want)
+
+
+def test_without_groups_the_product_is_zero(poisoned: None) -> None:
+    none, rows = torch.zeros(0, dtype=torch.int32), torch.ones(3, 4)
+    assert not grouped_mm(rows, torch.ones(0, 4, 2), none, backend="triton").any()
+    assert not grouped_mm(torch.ones(0, 5, 3), rows, none, backend="triton").any()
+    assert grouped_mm(rows.T, torch.ones(3, 2), none, backend="triton").shape == (0, 4, 2)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -52,8 +52,9 @@ def test_equals_the_truth_on_any_ids(
         assert_close(got, want)
 
 
-def test_more_positions_than_the_smallest_tiles_hold() -> None:
-    arguments = spec.inputs(spec.Case(2, 150, 9, 11, 72, dtype=torch.float16))
+@pytest.mark.parametrize("dim", [72, 80])
+def test_more_positions_than_the_smallest_tiles_hold(dim: int) -> None:
+    arguments = spec.inputs(spec.Case(2, 150, 9, 11, dim, dtype=torch.float16))
     got, want = (ngram_embedding(**a, backend=b) for a, b in ((arguments, "triton"), (widened(arguments), "reference")))
     assert_close(got, want)
 

@@ -20,6 +20,7 @@ from longcat_model.generation import (
     generate_speech,
     generate_text,
 )
+from longcat_model.generation.chooser import text_masks
 from longcat_model.generation.machine import (
     Answer,
     ImageState,
@@ -144,6 +145,15 @@ def test_limits_end_a_transcript_and_its_audio_as_their_ends_would() -> None:
     state = replace(SPEAKING, max_text=2, max_frames=3)
     written = drive(state, text=[10] * 9, audio=lambda: torch.tensor([1, 2, 3, 0]))
     assert_same(written, LAYOUT.speak([10, 10], torch.tensor([[1, 2, 3, 0]] * 3)), skip=1)
+
+
+@pytest.mark.parametrize("end", [IDS.audiotext_end, IDS.audiotext_pad])
+def test_the_reports_end_and_the_released_pad_end_a_transcript(end: int) -> None:
+    state = SpeechState(ids=IDS, sampling=GREEDY, text_sampling=GREEDY, delay=None, max_text=9, max_frames=9)
+    assert state.ask().allowed == "transcript" and text_masks(IDS)["transcript"][end]
+    ended, (position,) = state.advance(Answer(text=end))
+    assert ended is not None and ended.text_ended and ended.started
+    assert (position.text, position.marker) == (NONE, IDS.audiotext_start)
 
 
 def test_audio_may_end_only_after_its_transcript_and_a_frame() -> None:

@@ -216,6 +216,14 @@ def test_damaged_headers_are_refused_before_anything_is_allocated(
         checkpoint.load(copy, progress=False)
 
 
+def test_the_current_directory_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for directory in (Path("."), Path("../here")):
+        with pytest.raises(ValueError, match="must be another directory than the current one, got /"):
+            checkpoint.synthesize(shrunk(), directory)
+
+
 def test_a_directory_that_holds_something_else(tmp_path: Path, copy: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no config\.json"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import threading
 from pathlib import Path
 from typing import Any
@@ -142,8 +144,34 @@ def test_a_checkpoint_that_is_there_already_stays(tmp_path: Path) -> None:
 
 def test_says_when_a_checkpoint_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "line").write_text("a file where the directory should be")
-    with pytest.raises(ValueError, match=r"checkpoint: .*line must be writable"):
+    with pytest.raises(ValueError, match=rf"checkpoint: .*line/12{PARTIAL} could not be written: .* Not a directory"):
         train(make_stage(), tmp_path, quiet=True)
+
+
+def test_the_next_step_says_that_a_checkpoint_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before stays, and a run that is begun again goes on from it."""
+    write = checkpoint.FileSystemWriter.write_data
+
+    def full(self: Any, *args: Any) -> Any:
+        if str(self.path).endswith(f"6{PARTIAL}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *args)
+
+    stage, steps = make_stage(), []
+    stage = dataclasses.replace(stage, batch=lambda step, draw=stage.batch: steps.append(step) or draw(step))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.FileSystemWriter, "write_data", full)
+        patch.setattr(Checkpoints, "save", lambda *args, save=Checkpoints.save: save(*args) or args[0]._join())
+        with pytest.raises(
+            ValueError, match=rf"line/6{PARTIAL} could not be written: .*No space left.*before it stays"
+        ):
+            train(stage, tmp_path, save_every=3, quiet=True)
+    assert steps == list(range(6)) and (tmp_path / "line" / "3").is_dir()
+    whole = train(make_stage(), tmp_path / "whole", quiet=True)
+    found = train(make_stage(), tmp_path, save_every=3, quiet=True)
+    assert list(map(reproducible, found)) == list(map(reproducible, whole))
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])

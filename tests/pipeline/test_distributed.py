@@ -44,7 +44,7 @@ def run_step(whole: LongcatNext, own: Runtime, end: Distributed, kind: str) -> N
     told = end.announce((kind, end.device))
 
     def stands() -> bool:
-        assert told() == [(kind, device) for device in range(end.devices)]
+        assert told() == [[(kind, device) for device in range(end.devices)]]
         if kind != "mixed":
             whole.zero_grad()
         return kind == "mixed"
@@ -160,7 +160,8 @@ def stay(rank: Rank, folder: str) -> None:
         time.sleep(1)
 
 
-def test_ranks_end_with_a_killed_main_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_ranks_end_with_their_main_process(how: signal.Signals, tmp_path: Path) -> None:
     """Or they would train on, beside those of a restart."""
     main = multiprocessing.get_context("spawn").Process(target=launch, args=(2, stay, str(tmp_path)))
     main.start()
@@ -168,7 +169,7 @@ def test_ranks_end_with_a_killed_main_process(tmp_path: Path) -> None:
     while len(ranks := [int(path.name) for path in tmp_path.iterdir()]) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(ranks) == 2
-    main.kill()
+    os.kill(main.pid or 0, how)
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < deadline
         time.sleep(0.05)

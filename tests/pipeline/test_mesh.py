@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ from typing import Any
 import pytest
 import small
 import torch
+import torch.distributed as dist
 
 from longcat_model.model import LongcatNext
+from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.parts import Saved
+from longcat_model.pipeline.transport import PipelineError
 from longcat_model.sequence import IGNORE, NONE, Batch, pack
 from longcat_model.training import checkpoint
 from longcat_model.training.checkpoint import PARTIAL
@@ -47,6 +52,19 @@ def killed(folder: Path, model: LongcatNext) -> Stage:
         return write(self, *args)
 
     checkpoint.FileSystemWriter.write_data = dying  # type: ignore[method-assign]
+    return make(model)
+
+
+def full(model: LongcatNext) -> Stage:
+    """The stage; the disk of rank 1 is full after the checkpoint of step 1."""
+    write = checkpoint.FileSystemWriter.write_data
+
+    def failing(self: Any, *args: Any) -> Any:
+        if str(self.path).endswith(f"2{PARTIAL}") and dist.get_rank() == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *args)
+
+    checkpoint.FileSystemWriter.write_data = failing  # type: ignore[method-assign]
     return make(model)
 
 
@@ -91,6 +109,14 @@ def test_a_run_killed_while_it_writes_goes_on(tmp_path: Path, alone: tuple[Path,
     assert_alike(tmp_path / "run", alone)
 
 
+def test_a_rank_that_cannot_write_is_named_and_what_was_whole_stays(tmp_path: Path) -> None:
+    saved = Saved.of(small.model(), tmp_path / "before.safetensors")
+    told = rf"language_joint/2{PARTIAL} could not be written by rank 1: .*No space left on device"
+    with pytest.raises(ChildProcessError, match=told):
+        train_pipelined(full, saved, tmp_path / "run", Mesh(2), weights=small.WEIGHTS, save_every=1)
+    assert {path.name for path in (tmp_path / "run" / "language_joint").iterdir()} == {"1", f"2{PARTIAL}"}
+
+
 def test_refuses_experts_that_cannot_be_shared_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expert-parallel must divide data-parallel \(4\), got 3"):
         Mesh(1, 4, 3)
@@ -115,6 +141,23 @@ def test_replicas_share_microbatches_in_order_and_equally() -> None:
         list(map(id, parts[2:4])),
     ]
     assert shares[2][0] is parts[4] and bool((shares[2][1].inputs.documents == -1).all())
+
+
+def wait_in_vain(rank: Rank, folder: str) -> None:
+    group, said, began = dist.new_group(), Path(folder, "said"), time.monotonic()
+    if rank.rank == 0:
+        with pytest.raises(PipelineError) as error:
+            Replicas(group, timeout_s=1).gather(0)
+        said.write_text(str(error.value))
+    while not said.exists() and time.monotonic() < began + 30:
+        time.sleep(0.05)
+    assert time.monotonic() < began + 30
+
+
+def test_replicas_do_not_wait_forever(tmp_path: Path) -> None:
+    launch(2, wait_in_vain, str(tmp_path))
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("pipeline: rank 0, gathering with its data-parallel replicas, ranks [1], stopped: ")
 
 
 def test_padding_reads_and_predicts_nothing() -> None:

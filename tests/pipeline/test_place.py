@@ -86,7 +86,22 @@ def test_stage_costs_are_sums_of_modules() -> None:
     assert costs.received == ((5, 10, 5), (50, 100, 50), (50, 100, 50), (50, 100, 50))
 
 
+def test_transfers_cost_by_link_and_size() -> None:
+    """Of what crosses each border; links beyond those that were measured are those again."""
+    near, far = ((100, 1.0), (200, 2.0)), ((50, 8.0),)
+    one = replace(model(4), links=(near, far), lengths=(1.0, 4.0))
+    costs = stage_costs(one, Split((0, 1, 1, 1, 1, 0), 4), 2)
+    assert costs.transfer[0] == costs.transfer[4] == (1.0, 2.0), "50 and 200 bytes: no less than the least takes"
+    assert costs.transfer[1] == costs.transfer[3] == (8.0, 8.0) and costs.transfer[5] == (0, 0)
+    again = stage_costs(one, Split((0, 1, 1, 1, 1, 0, 0, 0), 7), 2)
+    assert again.transfer[2] == (1.0, 2.0), "from device 2 to 3 as from 0 to 1"
+    assert profile.time_of(near, 400) == 4.0 and profile.time_of(near, 150) == 1.5 and profile.time_of(near, 0) == 1.0
+
+
 def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    linked = replace(model(2), transfer=0.0, links=(((64, 0.5), (128, 0.75)),))
+    profile.save(linked, tmp_path / "linked.json")
+    assert profile.load(tmp_path / "linked.json") == linked
     profile.save(model(2), tmp_path / "profile.json")
     assert profile.load(tmp_path / "profile.json") == model(2)
 
@@ -100,12 +115,19 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
         (lambda p: p["layers"].append({"forwards": 1}), r"layers\[2\] must be an object with"),
         (
             lambda p: p["embedding"].update(forward="x"),
-            "embedding.forward must be a finite number of at least 0, got 'x'",
+            "embedding.forward must be a number from 0 to 2\\^48, got 'x'",
         ),
-        (lambda p: p["text_head"].update(saved=-1), "text_head.saved must be a finite number of at least 0, got -1"),
-        (lambda p: p.update(transfer=float("nan")), "transfer must be a finite number of at least 0, got nan"),
+        (lambda p: p["text_head"].update(saved=-1), "text_head.saved must be a number from 0 to 2\\^48, got -1"),
+        (lambda p: p["layers"][1].update(saved=10**400), r"layers\[1\].saved must be a number from 0 to 2\^48"),
+        (lambda p: p.update(transfer=float("nan")), "transfer must be a number from 0 to 2\\^48, got nan"),
+        (lambda p: p.pop("transfer"), "the file must have one of transfer and links"),
+        (lambda p: p.update(links=[]), "the file must have one of transfer and links"),
+        (
+            lambda p: p.pop("transfer") and p.update(links=[[[2, 1], [2, 1]]]),
+            r"links\[0\] must be pairs of bytes and time, at rising sizes",
+        ),
         (lambda p: p.update(lengths="abc"), "lengths must be a list, got 'abc'"),
-        (lambda p: p.update(lengths=[1.0, True]), r"lengths\[1\] must be a finite number"),
+        (lambda p: p.update(lengths=[1.0, True]), r"lengths\[1\] must be a number from 0"),
     ],
 )
 def test_a_bad_profile_is_refused_by_file_and_field(change: Any, message: str, tmp_path: Path) -> None:

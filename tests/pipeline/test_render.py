@@ -56,6 +56,15 @@ def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path, capsys:
     assert json.loads((out / "trace.json").read_text())["traceEvents"]
     for row in (out / "compute_only.csv").read_text().split():
         assert all(str(_Action.from_str(cell)) == cell for cell in row.split(","))
+    assert cli.main([*arguments, "--any-order"]) == 2
+    assert "any-order needs a profile with lengths that differ" in capsys.readouterr().err
+    (tmp_path / "profile.json").write_text(json.dumps(profile | {"lengths": [1.0, 4.0, 2.0, 0.5]}))
+    arguments += ["--profile", str(tmp_path / "profile.json")]
+    spans = []
+    for order in ((), ("--any-order",)):
+        assert cli.main([*arguments, *order]) == 0
+        spans.append(float(capsys.readouterr().out.split("\nsearched ")[1].split()[0]))
+    assert spans[1] < spans[0]
     assert cli.main(["schedule", "--devices", "0", "--microbatches", "4"]) == 2
     assert cli.main([*arguments, "--memory", "1"]) == 2
     assert "memory of the devices must be at least" in capsys.readouterr().err

@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis.strategies import data, integers, sampled_from
 from small import SCHEDULES, Toy
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from longcat_kernels import defer_weight_grads
 from longcat_model.pipeline import runtime
 from longcat_model.pipeline.costs import uniform
 from longcat_model.pipeline.ir import (
@@ -33,7 +35,7 @@ from longcat_model.pipeline.lower import lower
 from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.simulate import peak_bytes
-from longcat_model.pipeline.split import Microbatch, split
+from longcat_model.pipeline.split import Microbatch, ModelStage, split
 from longcat_model.pipeline.stage import Output
 from longcat_model.pipeline.transport import InProcess, PipelineError
 from longcat_model.pipeline.verify import verify
@@ -351,6 +353,35 @@ def test_weights_wait_for_w_but_for_those_of_the_heads() -> None:
     for name, kind in seen.items():
         assert kind is (Kind.F if name.split(".")[0] in heads else Kind.W), name
     assert {name.split(".")[0] for name in seen} == heads | {"embed_tokens", "ngram", "pre_buffer", "backbone"}
+
+
+class VocabularyProducts(TorchDispatchMode):
+    """Counts matrix products of which one side is a vocabulary."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows, self.count = rows, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = {size for tensor in (*args, out) if isinstance(tensor, Tensor) for size in tensor.shape}
+        self.count += str(func) == "aten.mm.default" and self.rows in sizes
+        return out
+
+
+def test_the_text_head_takes_three_products_all_in_f() -> None:
+    """Logits and both gradients: none is left for W, which would need N x V numbers until then, or a fourth product."""
+    whole = small.model()
+    (part,), unit = Microbatch.of(small.batches(1)), len(whole.backbone.layers) + 1
+    stage, rows = ModelStage(whole, range(unit, unit + 1), small.WEIGHTS), whole.ids.text_rows
+    hidden = torch.randn(stage.takes(part).shape, requires_grad=True)
+    with VocabularyProducts(rows) as forward, defer_weight_grads() as pending:
+        output = stage(hidden, part)
+    assert output.loss is not None and output.hidden is not None
+    with VocabularyProducts(rows) as later:
+        torch.autograd.backward([output.loss, output.hidden], [None, torch.ones_like(output.hidden)])
+        pending.run()
+    assert (forward.count, later.count) == (3, 0) and hidden.grad is not None and whole.lm_head.weight.grad is not None
 
 
 def test_a_profiler_of_cuda_sees_every_action(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from longcat_model.training.microbatches import cut
 from longcat_model.training.model_stages import joint, pre_align
 from longcat_model.training.optim import adamw, learning_rate
 from longcat_model.training.pipelined import Pipelined, train_pipelined
-from longcat_model.training.plan import Plan, measured_plan
+from longcat_model.training.plan import Piping, Plan, Sample, measured, planned
 from longcat_model.training.post_validated import PostValidated
 from longcat_model.training.replicas import Groups, Replicas
 
@@ -273,7 +273,8 @@ def test_microbatches_are_rows_without_their_common_padding() -> None:
 
 def test_the_plan_cuts_the_model_by_a_measurement_of_it() -> None:
     model = small.model()
-    found, _ = measured_plan(model, 2, batch(0), 8, LITTLE)
+    sample = Sample.of([batch(0)], 8)
+    found, _ = planned(measured(model, sample), sample, 2, Piping(microbatches=8), LITTLE)
     stages = split(model, found.cuts)
     assert len(stages) == 4 == len(found.placement) and found.microbatches == 8
     assert [unit for stage in stages for unit in stage.units] == list(range(len(model.backbone.layers) + 3))

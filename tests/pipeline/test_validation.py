@@ -6,12 +6,15 @@ import math
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import small
 import torch
 from torch import Tensor, nn
 
+from longcat_model import presets
+from longcat_model.cli import main
 from longcat_model.model import LongcatNext
 from longcat_model.pipeline.costs import uniform
 from longcat_model.pipeline.ir import RECEIVES, SENDS, Action, Kind, counterpart, parse, v_placement
@@ -21,9 +24,10 @@ from longcat_model.pipeline.runtime import Runtime
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.split import Microbatch
 from longcat_model.pipeline.transport import InProcess
-from longcat_model.pipeline.validation import PostValidation, Snapshot
+from longcat_model.pipeline.validation import Norms, PostValidation, Snapshot
 from longcat_model.sequence import Batch, pack
-from longcat_model.training import loop
+from longcat_model.system import System
+from longcat_model.training import finetune, loop
 from longcat_model.training.loop import Row, train
 from longcat_model.training.model_stages import joint
 from longcat_model.training.optim import adamw
@@ -118,6 +122,10 @@ def test_a_snapshot_gives_every_bit_back() -> None:
                 assert len(state()) == kept and all(map(torch.equal, state(), before))
 
 
+def total_norm(everyone: Norms) -> Tensor:
+    return torch.stack([norm for devices in everyone for norms in devices for norm in norms.values()]).norm()
+
+
 def test_the_next_step_begins_before_the_norm_is_known() -> None:
     """Device 1 tells nothing of its first step until device 0 has begun with the second."""
     schedule, placement, ends = lower(v_half(2, 4), v_placement(2), 4), v_placement(2), InProcess.connect(2, 20.0)
@@ -134,9 +142,7 @@ def test_the_next_step_begins_before_the_norm_is_known() -> None:
         }
         own, weights = Runtime(schedule, placement, toys, ends[device]), {str(s): toy.weight for s, toy in toys.items()}
         optimizer = torch.optim.AdamW(weights.values())
-        steps = PostValidation(
-            ends[device], optimizer, weights, [], lambda norms: torch.stack(list(norms.values())).norm()
-        )
+        steps = PostValidation(ends[device], optimizer, weights, [], total_norm)
         for step in range(2):
             own.step(range(4), lambda: not steps.is_open or steps.settle()[1])
             if (device, step) == (1, 0):
@@ -225,6 +231,26 @@ def test_some_steps_are_taken_back_and_others_stand(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(loop, "CLIP_NORM", most)
     clipped = [norm > most for norm in compare(tmp_path, devices=1)]
     assert any(clipped) and not all(clipped)
+
+
+def test_the_command_line_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines: list[type[Pipelined]] = []
+
+    def note(*arguments: Any, engine: type[Pipelined], **others: Any) -> bool:
+        engines.append(engine)
+        return False
+
+    monkeypatch.setattr(finetune, "train_pipelined", note)
+    System.create(presets.tiny()).save(tmp_path / "run")
+    data = tmp_path / "data.jsonl"
+    data.write_text('[{"text": "good", "loss": true}]\n' * 8)
+    command = ["train", str(data), "--run", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--workers", "0"]
+    assert main([*command, "--pipeline", "2", "--post-validation"]) == main([*command, "--pipeline", "2"]) == 0
+    assert engines == [PostValidated, Pipelined]
+    assert main([*command, "--post-validation"]) == 2
+    assert "train: post-validation must have several processes (--pipeline), got 1" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_training_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

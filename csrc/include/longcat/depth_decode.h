@@ -1,11 +1,12 @@
 // Depth decoding: all codes of a position, level by level, with a key-value cache that lives for one call.
 //
-//     input of level l      "sum": hidden, then the sum of table_j[c_j], j < l;  "last": hidden, then
-//     table_{l-1}[c_{l-1}];
-//                           "last+hidden": hidden always, and start or table_{l-1}[c_{l-1}] added after the projection
-//     z      = P norm(input)
-//     layers : n = norm(z);  z += out(softmax(q k^T / sqrt(C)) v);  n = norm(z);  z += down(gelu(up n) or silu(gate n)
-//     up n) logits = head_l(norm(z)) + bias;  c_l is drawn from them: depth_sampler.h
+//     input of level l: "sum": hidden, then the sum of table_j[c_j], j < l
+//                       "last": hidden, then table_{l-1}[c_{l-1}]
+//                       "last+hidden": hidden; start, then table_{l-1}[c_{l-1}], is added after the projection
+//     z = P norm(input)
+//     each layer: n = norm(z);  z += out(softmax(q k^T / sqrt(C)) v)
+//                 n = norm(z);  z += down(gelu(up n)), or with a gate down(silu(gate n) * up n)
+//     logits = head_l(norm(z)) + bias;  c_l is drawn from them: depth_sampler.h
 //
 // Activations are float32; where weights are bfloat16 and the processor multiplies pairs of those, what a product reads
 // is rounded. What a row gets depends on nothing else in the batch, nor on the threads, to the last bit.

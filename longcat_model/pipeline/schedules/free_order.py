@@ -45,6 +45,11 @@ def searched_in_any_order(costs: Costs, limits: Sequence[int], effort: Effort = 
     return decode(orders, placement)
 
 
+def differ(costs: Costs) -> bool:
+    """Whether some microbatches take longer than others: else their order is worth nothing."""
+    return any(len(set(row)) > 1 for table in (costs.forward, costs.input, costs.weight) for row in table)
+
+
 def short_at_both_ends(costs: Costs) -> list[int]:
     """The order that begins with the shortest, ends with the next, and so on to the longest in the middle."""
     stages, tables = range(costs.stages), (costs.forward, costs.input, costs.weight)

@@ -63,6 +63,11 @@ class AudioTokenizer(nn.Module):
         return self.sizes.samples_per_position
 
     @property
+    def output_rate(self) -> int:
+        """Samples a second of what `decode` gives."""
+        return self.sizes.encoder.sample_rate
+
+    @property
     def positions_per_chunk(self) -> int:
         """Longest stretch encoded or decoded at once; longer clips are cut into chunks of this length."""
         return self.sizes.encoder.max_positions // self.sizes.pool
