@@ -297,11 +297,12 @@ class _Training:
     engine: type[Pipelined]
 
     def __call__(self, rank: Rank) -> None:
+        experts, limit = self.saved.sizes.backbone.experts.real, self.piping.timeout_s
         transport = Distributed.connect(
-            2 * self.mesh.pipeline, self.mesh.pipelines(), store=rank.store, timeout_s=self.piping.timeout_s
+            2 * self.mesh.pipeline, self.mesh.pipelines(), store=rank.store, timeout_s=limit
         )
         assert transport is not None  # every rank is in a pipeline
-        groups, shards = self.mesh.connect(rank.device, self.saved.sizes.backbone.experts.real)
+        groups, shards = self.mesh.connect(rank.device, experts, limit)
         parts, group = Parts(self.saved, rank.device, shards), dist.new_group(backend="gloo")
         plan = self._plan(rank, transport, group)
         for stage in own_stages(parts.model, plan, transport.device).values():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from longcat_model.model import LongcatNext
@@ -127,10 +126,9 @@ class Plan:
         return self.costs.microbatches
 
     @property
-    def recomputed(self) -> list[int]:
-        """Stages whose forwards are done again: of those without a unit of the model there is none."""
-        ends = (0, *self.cuts, math.inf)
-        return [stage for stage, (a, b) in enumerate(pairwise(ends)) if self.recompute and a < b]
+    def recomputed(self) -> range:
+        """Stages whose forwards are done again."""
+        return range(len(self.placement) if self.recompute else 0)
 
     def again(self, schedule: Schedule) -> Schedule:
         """With recomputation: it takes the time and memory that it takes when it is lowered."""
