@@ -183,6 +183,13 @@ class Sample(NamedTuple):
         parts = (part for share in self.shares for part in share)
         return max(parts, key=lambda part: (size(part).labels > 0, size(part)))
 
+    def is_of(self, profile: Profile, model: LongcatNext) -> bool:
+        """Whether a profile is of this model, and its microbatch of length 1 as large as this sample's."""
+        row, layers = model.sizes.backbone.hidden * model.embed_tokens.weight.element_size(), len(profile.layers)
+        received = (profile.layers[0].received, profile.modality_losses.received)
+        sizes = tuple(row * count for count in size(self.longest))
+        return (layers, received) == (len(model.backbone.layers), sizes)
+
     def weights(self, profile: Profile) -> Weights:
         """Of a position and of a label, by the durations of the longest microbatch."""
         positions, labels = size(self.longest)
