@@ -15,11 +15,11 @@ them: bytes and the time that they take, at rising sizes. Devices beyond those t
 
 from __future__ import annotations
 
+import itertools
 import json
 import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def _module(name: str, data: Any) -> Module:
 def _link(name: str, data: Any) -> Link:
     points = [_numbers(f"{name}[{i}]", point) for i, point in enumerate(_list(name, data))]
     sizes = [point[0] for point in points if len(point) == 2]
-    if not points or len(sizes) < len(points) or any(b <= a for a, b in pairwise(sizes)):
+    if not points or len(sizes) < len(points) or any(b <= a for a, b in itertools.pairwise(sizes)):
         raise ValueError(f"{name} must be pairs of bytes and time, at rising sizes, got {reprlib.repr(data)}")
     return tuple((size, time) for size, time in points)
 
@@ -154,7 +154,7 @@ def time_of(link: Link, size: float) -> float:
     """
     if size <= link[0][0] or len(link) == 1:
         return link[0][1]
-    (a, start), (b, end) = next((ends for ends in pairwise(link) if size <= ends[1][0]), link[-2:])
+    (a, start), (b, end) = next((ends for ends in itertools.pairwise(link) if size <= ends[1][0]), link[-2:])
     return max(0.0, start + (end - start) * (size - a) / (b - a))
 
 
@@ -189,10 +189,14 @@ def stage_costs(profile: Profile, split: Split, microbatches: int) -> Costs:
             for plain, loss in zip(sums, losses, strict=True)
         )
 
-    borders = tuple(
-        tuple(round((part[0] if part else profile.modality_losses).received * length) for length in by_length)
-        for part in parts
-    )
+    def received(stage: int) -> Sequence[int]:
+        """What the stage, or the next one that has modules, begins with."""
+        first = next(itertools.chain(*parts[stage:]), None)
+        one, scales = (profile.modality_losses, by_loss) if first is None else (first, by_length)
+        return [round(one.received * scale) for scale in scales]
+
+    borders = tuple(tuple(received(stage)) for stage in range(stages))
+    kept = zip(table("saved"), borders, strict=True)  # its input, where a stage has no modules
     return Costs(
         forward=table("forward"),
         input=table("input"),
@@ -201,7 +205,7 @@ def stage_costs(profile: Profile, split: Split, microbatches: int) -> Costs:
             tuple(_transfer(profile, stage, stages, *one) for one in zip(sizes, by_length, strict=True))
             for stage, sizes in enumerate((*borders[1:], (0,) * microbatches))
         ),
-        saved=tuple(tuple(map(round, row)) for row in table("saved")),
+        saved=tuple(tuple(max(round(size), own) for size, own in zip(*rows, strict=True)) for rows in kept),
         received=borders,
     )
 

@@ -240,7 +240,8 @@ class Runtime:
             output = self.stages[action.stage](live.hidden, step.microbatches[action.microbatch])
         pending.extend(live.pending)  # of tied weights, from a later stage, if this is done again
         live.pending = pending
-        live.out, live.loss = _edge(output.hidden), _edge(output.loss)
+        if keep:
+            live.out, live.loss = _edge(output.hidden), _edge(output.loss)
         step.reports[place] = output.report
         if output.loss is not None:
             step.losses[place] = output.loss.detach()

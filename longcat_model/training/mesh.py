@@ -12,6 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longcat_model.pipeline.experts import ExpertShards
+from longcat_model.pipeline.transport import TIMEOUT_S
 from longcat_model.training.replicas import Groups, Replicas
 
 
@@ -46,20 +47,24 @@ class Mesh:
         """The ranks of each pipeline, device by device."""
         return [[device * self.data + replica for device in range(self.pipeline)] for replica in range(self.data)]
 
-    def connect(self, device: torch.device, experts: int) -> tuple[Groups, ExpertShards | None]:
-        """This rank's groups, and its part of a layer's experts if they are shared out; all ranks call it together."""
+    def connect(
+        self, device: torch.device, experts: int, timeout_s: float = TIMEOUT_S
+    ) -> tuple[Groups, ExpertShards | None]:
+        """This rank's groups, and its part of a layer's experts if they are shared out; all ranks call it together.
+
+        In none of the groups does a rank wait longer than `timeout_s` for another.
+        """
         if self.data == 1:
             return Groups(), None
         data = _mesh(device.type, pipeline=self.pipeline, data=self.data)
         if self.experts == 1:
-            return Groups(Replicas(data.get_group("data"))), None
+            return Groups(Replicas(data.get_group("data"), timeout_s)), None
         mesh, near = (
             _mesh(kind, pipeline=self.pipeline, same=self.data // self.experts, experts=self.experts)
             for kind in (device.type, "cpu")
         )
-        groups = Groups(
-            *(Replicas(m.get_group(side)) for m, side in ((data, "data"), (mesh, "experts"), (mesh, "same")))
-        )
+        sides = ((data, "data"), (mesh, "experts"), (mesh, "same"))
+        groups = Groups(*(Replicas(m.get_group(side), timeout_s) for m, side in sides))
         return groups, ExpertShards(mesh["experts"], near["experts"], experts)
 
 

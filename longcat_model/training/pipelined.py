@@ -255,8 +255,8 @@ def train_pipelined(
 
     Gradients are added up microbatch after microbatch: in float32 the bits are those of one process that adds them up
     in the same order. With `any_order` that is the schedule's order, stage by stage, and losses are those of another
-    one to 1e-6. A run that goes on keeps to the durations in `profile.json` then, so that with as many devices and
-    microbatches its schedule, and every bit, is the same.
+    one to 1e-6. A run that goes on with as many devices, and microbatches as large, keeps to the durations in
+    `profile.json` then, so that its schedule, and every bit, is the same.
 
     Args:
         make: gives the stage that trains a model, on every rank alike; picklable.
@@ -297,11 +297,12 @@ class _Training:
     engine: type[Pipelined]
 
     def __call__(self, rank: Rank) -> None:
+        experts, limit = self.saved.sizes.backbone.experts.real, self.piping.timeout_s
         transport = Distributed.connect(
-            2 * self.mesh.pipeline, self.mesh.pipelines(), store=rank.store, timeout_s=self.piping.timeout_s
+            2 * self.mesh.pipeline, self.mesh.pipelines(), store=rank.store, timeout_s=limit
         )
         assert transport is not None  # every rank is in a pipeline
-        groups, shards = self.mesh.connect(rank.device, self.saved.sizes.backbone.experts.real)
+        groups, shards = self.mesh.connect(rank.device, experts, limit)
         parts, group = Parts(self.saved, rank.device, shards), dist.new_group(backend="gloo")
         plan = self._plan(rank, transport, group)
         for stage in own_stages(parts.model, plan, transport.device).values():
@@ -339,7 +340,7 @@ class _Training:
         sample = Sample.of(batches, self.piping.most(self.mesh.pipeline), self.mesh.data)
         if free and path.exists():
             found = profile.load(path)
-            if (len(found.layers), len(found.links)) == (len(whole.model.backbone.layers), self.mesh.pipeline - 1):
+            if len(found.links) == self.mesh.pipeline - 1 and sample.is_of(found, whole.model):
                 return sample, found
         return sample, measured(whole.model, sample, whole.lend)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from longcat_model.model import LongcatNext
@@ -127,10 +126,9 @@ class Plan:
         return self.costs.microbatches
 
     @property
-    def recomputed(self) -> list[int]:
-        """Stages whose forwards are done again: of those without a unit of the model there is none."""
-        ends = (0, *self.cuts, math.inf)
-        return [stage for stage, (a, b) in enumerate(pairwise(ends)) if self.recompute and a < b]
+    def recomputed(self) -> range:
+        """Stages whose forwards are done again."""
+        return range(len(self.placement) if self.recompute else 0)
 
     def again(self, schedule: Schedule) -> Schedule:
         """With recomputation: it takes the time and memory that it takes when it is lowered."""
@@ -184,6 +182,13 @@ class Sample(NamedTuple):
         """The one that is measured, of length 1: of those that the losses have to do with, if there are any."""
         parts = (part for share in self.shares for part in share)
         return max(parts, key=lambda part: (size(part).labels > 0, size(part)))
+
+    def is_of(self, profile: Profile, model: LongcatNext) -> bool:
+        """Whether a profile is of this model, and its microbatch of length 1 as large as this sample's."""
+        row, layers = model.sizes.backbone.hidden * model.embed_tokens.weight.element_size(), len(profile.layers)
+        received = (profile.layers[0].received, profile.modality_losses.received)
+        sizes = tuple(row * count for count in size(self.longest))
+        return (layers, received) == (len(model.backbone.layers), sizes)
 
     def weights(self, profile: Profile) -> Weights:
         """Of a position and of a label, by the durations of the longest microbatch."""

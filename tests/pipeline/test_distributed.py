@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longcat_model.model import LongcatNext
-from longcat_model.pipeline.ir import Placement, Schedule, v_placement
+from longcat_model.pipeline.ir import Action, Kind, Placement, Schedule, v_placement
 from longcat_model.pipeline.launch import Rank, launch
 from longcat_model.pipeline.lower import lower
 from longcat_model.pipeline.runtime import Runtime
@@ -152,6 +152,24 @@ def test_when_a_rank_dies_all_others_stop_and_name_it() -> None:
     assert sorted(said) == [0, 2, 3] and ranks[1].exitcode == -signal.SIGKILL
     for message in said.values():
         assert "from device 1 stopped" in message and "(microbatch " in message
+
+
+def send_in_vain(rank: Rank, folder: str) -> None:
+    end = Distributed.connect(4, store=rank.store, timeout_s=20)
+    assert end is not None
+    if rank.rank == 0:
+        until = time.monotonic() + 30
+        with pytest.raises(PipelineError) as error:
+            while time.monotonic() < until:  # the first may leave before it is known that nobody is there
+                end.send(torch.ones(4), 1, Action(0, Kind.SEND_F, 3))
+        Path(folder, "said").write_text(str(error.value))
+    os._exit(0)
+
+
+def test_a_send_to_a_rank_that_is_gone_names_it(tmp_path: Path) -> None:
+    launch(2, send_in_vain, str(tmp_path))
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("pipeline: device 0, 0SEND_F3 (microbatch 3) to device 1 stopped: ")
 
 
 def stay(rank: Rank, folder: str) -> None:

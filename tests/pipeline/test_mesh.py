@@ -144,17 +144,21 @@ def test_replicas_share_microbatches_in_order_and_equally() -> None:
 
 
 def wait_in_vain(rank: Rank, folder: str) -> None:
-    group, said, began = dist.new_group(), Path(folder, "said"), time.monotonic()
+    groups, shards = Mesh(1, 2, 2).connect(rank.device, 4, timeout_s=1)
+    said, began = Path(folder, "said"), time.monotonic()
     if rank.rank == 0:
+        assert shards is not None
+        with pytest.raises(RuntimeError, match="waiting 1000ms"):  # as tokens do on their way to their experts
+            dist.all_to_all_single(torch.empty(2), torch.ones(2), group=shards.parallel.group)
         with pytest.raises(PipelineError) as error:
-            Replicas(group, timeout_s=1).gather(0)
+            groups.data.gather(0)
         said.write_text(str(error.value))
     while not said.exists() and time.monotonic() < began + 30:
         time.sleep(0.05)
     assert time.monotonic() < began + 30
 
 
-def test_replicas_do_not_wait_forever(tmp_path: Path) -> None:
+def test_replicas_wait_no_longer_than_they_are_told(tmp_path: Path) -> None:
     launch(2, wait_in_vain, str(tmp_path))
     said = (tmp_path / "said").read_text()
     assert said.startswith("pipeline: rank 0, gathering with its data-parallel replicas, ranks [1], stopped: ")

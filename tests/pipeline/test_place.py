@@ -83,7 +83,14 @@ def test_stage_costs_are_sums_of_modules() -> None:
     assert costs.forward[0] == pytest.approx((1.1, 2.2, 1.1)) and costs.forward[1] == pytest.approx((2, 4, 2))
     assert costs.forward[2] == (1, 2, 1) and costs.forward[3] == (0.5, 1.5, 0.5)
     assert costs.saved == ((910, 1820, 910), (1800, 3600, 1800), (200, 400, 200), (150, 450, 150))
-    assert costs.received == ((5, 10, 5), (50, 100, 50), (50, 100, 50), (50, 100, 50))
+    assert costs.received == ((5, 10, 5), (50, 100, 50), (50, 100, 50), (25, 75, 25))
+
+
+def test_a_stage_without_modules_passes_on_what_the_next_one_needs() -> None:
+    one = replace(model(2), loss_lengths=(1.0, 0.2), text_head=replace(HEAD, received=70))
+    costs = stage_costs(one, Split((0, 0, 1, 1, 0, 0, 0, 0), 5), 2)
+    assert costs.received == ((5, 5), *[(50, 50)] * 3, *[(70, 70)] * 2, *[(50, 10)] * 2)
+    assert costs.saved[1] == (50, 50) and costs.saved[4] == (70, 70) and costs.saved[6] == (50, 10), "as it came"
 
 
 def test_transfers_cost_by_link_and_size() -> None:
@@ -91,7 +98,8 @@ def test_transfers_cost_by_link_and_size() -> None:
     near, far = ((100, 1.0), (200, 2.0)), ((50, 8.0),)
     one = replace(model(4), links=(near, far), lengths=(1.0, 4.0))
     costs = stage_costs(one, Split((0, 1, 1, 1, 1, 0), 4), 2)
-    assert costs.transfer[0] == costs.transfer[4] == (1.0, 2.0), "50 and 200 bytes: no less than the least takes"
+    assert costs.transfer[0] == (1.0, 2.0), "50 and 200 bytes: no less than the least takes"
+    assert costs.transfer[4] == (1.0, 1.0), "25 and 75 bytes: of the losses' rows alone"
     assert costs.transfer[1] == costs.transfer[3] == (8.0, 8.0) and costs.transfer[5] == (0, 0)
     again = stage_costs(one, Split((0, 1, 1, 1, 1, 0, 0, 0), 7), 2)
     assert again.transfer[2] == (1.0, 2.0), "from device 2 to 3 as from 0 to 1"
