@@ -174,8 +174,9 @@ def training_step(ranks: int) -> Table:
     """A step of real stages on processes of one thread each, and in one process; peak memory besides weights.
 
     No optimizer, no norms: forwards and backwards of the same modules alone. Contenders take turns, as a machine is
-    not equally fast all the time. With torch's order in our runtime the two runtimes differ alone; V-Half has a larger
-    bubble by design, for less memory where ranks are more than two.
+    not equally fast all the time. "ours, torch ZBV's order" and "torch ZBV" differ in the runtime alone. On more than
+    two ranks V-Half idles longer than V-ZB, by design, and holds less; on two, with F, I and W equally long, they plan
+    the same bubble and peak.
     """
     found = on_ranks(ranks, train_on_rank)
     ours = found[0]["step, ms"]
@@ -186,15 +187,15 @@ def train_on_rank(rank: Rank, file: str) -> None:
     ranks, end = rank.ranks, connected(rank, 2 * rank.ranks)
     placement, data = v_placement(ranks), torch.randn(MICROBATCHES * TOKENS, WIDTH)
     batch = list(data.chunk(MICROBATCHES))
-    plans: dict[str, Schedule] = {}
+    plans: dict[str, Schedule | None] = {}
     steps: dict[str, Callable[[], Any]] = {}
     for name, make in {**ORDERS, "ours, torch ZBV's order": torch_zbv}.items():
-        plans[name] = make(ranks, MICROBATCHES)
-        schedule = lower(plans[name], placement, MICROBATCHES)
+        plans[name] = plan = make(ranks, MICROBATCHES)
+        schedule = lower(plan, placement, MICROBATCHES)
         runtime = our_runtime(schedule, placement, lambda s: blocks(s, WIDTH, BLOCKS), end)
         steps[name] = partial(runtime.step, batch)
     for name in SCHEDULES:
-        plans[name] = PEERS[name](ranks, MICROBATCHES) or ()
+        plans[name] = PEERS[name](ranks, MICROBATCHES)
         modules = {s: blocks(s, WIDTH, BLOCKS) for s, device in enumerate(placement) if device == rank.rank}
         steps[name] = TorchPipeline(name, rank.rank, ranks, modules, data, MICROBATCHES, defers=False).step
     whole = nn.Sequential(*(blocks(s, WIDTH, BLOCKS) for s in range(2 * ranks))) if rank.rank == 0 else None
@@ -222,13 +223,14 @@ def in_turns(end: Distributed, steps: dict[str, Callable[[], Any]], rounds: int)
 
 def planned(plan: Schedule | None) -> dict[str, float | None]:
     """With F, I and W of equal length, as matrix products have them."""
-    bubble_found = peak = None
-    if plan is not None:
-        placement = v_placement(len(plan))
-        costs = uniform(len(placement), MICROBATCHES)
-        bubble_found = 100 * bubble(simulate(plan, placement, costs).makespan, placement, costs)
-        peak = max(peak_bytes(plan, costs)) / unit_bytes(costs, len(plan))
-    return {"bubble planned, %": bubble_found, "peak planned, units": peak}
+    if plan is None:
+        return {"bubble planned, %": None, "peak planned, units": None}
+    placement = v_placement(len(plan))
+    costs = uniform(len(placement), MICROBATCHES)
+    return {
+        "bubble planned, %": 100 * bubble(simulate(plan, placement, costs).makespan, placement, costs),
+        "peak planned, units": max(peak_bytes(plan, costs)) / unit_bytes(costs, len(plan)),
+    }
 
 
 def watched(end: Distributed, step: Callable[[], Any]) -> dict[str, float]:

@@ -125,7 +125,7 @@ def run(
     Output of step "a b" goes to `logs`/a-b.log. Interrupted, it ends the steps that run and leaves them as not run.
     """
     end = time.monotonic() + seconds
-    waiting = _in_order([step for step in steps if step.always or not book.passed(step.name)], book)
+    waiting = _tried_last([step for step in steps if step.always or not book.passed(step.name)], book)
     running: list[_Running] = []
 
     def note(name: str, found: Outcome) -> None:
@@ -156,7 +156,8 @@ def run(
             note(process.step.name, outcome(NOT_RUN, process.passed_s(), "interrupted"))
 
 
-def _in_order(steps: Sequence[Step], book: Book) -> list[Step]:
+def _tried_last(steps: Sequence[Step], book: Book) -> list[Step]:
+    """What failed or was cut off before, and what needs it, behind all others."""
     late: list[Step] = []
     for step in steps:
         is_tried = book.steps[step.name]["state"] in (FAILED, CUT_OFF)

@@ -33,7 +33,9 @@ from torch.overrides import TorchFunctionMode
 
 from longcat_kernels.deferred_rules import BmmRule, EmbeddingRule, LayerNormRule, LinearRule, ScaleRule
 
-TOGETHER = 1 << 16  # numbers: small gradients go to autograd together, as each call of it costs; others while in cache
+# Numbers: until there are so many, gradients wait to go to autograd together, as each call of it costs; more would not
+# be in a cache any longer.
+TOGETHER = 1 << 16
 
 _CURRENT: ContextVar[WeightGrads | None] = ContextVar("weight_grads", default=None)
 

@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     plain = sys.unraisablehook
 
     def heard(dropped: sys.UnraisableHookArgs) -> None:
-        """What `__del__` raises is dropped, as it is in the libraries that take seconds to import: raised again."""
+        """An interrupt within some `__del__` is dropped there, and importing libraries runs many: it comes again."""
         if issubclass(dropped.exc_type, KeyboardInterrupt):
             threading.Timer(0.05, interrupt_main).start()
         else:

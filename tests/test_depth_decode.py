@@ -16,9 +16,9 @@ from longcat_kernels import DepthConfig, DepthDecoding, DepthSampling, DepthWeig
 from longcat_kernels.modules import depth_logits
 from longcat_kernels.ops.depth_decode import OP
 from longcat_kernels.reference import depth_decode as spec
-from longcat_kernels.reference._depth_cases import random_weights
+from longcat_kernels.reference._depth_cases import CLOSE_DRAWS, random_weights
 from longcat_kernels.reference.sampling import draw, gumbel, seen
-from longcat_kernels.testing import CLOSE_DRAWS, record
+from longcat_kernels.testing import record
 
 GREEDY = DepthSampling(temperature=0.0)
 WARM = DepthSampling(0.8, top_k=4, top_p=0.9)

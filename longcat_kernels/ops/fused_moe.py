@@ -54,7 +54,7 @@ def fused_moe(
         residual: [T, D] of x's dtype, added to the sum before it is rounded.
         save: what backward keeps besides its inputs: "h" the pre-activations of the real experts' rows in x's dtype
             (on the CPU as many rows as there are; elsewhere, and inside `torch.compile`, T * k), "x" nothing, and
-            computes them again, as it always is inside `torch.vmap`.
+            computes them again. Inside `torch.vmap` it is "x", whatever is asked for.
         main_grads: contiguous float32 [E, 2 F, D] and [E, D, F]: backward adds the gradients of gate_up and down to
             these, and gives none to gate_up and down themselves. Not inside `torch.compile`.
         prepared: the packed form of these very weights, for inference: spares every call the packing.
@@ -198,11 +198,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad_TD: Tensor, _hidden: None) -> tuple[Any, ...]:
     x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, *saved = ctx.saved_tensors
-    hidden_RF = (
-        saved[0]
-        if saved
-        else _op_hidden(x_TD, gate_up_EFD, down_EDF, ids_Tk, _saved_rows(ids_Tk, down_EDF), ctx.backend)
-    )
+    if saved:
+        (hidden_RF,) = saved
+    else:
+        hidden_RF = _op_hidden(x_TD, gate_up_EFD, down_EDF, ids_Tk, _saved_rows(ids_Tk, down_EDF), ctx.backend)
     grad_x, grad_weights, grad_hidden = input_grad(
         grad_TD, x_TD, gate_up_EFD, down_EDF, ids_Tk, weights_Tk, hidden_RF, ctx.backend
     )

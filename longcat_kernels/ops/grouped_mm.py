@@ -47,15 +47,15 @@ def grouped_mm(
         a, b: one floating dtype, any strides.
         offs: int32 or int64 [E], where each group ends; groups may be empty, what lies past the last end gives zeros
             in `out` and in the gradients. Where it is summed over, a and b may have different lengths.
-        bias: None, the only one that torch takes too.
-        out_dtype: None or the dtype of a, as torch has it.
+        bias: must be None, as torch has it.
+        out_dtype: must be None or the dtype of a, as torch has it.
         backend: "auto" or the name of an implementation.
 
     Returns:
         out: the dtype of a; differentiable any number of times.
 
     Raises:
-        ValueError: a shape, dtype or device is wrong, offsets decrease or leave the ragged dimension, or no
+        ValueError: a shape, dtype, device or option is wrong, offsets decrease or leave the ragged dimension, or no
             implementation takes the tensors. Offsets on a GPU are not waited for: wrong ones give wrong rows, in
             memory that is this op's.
 

@@ -23,7 +23,7 @@ class DepthSampling:
 
     Tensors of `order` and `end` are bool: True where the order is "joint", and where "end" may be drawn.
 
-    In order: guidance, end, repetition penalty, temperature, top_k, top_p, min_p.
+    A draw applies guidance first, then end, repetition penalty, temperature, top_k, top_p and min_p.
     """
 
     temperature: float | Tensor = 1.0  # 0: the largest logit, the lowest id among equals

@@ -133,7 +133,8 @@ def draw(
     A kernel that follows this draws the same id from the same logits. It may screen in float32 if it proves which ids
     can still win and compares those in float64, and may sum e with a relative error of 2^-20: then only an id so near
     to top_p's threshold can differ. Where log sum exp c is not finite (NaN or infinity among them), the row is lost:
-    id 0 unless forced, NaN logprobs. Where only every y is -inf, no id is kept: 0 unless forced, drawn_logprob -inf.
+    id 0 unless forced, NaN logprobs. Where c is finite for excluded ids alone, all y are -inf and no id is kept: id 0
+    unless forced, drawn_logprob -inf.
 
     Args:
         logits_TV: float32 or float64.
@@ -211,7 +212,7 @@ def seen(history_N: Tensor, offsets_T1: Tensor, classes: int) -> Tensor:
 
 
 def order_column(op: str, order: str | Tensor) -> int | Tensor:
-    """The last column of a table."""
+    """The column of a table: 0 sequential, 1 or True joint."""
     if isinstance(order, Tensor) and order.dtype == torch.bool:
         return order
     if isinstance(order, Tensor) or order not in ORDERS:

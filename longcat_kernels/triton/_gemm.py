@@ -79,8 +79,10 @@ def tile_of(
 
 
 def in_vectors(*tensors: Tensor) -> bool:
-    """Whether kernels copy all of these 16 bytes at a time, which they know where 16 divides addresses, sides and
-    strides. Matrices may also be stacks of columns; rows of which there is one list may not.
+    """Whether kernels copy all of these 16 bytes at a time: Triton does where it knows that 16 divides addresses, sides
+    and strides.
+
+    Stacks of matrices may lie by columns too; a matrix that is no stack must lie by rows.
     """
     return all(_by_rows(t) or (t.ndim == 3 and _by_rows(t.mT)) for t in tensors)
 

@@ -36,7 +36,7 @@ def demo(out: Path, *, speech_dir: Path | None, smoke: bool, fresh: bool, seed: 
             of spoken digits.
     """
     if fresh:
-        check_removable(out)
+        check_removable(out)  # before the lock: a file that nobody else's directory should get
     files.make_writable(out, "demo")
     with files.locked(out / LOCK):
         _demo(out, speech_dir, smoke, fresh, seed, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 from collections.abc import Callable
@@ -77,6 +78,7 @@ def _child(rank: int, port: int, ranks: int, threads: int, payload: bytes) -> No
     store = TCPStore("127.0.0.1", port, is_master=False)
     work, arguments = torch.load(io.BytesIO(payload), weights_only=False)
     _run(store, rank, ranks, work, arguments)
+    gc.freeze()  # or the interpreter, before it ends, searches all of torch's objects for cycles: seconds
 
 
 def _run(store: Any, rank: int, ranks: int, work: Callable[..., None], arguments: Any) -> None:

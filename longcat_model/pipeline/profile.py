@@ -28,7 +28,6 @@ from longcat_model.pipeline.costs import Costs
 
 MOST = 2.0**48  # of a number in a file, so that sums stay numbers of bytes: 281 TB
 
-
 Link = tuple[tuple[float, float], ...]  # bytes and the time that they take, at rising sizes
 
 

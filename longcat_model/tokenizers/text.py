@@ -1,6 +1,6 @@
 """Text to ids and back: bytes for small models, the released tokenizer's files for the released model.
 
-Both are what the rest of the package asks of a text tokenizer: a `TextTokenizer`.
+Both are a `TextTokenizer`, which is all that the rest of the package asks for.
 """
 
 from __future__ import annotations

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from longcat_kernels.ops import OPS
 from longcat_kernels.reference import depth_decode as spec
+from longcat_kernels.reference._depth_cases import CLOSE_DRAWS
 from longcat_kernels.reference.depth_sampling import DepthSampling
 from longcat_kernels.reference.depth_weights import DepthConfig, DepthWeights
-from longcat_kernels.testing import CLOSE_DRAWS, assert_close, record
+from longcat_kernels.testing import assert_close, record
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="CUDA emulation: no C++ compiler")
 (OP,) = (op for op in OPS if op.name == "depth_decode")
