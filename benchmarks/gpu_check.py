@@ -31,6 +31,7 @@ from steps import PASSED, Book, Outcome, Step, code_hash, run
 ROOT = machine.ROOT
 HERE = Path(__file__).resolve().parent
 LOGS = ROOT / "build" / "gpu-check"
+TOOLKIT = Path("/usr/local/cuda")
 FOLDERS = ("csrc", "longcat_kernels", "longcat_model", "tests", "benchmarks")
 CODE = ("setup.py", "pyproject.toml", "CMakeLists.txt", *FOLDERS)
 ON_GPU = ("cuda", "triton", "reference")  # implementations that run there
@@ -131,8 +132,11 @@ def _first_line(*command: str, pattern: str = r"\S.*") -> str | None:
 
 
 def tool(name: str) -> str | None:
-    """Where a program of the CUDA toolkit is."""
-    toolkit = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+    """Where a program of the CUDA toolkit is: on PATH, in the toolkit's own folder, or in a package of pip's."""
+    wheels = importlib.util.find_spec("nvidia")
+    installed = wheels.submodule_search_locations if wheels is not None else None
+    roots = [TOOLKIT, *(Path(folder, "cu13") for folder in installed or ())]
+    toolkit = [str(root / folder) for root in roots for folder in ("bin", "compute-sanitizer")]
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), *toolkit]))
 
 

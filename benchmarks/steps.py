@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -122,7 +123,8 @@ def run(
 
     What failed or was cut off in an earlier run comes last: however long it takes, the others get their turn.
 
-    Output of step "a b" goes to `logs`/a-b.log. Interrupted, it ends the steps that run and leaves them as not run.
+    Output of step "a b" goes to `logs`/a-b.log. Interrupted, it ends the steps that run and leaves them as not run;
+    killed, they end too.
     """
     end = time.monotonic() + seconds
     waiting = _tried_last([step for step in steps if step.always or not book.passed(step.name)], book)
@@ -132,11 +134,13 @@ def run(
         book.note(name, found)
         show(name, found)
 
+    groups = _Groups()
     try:
         while waiting or running:
             for process in running[:]:
                 if process.over():
                     running.remove(process)
+                    groups.toggle(process)
                     note(process.step.name, process.outcome())
             while waiting and _may_start(waiting[0], running, jobs):
                 step = waiting.pop(0)
@@ -149,11 +153,15 @@ def run(
                     running.append(_Running(step, logs, root, min(step.seconds, end - time.monotonic())))
                 except OSError as error:
                     note(step.name, outcome(NOT_RUN, 0, f"cannot be started: {error}"))
+                else:
+                    groups.toggle(running[-1])
             time.sleep(POLL_S)
     finally:
         for process in running:
             process.kill()
+            groups.toggle(process)
             note(process.step.name, outcome(NOT_RUN, process.passed_s(), "interrupted"))
+        groups.close()
 
 
 def _tried_last(steps: Sequence[Step], book: Book) -> list[Step]:
@@ -248,3 +256,32 @@ class _Running:
             lines = self.log.read_text(errors="replace").rstrip().splitlines()[-TAIL:]
             detail = "\n".join([detail, *lines])
         return outcome(state, self.passed_s(), detail, **tests)
+
+
+_WATCH = """
+import contextlib, os, signal, sys
+groups = set()
+for line in sys.stdin:
+    groups ^= {int(line)}
+for group in groups:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+"""
+
+
+class _Groups:
+    """The process groups that run, known to a process of its own, which kills them when this one is gone."""
+
+    def __init__(self) -> None:
+        command = (sys.executable, "-S", "-c", _WATCH)
+        self.watcher = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
+
+    def toggle(self, process: _Running) -> None:
+        """Told of each once when it has started and once when it has ended."""
+        assert self.watcher.stdin is not None
+        self.watcher.stdin.write(f"{process.process.pid}\n")
+
+    def close(self) -> None:
+        assert self.watcher.stdin is not None
+        self.watcher.stdin.close()
+        self.watcher.wait()

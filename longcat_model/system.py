@@ -15,6 +15,7 @@ from torch import nn
 from longcat_model import config, files
 from longcat_model.model import LongcatNext
 from longcat_model.released.checkpoint import INDEX
+from longcat_model.released.sizes import Sizes
 from longcat_model.tokenizers.audio import AudioTokenizer
 from longcat_model.tokenizers.text import ByteTokenizer, TextTokenizer
 from longcat_model.tokenizers.vision import VisionTokenizer
@@ -31,6 +32,7 @@ class System:
     text: TextTokenizer
     pixels: tuple[int, int] | None = None  # least and most that an image is scaled to before it is seen; None: any
     lacks: tuple[str, ...] = ()  # files of decoders that a released checkpoint came without
+    released: Sizes | None = None  # where images and speech are decoded by the released parts
 
     @classmethod
     def create(cls, sizes: config.Model) -> System:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -69,6 +71,26 @@ def test_with_a_gpu_it_goes_through_its_steps(
         assert said in capsys.readouterr().out
     written = json.loads((tmp_path / "results" / "gpu-x" / "check.json").read_text())
     assert written["about"] == about and written["steps"]["good"]["state"] == "passed"
+
+
+def test_a_sanitizer_that_pip_installed_is_found(
+    check: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The layout of nvidia-cuda-sanitizer-api 13."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(check, "TOOLKIT", tmp_path)
+    package = tmp_path / "nvidia"
+    found = package / "cu13" / "compute-sanitizer" / "compute-sanitizer"
+    found.parent.mkdir(parents=True)
+    found.write_text("")
+    found.chmod(0o755)
+    spec = importlib.machinery.ModuleSpec("nvidia", None, is_package=True)
+    for folders, expected in (([], None), ([str(package)], str(found))):
+        spec.submodule_search_locations = folders
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        assert check.tool("compute-sanitizer") == expected
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert check.tool("compute-sanitizer") is None
 
 
 def test_every_op_and_implementation_has_its_steps(check: ModuleType) -> None:

@@ -148,6 +148,29 @@ def test_a_step_takes_its_children_with_it(steps: ModuleType, tmp_path: Path) ->
     assert not _lives(pid)
 
 
+def test_a_killed_check_takes_its_steps_with_it(tmp_path: Path) -> None:
+    child = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    parent = f"{child}; import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    script = f"""
+import sys; sys.path.insert(0, {str(FOLDER)!r})
+from pathlib import Path
+from steps import Book, Step, run
+step = Step("parent", (sys.executable, "-S", "-c", {parent!r}), 90)
+run([step], Book.open(Path("check.json"), {ABOUT!r}, ["parent"]), Path("logs"), root=Path("."), seconds=90)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    end, log, pids = time.monotonic() + 20, tmp_path / "logs" / "parent.log", []
+    while len(pids) < 2 and time.monotonic() < end:
+        pids = [int(line) for line in log.read_text().splitlines()] if log.exists() else []
+        time.sleep(0.05)
+    assert len(pids) == 2 and all(map(_lives, pids))
+    process.kill()
+    process.wait()
+    while any(map(_lives, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not any(map(_lives, pids))
+
+
 def _lives(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"

@@ -27,6 +27,7 @@ from longcat_model.generation.prefill import Prefixes
 from longcat_model.generation.prompts import Files, context, encode, read_files
 from longcat_model.generation.settings import Settings
 from longcat_model.messages import StartImage, StartSpeech
+from longcat_model.released import memory as released_memory
 from longcat_model.released.differences import unconditional
 from longcat_model.released.system import IMAGE_DECODER, VOCODER, open_system
 from longcat_model.sequence import NULL, Document, Layout, join
@@ -113,18 +114,30 @@ class Job:
     def memory(self) -> Memory:
         """What the answers need at most beside the weights, on all devices together."""
         model, sketches = self.system.model, self._sketches
-        images, utterances = [], []
+        answers = []
         for prompt in self.prompts:
             settings, start = prompt.settings, prompt.parts[-1]
-            images += [settings.size(prompt.parts)] * (settings.media + isinstance(start, StartImage))
-            utterances += [settings.max_frames] * (settings.media + isinstance(start, StartSpeech))
+            image, speech = self._image(*settings.size(prompt.parts)), self._speech(settings.max_frames)
+            answers += [image] * (settings.media + isinstance(start, StartImage))
+            answers += [speech] * (settings.media + isinstance(start, StartSpeech))
         loop = 0
         if sketches:
             rows, longest = sum(s.rooms for s in sketches), max(s.capacity for s in sketches)
             written = sum(s.state.longest for s in sketches)
             loop = memory.steps(self.system.sizes, rows, longest, written, model.embed_tokens.weight.itemsize)
         media = [tensor for prompt in self.prompts for tensor in prompt.files.values()]
-        return memory.total(self.system.sizes, media, images, utterances, cache=self.cache_bytes, loop=loop)
+        return memory.total(self.system.sizes, media, answers, cache=self.cache_bytes, loop=loop)
+
+    def _image(self, height: int, width: int) -> tuple[int, int]:
+        """Bytes of an image, and of its decoding."""
+        if self.system.released is None:
+            return memory.image(self.system.sizes.vision, height, width)
+        return released_memory.image(self.system.released, height, width)
+
+    def _speech(self, frames: int) -> tuple[int, int]:
+        if self.system.released is None:
+            return memory.speech(self.system.sizes.audio, frames)
+        return released_memory.speech(self.system.released, frames)
 
     def check_memory(self, max_memory: int | None) -> None:
         """Raises ValueError where more may be needed."""

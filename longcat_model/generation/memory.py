@@ -2,8 +2,8 @@
 
 Files are held from beginning to end; encoders, the loop of generation and decoders follow one another. Each is counted
 where most of its tensors live at once, as float32, with fused attention; tests hold the sums against measured peaks.
-Not counted: what `Prefixes` keep, which has a limit of its own, the few megabytes that a kernel works in, and what the
-released decoders take beyond this project's.
+Not counted: what `Prefixes` keep, which has a limit of its own, and the few megabytes that a kernel works in.
+`released.memory` counts the released decoders.
 """
 
 from __future__ import annotations
@@ -142,22 +142,14 @@ def _at_once(sizes: config.AudioTokenizer, positions: int) -> int:
 
 
 def total(
-    sizes: config.Model,
-    media: Sequence[Tensor],
-    images: Sequence[tuple[int, int]],
-    utterances: Sequence[int],
-    *,
-    cache: int,
-    loop: int,
+    sizes: config.Model, media: Sequence[Tensor], answers: Sequence[tuple[int, int]], *, cache: int, loop: int
 ) -> Memory:
-    """Of one call: its files, the cells and frames of what it may paint and speak, and its loop of generation."""
-    painted = [image(sizes.vision, *cells) for cells in images]
-    spoken = [speech(sizes.audio, frames) for frames in utterances]
+    """Of one call: its files, what it may paint and speak as `image` and `speech` count it, its loop of generation."""
     return Memory(
         files=sum(m.nbytes for m in media),
         encoders=max((encoding(m, sizes) for m in media), default=0),
         cache=cache,
         steps=loop,
-        answers=sum(held for held, _ in painted + spoken),
-        decoders=max((beside for _, beside in painted + spoken), default=0),
+        answers=sum(held for held, _ in answers),
+        decoders=max((beside for _, beside in answers), default=0),
     )

@@ -80,6 +80,7 @@ def load_system(
         text=text,
         pixels=PIXELS,
         lacks=tuple(file for file, found in ((IMAGE_DECODER, decoders), (VOCODER, vocoder)) if found is None),
+        released=sizes,
     )
 
 

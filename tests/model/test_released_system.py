@@ -60,6 +60,7 @@ def test_it_answers_with_text_images_and_speech(whole: Path) -> None:
         [user(f"a{IMAGE}"), user(f"b{SPEECH}"), user("c")], system=whole, settings=SETTINGS
     )
     loaded = system.load_system(whole, progress=False)
+    assert loaded.released == shrunk()
     (image,), (speech,) = painted.parts, spoken.parts
     assert isinstance(image, Painted) and torch.equal(image.image, loaded.vision.decode([image.codes], seed=0)[0])
     assert isinstance(speech, Spoken) and speech.rate == shrunk().vocoder.sample_rate == 24_000

@@ -19,6 +19,7 @@ from longcat_model.tokenizers.vision.metrics import psnr, ssim
 from longcat_model.tokenizers.vision.packing import Layout
 from longcat_model.training import vision_stages as stages
 from longcat_model.training.loop import Stage, train
+from longcat_model.training.rates import MEASURED
 from longcat_model.training.vision_stages import Settings
 
 SIZES = presets.tiny().vision
@@ -100,10 +101,13 @@ def test_an_interrupted_stage_resumes_exactly(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return source(1_000_000 + step, 8, False)
 
+    def computed(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
+
     whole = train(fresh(), tmp_path / "whole", quiet=True)
     with pytest.raises(KeyboardInterrupt):
         train(replace(fresh(), batch=fails_at_4), tmp_path / "resumed", quiet=True, save_every=1)
-    assert train(fresh(), tmp_path / "resumed", quiet=True) == whole
+    assert computed(train(fresh(), tmp_path / "resumed", quiet=True)) == computed(whole)
 
 
 def test_the_quantizer_losses_are_equations_3_to_5(tokenizer: VisionTokenizer) -> None:
