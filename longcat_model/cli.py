@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import tyro
 
@@ -124,7 +126,8 @@ class Train:
     """Into which a pipeline cuts its part of a batch, at most: four a process of it by default, and never more than
     there are rows. Losses do not depend on it."""
     memory: int | None = None
-    """Bytes that a process of a pipeline may hold for the backward; by default as many as V-Half does."""
+    """Bytes that a process of a pipeline may hold for the backward, by the longest microbatches of the first steps; by
+    default as many as V-Half does."""
     recompute: bool = False
     """Keep the input of each stage alone and do its forward again before the backward: less memory, more time."""
     any_order: bool = False
@@ -216,7 +219,7 @@ class Generate:
     """--messages: text ends before any of these."""
     media: int = 0
     """--messages: images and utterances that a text may begin by itself."""
-    max_memory: int = 1 << 32
+    max_memory: int = 1 << 33
     """--messages: most bytes that may be needed beside the weights; more is refused before any work."""
     seed: int = 0
     """Same seed, same result; conversation number i draws with seed + i."""
@@ -366,7 +369,10 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(command, "pipeline", 1) < 1:
             raise ValueError(f"pipeline must be at least 1, got {getattr(command, 'pipeline', 1)}")
         command()
+        sys.stdout.flush()  # here, where it can be told that nobody reads it any more
     except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            return 141
         print(f"longcat: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -377,3 +383,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nlongcat: interrupted{again}", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_unread(stream: TextIO) -> bool:
+    """Whether it is a pipe whose reader is gone, as after `| head`; what it still holds is then dropped."""
+    watch = select.poll()
+    watch.register(stream, select.POLLERR)
+    if not watch.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return True

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -332,3 +335,12 @@ def test_train_names_the_bad_line(
     assert main([*arguments, "--steps", "1"]) == 2
     assert message in capsys.readouterr().err
     assert not (media / "out").exists()
+
+
+def test_a_reader_who_has_seen_enough_ends_it_without_a_word() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "longcat_model", "inspect", "longcat_next"]
+    with os.fdopen(writing, "w") as unread:
+        ended = subprocess.run(command, stdout=unread, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (141, "")

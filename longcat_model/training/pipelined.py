@@ -253,10 +253,10 @@ def train_pipelined(
     `planned_s`, what the simulator expects of that and of the step's time; `memory_bytes` is the largest rank's. What
     was measured is in `profile.json`, for `longcat schedule --profile`.
 
-    Gradients are added up microbatch after microbatch: in float32 the bits are those of one process that adds them up
-    in the same order. With `any_order` that is the schedule's order, stage by stage, and losses are those of another
-    one to 1e-6. A run that goes on with as many devices, and microbatches as large, keeps to the durations in
-    `profile.json` then, so that its schedule, and every bit, is the same.
+    Gradients are added up microbatch after microbatch: in float32 a single pipeline has the bits of one process that
+    adds them up in the same order. With `any_order` that is the schedule's order, stage by stage, and losses are those
+    of another one to 1e-6. A run that goes on with as many devices, and microbatches as large, keeps to the durations
+    in `profile.json` then, so that its schedule, and every bit, is the same.
 
     Args:
         make: gives the stage that trains a model, on every rank alike; picklable.

@@ -22,6 +22,7 @@ from longcat_model.pipeline.schedules.searched import DEFAULT, Effort
 from longcat_model.pipeline.schedules.v import v_half
 from longcat_model.pipeline.simulate import peak_bytes, simulate
 from longcat_model.pipeline.split import Microbatch, ModelStage
+from longcat_model.pipeline.transport import TIMEOUT_S
 from longcat_model.sequence import Batch
 from longcat_model.training.microbatches import Size, cut, size
 
@@ -30,17 +31,19 @@ SAMPLE = 8  # steps whose microbatches say what lengths are typical
 
 @dataclass(frozen=True, kw_only=True)
 class Piping:
-    """What a user may say of a pipeline; losses and gradients do not depend on it.
+    """What a user may say of a pipeline; losses and gradients depend on it by rounding alone.
 
     Raises:
         ValueError: a number is out of range.
     """
 
     microbatches: int | None = None  # of a pipeline and a step, at most; None: four a device
-    memory: int | None = None  # bytes that a device may hold for the backward; None: as many as V-Half holds
+    # Bytes that a device may hold for the backward, None: as many as V-Half holds; by the longest microbatches of the
+    # steps that were measured, so that a longer one later may hold more.
+    memory: int | None = None
     recompute: bool = False  # forwards keep their input alone and are done again before the backward
     any_order: bool = False  # microbatches of different lengths may run in any order, and overtake each other
-    timeout_s: float = 600.0  # the longest that a device waits for another one
+    timeout_s: float = TIMEOUT_S  # the longest that a device waits for another one
 
     def __post_init__(self) -> None:
         for name, least, most in (("microbatches", 1, 2**16), ("memory", 1, 2**62), ("timeout_s", 1e-3, 1e6)):

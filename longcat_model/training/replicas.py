@@ -117,6 +117,4 @@ def _told(what: str, group: dist.ProcessGroup | None, collective: Callable[[], A
     except RuntimeError as error:
         own, reason = dist.get_rank(), str(error).split("\n")[0]
         others = [rank for rank in dist.get_process_group_ranks(group) if rank != own]
-        raise PipelineError(
-            f"pipeline: rank {own}, {what} with its data-parallel replicas, ranks {others}, stopped: {reason}"
-        ) from error
+        raise PipelineError(f"pipeline: rank {own}, {what} with ranks {others}, stopped: {reason}") from error

@@ -161,7 +161,7 @@ def wait_in_vain(rank: Rank, folder: str) -> None:
 def test_replicas_wait_no_longer_than_they_are_told(tmp_path: Path) -> None:
     launch(2, wait_in_vain, str(tmp_path))
     said = (tmp_path / "said").read_text()
-    assert said.startswith("pipeline: rank 0, gathering with its data-parallel replicas, ranks [1], stopped: ")
+    assert said.startswith("pipeline: rank 0, gathering with ranks [1], stopped: ")
 
 
 def test_padding_reads_and_predicts_nothing() -> None:
