@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -245,10 +246,14 @@ def test_an_interrupt_is_heard_wherever_it_meets_the_program(
         time.sleep(10)
         return 0
 
-    for run in (interrupted, dropped):
-        monkeypatch.setattr(cli, "main", run)
-        assert entry.main([]) == 130
-        assert capsys.readouterr().err == "\nlongcat: interrupted\n"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins deaf to it
+    try:
+        for run in (interrupted, dropped):
+            monkeypatch.setattr(cli, "main", run)
+            assert entry.main([]) == 130
+            assert capsys.readouterr().err == "\nlongcat: interrupted\n"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train_arguments(system: Path, media: Path, lines: list[str]) -> list[str]:

@@ -178,10 +178,15 @@ def stay(rank: Rank, folder: str) -> None:
         time.sleep(1)
 
 
+def launch_attentively(folder: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins deaf to it
+    launch(2, stay, folder)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_ranks_end_with_their_main_process(how: signal.Signals, tmp_path: Path) -> None:
     """Or they would train on, beside those of a restart."""
-    main = multiprocessing.get_context("spawn").Process(target=launch, args=(2, stay, str(tmp_path)))
+    main = multiprocessing.get_context("spawn").Process(target=launch_attentively, args=(str(tmp_path),))
     main.start()
     deadline = time.monotonic() + 60
     while len(ranks := [int(path.name) for path in tmp_path.iterdir()]) < 2 and time.monotonic() < deadline:
