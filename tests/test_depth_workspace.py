@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from depths import runnable
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
@@ -21,10 +22,7 @@ CASES = [spec.EDGE[5], spec.EDGE[7], spec.EDGE[10]]  # mixed pairs, Moshi's star
 
 @pytest.fixture(params=list(OP.impls))
 def backend(request: pytest.FixtureRequest) -> str:
-    reason = OP.impls[request.param].why_not(*record(OP, spec.inputs(spec.EDGE[-1])).arguments[:-1])
-    if reason is not None:
-        pytest.skip(f"depth_decode, {request.param}: {reason}")
-    return request.param
+    return runnable(request.param)
 
 
 def served(case: spec.Case, seed: int = 0) -> dict[str, Any]:
