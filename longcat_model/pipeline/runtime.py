@@ -22,7 +22,7 @@ from longcat_kernels import WeightGrads, defer_weight_grads
 from longcat_model.pipeline.ir import Action, Kind, Placement, Schedule, counterpart
 from longcat_model.pipeline.passes.prefix import revocable_prefix
 from longcat_model.pipeline.stage import Border, Stage
-from longcat_model.pipeline.transport import Receipt, Transport
+from longcat_model.pipeline.transport import PipelineError, Receipt, Transport
 
 
 class Tied(NamedTuple):
@@ -155,7 +155,7 @@ class Runtime:
                 it gives False, as it must on all devices alike, they are.
 
         Raises:
-            PipelineError: another device was lost, hangs or failed.
+            PipelineError: another device was lost, hangs or failed, or a stage had a RuntimeError; names the action.
             ValueError: the schedule is not valid, or one for another number of microbatches.
         """
         began = time.perf_counter()
@@ -182,8 +182,12 @@ class Runtime:
         named = _range if torch.cuda.is_available() else nullcontext
         for action in actions:
             start = time.perf_counter()
-            with named(action):
-                _HANDLERS[action.kind](self, step, action)
+            try:
+                with named(action):
+                    _HANDLERS[action.kind](self, step, action)
+            except RuntimeError as error:  # of a stage, or of what its experts exchange with other ranks
+                reason = str(error).split("\n")[0]
+                raise PipelineError(f"pipeline: {action} (microbatch {action.microbatch}) stopped: {reason}") from error
             start += step.waited_s
             step.waited_s = 0.0
             step.timeline.append(Ran(action, start - began, time.perf_counter() - began))

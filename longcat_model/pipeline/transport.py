@@ -27,7 +27,7 @@ TIMEOUT_S = 600.0  # the longest that ranks of a job wait for each other
 
 
 class PipelineError(ConnectionError):
-    """A transfer did not happen: a device was lost, hangs or failed."""
+    """An action did not end: a device was lost, hangs or failed."""
 
 
 class Receipt(Protocol):
